@@ -1,0 +1,58 @@
+# One environment, `.venv`, serves every target below. It is made once, and again when its inputs change.
+#
+#   PYTHON  the interpreter to make it with (3.10 or newer):  make demo PYTHON=python3.12
+#   ARGS    passed on:                                        make demo ARGS=--help, make test ARGS="-k config"
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS := test,quality,plots
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv and install everything that the other targets need
+
+demo: $(STAMP) ## train, quantize, export and verify a small net on real images
+	@$(BIN)/python -m hf_qat demo $(ARGS)
+
+test: $(STAMP) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP) ## check style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## compare the time of a QAT step with that of a float step
+	$(BIN)/python tests/benchmarks/step_ratio.py $(ARGS)
+
+clean: ## remove .venv, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hf_qat tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch goes first and alone: it is by far the largest download, and everything else is resolved around it.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "== Installing PyTorch ($$(grep '^torch==' constraints.txt))"
+	@$(BIN)/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	@echo "== Installing hf_qat[$(EXTRAS)] with the versions of constraints.txt"
+	@$(BIN)/python -m pip install -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+	@echo "== $(VENV) is ready"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "hf_qat needs Python 3.10 or newer, and '$(PYTHON)' is not that." >&2; \
+		echo "Name another interpreter: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" >&2; \
+		exit 1; }
+	@echo "== Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { \
+		rm -rf $(VENV); \
+		echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv." >&2; \
+		exit 1; }

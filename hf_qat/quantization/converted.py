@@ -1,0 +1,155 @@
+"""Converted modules: integer codes, scales and zero points as buffers, for inference and for export to ONNX.
+
+In eager mode they compute what ONNX Runtime computes with its optimizations off: dequantized weights and bias, a
+float operation, quantize-dequantize of its result. While `torch.onnx.export` traces, they emit the ONNX operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qat.quantization.fake_quantize import dequantize, fake_quantize
+from hf_qat.quantization.layers import QATLayer
+from hf_qat.quantization.mixed_class import mix_in
+from hf_qat.quantization.packing import bias_scale, code_dtype, quantize_bias
+from hf_qat.quantization.qdq_symbolic import dequantize_linear, exporting_to_onnx, quantize_linear
+from hf_qat.quantization.quantizer import ACTIVATIONS, FakeQuantize
+from hf_qat.quantization.spec import QuantizerSpec
+
+
+class QuantizeDequantize(nn.Module):
+    """The converted quantizer.
+
+    Attributes:
+        scale (buffer): () float32.
+        zero_point (buffer): (), the dtype of the codes.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantizerSpec, scale: Tensor, zero_point: Tensor | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", scale.detach().clone())
+        zero = torch.zeros_like(scale) if zero_point is None else zero_point.detach().round()
+        self.register_buffer("zero_point", zero.to(code_dtype(spec)))
+
+    @classmethod
+    def of(cls, quantizer: FakeQuantize) -> QuantizeDequantize:
+        """The converted form of a trained quantizer."""
+        return cls(quantizer.spec, quantizer.scale, quantizer.zero_point)
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """Round `x`, after `activation`, to what the codes can represent."""
+        if activation is not None:
+            x = ACTIVATIONS[activation](x)
+        qmin, qmax = self.spec.qmin, self.spec.qmax
+        if not exporting_to_onnx():
+            return fake_quantize(x, self.scale, self.zero_point.to(torch.float32), qmin, qmax)
+        dtype = code_dtype(self.spec)
+        if self.spec.non_negative:
+            qmin = torch.iinfo(dtype).min  # nothing negative comes in: no clip needed
+        codes = quantize_linear(x, self.scale, self.zero_point, dtype, qmin, qmax)
+        return dequantize_linear(codes, self.scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        """Width, scale and zero point."""
+        kind = f"{'int' if self.spec.signed else 'uint'}{self.spec.bits}"
+        return f"{kind}, scale={float(self.scale):.6g}, zero_point={int(self.zero_point)}"
+
+
+class QuantizedLayer(nn.Module):
+    """Mixed into the class of a converted convolution or linear layer.
+
+    Attributes:
+        codes: int8 or int16, the shape of the weight; under the name `weight` in the state dict.
+        weight_scale (parameter without gradient): () or (C,) float32.
+        bias (buffer): (C,) int32, or `None`; `bias_scale` (buffer): (C,) float32, scale of the input times
+            `weight_scale`. Without a quantized input the bias is float32 and has no scale.
+        folded_norm: path, in the model, of the batch norm that was folded in; `None` if there was none.
+    """
+
+    weight_scale: Tensor
+    bias_scale: Tensor | None
+    weight_spec: QuantizerSpec
+    channel_axis: int
+    folded_norm: str | None
+    operation: Any
+    operation_args: tuple[Any, ...]
+
+    @property
+    def codes(self) -> Tensor:
+        """The integer codes of the weight."""
+        codes = self._buffers["weight"]
+        assert codes is not None
+        return codes
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in float32, dequantized: outer code reads its dtype and its shape."""
+        return dequantize(self.codes, self.weight_scale, None, self._axis(self.weight_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `compute`."""
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """(N, C_in, …) → (N, C_out, …)."""
+        if not exporting_to_onnx():
+            return self.operation(x, self.weight, self.float_bias(), *self.operation_args)
+        weight = dequantize_linear(self.codes, self.weight_scale, None, self._axis(self.weight_scale))
+        bias = self._buffers["bias"]
+        if bias is not None and self.bias_scale is not None:
+            bias = dequantize_linear(bias, self.bias_scale, None, 0 if self.bias_scale.dim() else None)
+        return self.operation(x, weight, bias, *self.operation_args)
+
+    def float_bias(self) -> Tensor | None:
+        """(C,) float32, dequantized."""
+        bias = self._buffers["bias"]
+        return bias if bias is None or self.bias_scale is None else bias.to(torch.float32) * self.bias_scale
+
+    def _axis(self, scale: Tensor) -> int | None:
+        return self.channel_axis if scale.dim() else None
+
+
+@torch.no_grad()
+def convert_layer(layer: QATLayer) -> QuantizedLayer:
+    """Exchange float weight, quantizer and batch norm for integer codes, in place.
+
+    Args:
+        layer: trained; its batch norm is folded in (and is no longer referred to). Without an input quantizer the bias
+            stays float.
+    """
+    quantizer, source = layer.weight_quantizer, layer.source_quantizer
+    input_scale = None if source is None else source.scale.detach()
+    bias, scale = layer.float_bias(), layer.device_scale().detach().clone()
+    codes, spec = layer.codes(scale), quantizer.spec
+    for name in ("weight", "bias"):
+        layer._parameters.pop(name, None)
+        layer._buffers.pop(name, None)
+    del layer._modules["weight_quantizer"]
+    for name in ("_batch_norm", "_source_quantizer", "batch_norm_frozen"):
+        del layer.__dict__[name]
+    forward = type(layer).__dict__.get("forward")
+    layer.lose_class()
+    converted = mix_in(layer, QuantizedLayer, forward)
+    converted.weight_spec = spec
+    converted.folded_norm = None
+    converted._buffers["weight"] = codes.to(code_dtype(spec))
+    # A parameter, because a Hugging Face model reads its own dtype and device off the first one that it has.
+    converted.weight_scale = nn.Parameter(scale, requires_grad=False)
+    _set_bias(converted, bias, None if input_scale is None else bias_scale(input_scale, scale))
+    return converted
+
+
+def _set_bias(layer: QuantizedLayer, bias: Tensor | None, scale: Tensor | None) -> None:
+    if bias is None:
+        scale = None
+    elif scale is not None:
+        bias = quantize_bias(bias, scale)
+    layer._buffers["bias"] = None if bias is None else bias.detach().clone()
+    layer.register_buffer("bias_scale", scale)

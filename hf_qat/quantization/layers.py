@@ -1,0 +1,247 @@
+"""Convolutions and linear layers in training: fake-quantized weight, batch norm folded into it (in two phases).
+
+Krishnamoorthi 2018 §3.2.2, Jacob et al. 2018 §3.2. With f = gamma / sigma (running) the quantized weight is q(w * f):
+
+- batch norm live: convolve with q(w * f) / f and let the batch norm itself normalise by batch statistics;
+- batch norm frozen: one convolution with q(w * f) and the bias beta + (b - mean) * f, and no batch norm.
+
+Dividing the small weight by f, not the large output, keeps batch norm's epsilon and its running statistics exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qat.quantization.fake_quantize import fake_quantize, fold_fake_quantize, quantize
+from hf_qat.quantization.mixed_class import mix_in, unmixed
+from hf_qat.quantization.packing import bias_scale, fit_weight_scale, quantize_bias
+from hf_qat.quantization.quantizer import FakeQuantize
+from hf_qat.quantization.scales import weight_scale
+from hf_qat.quantization.spec import QuantizerSpec
+
+
+#: Below this, a channel's fold factor counts as zero: dividing by it would overflow float32.
+SMALLEST_FACTOR = 1e-12
+
+
+class QATLayer(nn.Module):
+    """Mixed into the class of a convolution or linear layer by `install_layer`; parameters keep their names.
+
+    Attributes:
+        weight_quantizer: scale of the folded weight.
+        operation: the ATen operation; `operation_args`: its arguments after the bias (stride, padding, …).
+        channel_axis: the axis of the weight that output channels run along.
+        batch_norm_frozen: use running statistics although training.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_quantizer: FakeQuantize
+    operation: Callable[..., Tensor]
+    operation_args: tuple[Any, ...]
+    channel_axis: int
+    batch_norm_frozen: bool
+    # In tuples, so that neither is registered a second time, under a second name.
+    _batch_norm: tuple[nn.Module, ...]
+    _source_quantizer: tuple[FakeQuantize, ...]
+
+    @property
+    def batch_norm(self) -> nn.Module | None:
+        """The batch norm that is folded into this layer; it stays registered where the model has it."""
+        return self._batch_norm[0] if self._batch_norm else None
+
+    @property
+    def source_quantizer(self) -> FakeQuantize | None:
+        """The quantizer whose codes come in; `None` where the input is not quantized."""
+        return self._source_quantizer[0] if self._source_quantizer else None
+
+    def set_source_quantizer(self, quantizer: FakeQuantize) -> None:
+        """Say whose codes come in."""
+        self._source_quantizer = (quantizer,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `compute`."""
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """(N, C_in, …) → (N, C_out, …), batch norm included."""
+        batch_norm = self.batch_norm
+        live = isinstance(batch_norm, nn.modules.batchnorm._BatchNorm) and batch_norm.training
+        if live and not self.batch_norm_frozen:
+            assert batch_norm is not None
+            out: Tensor = batch_norm(self.operation(x, self._unfolded_weight(), self.bias, *self.operation_args))
+            return out
+        scale = self._scale() if self.training else self.device_scale()
+        weight, bias = self.folded(scale)
+        if not self.training and bias is not None:
+            bias = self._rounded_bias(bias, scale)
+        return self.operation(x, weight, bias, *self.operation_args)
+
+    def device_scale(self) -> Tensor:
+        """Scale of the weight on the device: the quantizer's, or larger where a channel's bias would not fit int32."""
+        scale, source, bias = self._scale(), self.source_quantizer, self.float_bias()
+        if source is None or bias is None:
+            return scale
+        return fit_weight_scale(scale, bias.detach(), source.scale.detach(), self.weight_quantizer.spec.power_of_two)
+
+    def _rounded_bias(self, bias: Tensor, weight_scale: Tensor) -> Tensor:
+        """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training."""
+        source = self.source_quantizer
+        if source is None or not (source.enabled and self.weight_quantizer.enabled):
+            return bias
+        scale = bias_scale(source.scale.detach(), weight_scale.detach())
+        return (quantize_bias(bias, scale).to(torch.float32) * scale).to(bias.dtype)
+
+    def fold_factor(self) -> Tensor | None:
+        """gamma / sqrt(running variance + eps), (C,), or `None` without batch norm."""
+        bn: Any = self.batch_norm
+        if bn is None:
+            return None
+        inverse = torch.rsqrt(bn.running_var + bn.eps)
+        return inverse if bn.weight is None else bn.weight * inverse
+
+    def _unfolded_weight(self) -> Tensor:
+        """q(w * f) / f, for a live batch norm; the factor itself gets no gradient: the batch norm cancels it."""
+        quantizer = self.weight_quantizer
+        if not quantizer.enabled:
+            return self.weight
+        with torch.no_grad():
+            factor = self.fold_factor()
+        assert factor is not None
+        factor = torch.where(factor.abs() < SMALLEST_FACTOR, SMALLEST_FACTOR, factor)
+        scale = self._scale()
+        return fold_fake_quantize(
+            self.weight, factor / scale, scale / factor, quantizer.spec.qmin, quantizer.spec.qmax, self.channel_axis
+        )
+
+    def folded(self, scale: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight as the device sees it, batch norm folded in and quantized at `scale` if enabled, and its bias."""
+        quantizer, factor = self.weight_quantizer, self.fold_factor()
+        qmin, qmax, axis = quantizer.spec.qmin, quantizer.spec.qmax, self.channel_axis
+        if factor is None:
+            if not quantizer.enabled:
+                return self.weight, self.bias
+            return fake_quantize(self.weight, scale, None, qmin, qmax, quantizer.spec.axis), self.bias
+        if quantizer.enabled:
+            weight = fold_fake_quantize(self.weight, factor / scale, scale, qmin, qmax, axis)
+        else:
+            weight = self.weight * self._along_channels(factor)
+        return weight, self._folded_bias(factor)
+
+    def float_bias(self) -> Tensor | None:
+        """(C,), batch norm folded in, not rounded."""
+        factor = self.fold_factor()
+        return self.bias if factor is None else self._folded_bias(factor)
+
+    def _folded_bias(self, factor: Tensor) -> Tensor:
+        bn: Any = self.batch_norm
+        mean = bn.running_mean if self.bias is None else bn.running_mean - self.bias
+        bias = -mean * factor
+        return bias if bn.bias is None else bn.bias + bias
+
+    def _scale(self) -> Tensor:
+        scale = self.weight_quantizer.scale
+        return scale.detach() if self.weight_quantizer.frozen else scale
+
+    def _along_channels(self, per_channel: Tensor) -> Tensor:
+        shape = [1] * self.weight.dim()
+        shape[self.channel_axis] = -1
+        return per_channel.view(shape)
+
+    @torch.no_grad()
+    def float_weight(self) -> Tensor:
+        """The folded weight before quantization."""
+        factor = self.fold_factor()
+        return self.weight if factor is None else self.weight * self._along_channels(factor)
+
+    @torch.no_grad()
+    def codes(self, scale: Tensor) -> Tensor:
+        """int32 codes of the folded weight at `scale`, by the very expression that training computes."""
+        spec, factor = self.weight_quantizer.spec, self.fold_factor()
+        if factor is None:
+            return quantize(self.weight, scale, None, spec.qmin, spec.qmax, spec.axis)
+        folded = self.weight * self._along_channels((factor / scale).expand(factor.shape))
+        return folded.round_().clamp_(spec.qmin, spec.qmax).to(torch.int32)
+
+    @torch.no_grad()
+    def initialize_scale(self, spec: QuantizerSpec | None = None) -> None:
+        """Set the scale of the weight by `spec` (default: the quantizer's own way, for instance least error)."""
+        self.weight_quantizer.set_qparams(weight_scale(self.float_weight(), spec or self.weight_quantizer.spec))
+
+    def channel_dim(self, output: Tensor) -> int:
+        """Axis of the channels in the output: 1 of a convolution's (0 unbatched), the last of a linear layer's."""
+        return output.dim() - 1 if self.weight.dim() == 2 else output.dim() - self.weight.dim() + 1
+
+    def lose_class(self) -> None:
+        """Take back the class that the module had before `install_layer`."""
+        self.__class__ = unmixed(type(self))
+
+    @torch.no_grad()
+    def shift_bias(self, correction: Tensor) -> bool:
+        """Add (C,) to the output by way of a bias; `False` if the layer has none to add it to."""
+        bn: Any = self.batch_norm
+        bias = self.bias if bn is None else bn.bias
+        if bias is None:
+            return False
+        bias.add_(correction.to(bias))
+        return True
+
+
+def install_layer(
+    module: nn.Module,
+    operation: Callable[..., Tensor],
+    operation_args: Sequence[Any],
+    spec: QuantizerSpec,
+    channel_axis: int,
+    batch_norm: nn.Module | None,
+    keep_forward: bool = False,
+) -> QATLayer:
+    """Make a convolution or linear layer fake-quantize its weight, in place; `initialize_scale` is still to be called.
+
+    Args:
+        module: has `weight`, and `bias` (may be `None`).
+        operation, operation_args: what the captured graph computes with it: `operation(x, weight, bias, *args)`.
+        spec: of the weight; `axis` is `channel_axis` or `None`.
+        channel_axis: output channels of the weight.
+        batch_norm: what follows it and is to be folded in.
+        keep_forward: its `forward` runs a graph that calls `compute`.
+    """
+    layer = mix_in(module, QATLayer, type(module).forward if keep_forward else None)
+    layer.operation = operation
+    layer.operation_args = tuple(operation_args)
+    layer.channel_axis = channel_axis
+    layer.batch_norm_frozen = False
+    layer._source_quantizer = ()
+    layer._batch_norm = () if batch_norm is None else (batch_norm,)
+    channels = None if spec.axis is None else layer.weight.shape[channel_axis]
+    layer.weight_quantizer = FakeQuantize(spec, channels).to(layer.weight.device)
+    return layer
+
+
+class QATBatchNorm(nn.Module):
+    """Mixed into the class of a batch norm that stays float (excluded): it can be frozen, too."""
+
+    batch_norm_frozen: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, …) → the same shape; by running statistics if frozen."""
+        if not self.batch_norm_frozen or not self.training:
+            out: Tensor = super().forward(x)
+            return out
+        bn: Any = self
+        return nn.functional.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+
+
+def install_batch_norm(module: nn.Module) -> None:
+    """Make a batch norm one that can be frozen, in place."""
+    if not isinstance(module, QATBatchNorm):
+        mix_in(module, QATBatchNorm).batch_norm_frozen = False
+
+
+def qat_layers(model: nn.Module) -> dict[str, QATLayer]:
+    """All convolutions and linear layers of a prepared model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, QATLayer)}

@@ -1,0 +1,27 @@
+"""How calibration finds the range of an activation: a registry of observers, one way to look at data each."""
+
+from hf_qat.quantization.observers.base import OBSERVERS, Observer, make_observer, register_observer
+from hf_qat.quantization.observers.distributed import synchronized_range
+from hf_qat.quantization.observers.minmax import (
+    AVERAGING_CONSTANT,
+    MinMaxObserver,
+    MovingAverageObserver,
+    moving_average,
+)
+from hf_qat.quantization.observers.mse import MSEObserver
+from hf_qat.quantization.observers.percentile import PercentileObserver
+
+
+__all__ = [
+    "AVERAGING_CONSTANT",
+    "OBSERVERS",
+    "MSEObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "Observer",
+    "PercentileObserver",
+    "make_observer",
+    "moving_average",
+    "register_observer",
+    "synchronized_range",
+]

@@ -1,0 +1,130 @@
+"""What every observer has in common: it watches the batches of a calibration and ends in a scale and a zero point.
+
+A new observer is a subclass with three methods under `@register_observer("name")`; configurations then know the name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_qat.errors import CalibrationError, ConfigError
+from hf_qat.quantization.observers import distributed
+from hf_qat.quantization.scales import scale_from_range
+from hf_qat.quantization.spec import QuantizerSpec
+
+
+class Observer(ABC):
+    """Collects, batch by batch, what it needs of one activation tensor to choose its range.
+
+    The state is small and lives on the CPU whatever the device of the data. Per tensor only: weights, which may have
+    a scale per channel, need no data and go through `scales.weight_scale`.
+    """
+
+    def __init__(self, spec: QuantizerSpec) -> None:
+        self.spec = spec
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take one calibration batch into account.
+
+        Args:
+            x: any shape, any float type and memory format; an empty tensor changes nothing.
+
+        Raises:
+            CalibrationError: `x` is not of a float type, or holds NaN or Inf.
+        """
+        if not x.is_floating_point():
+            raise CalibrationError(f"a tensor of {x.dtype} has no range to calibrate; pass real numbers (float32)")
+        if x.numel() == 0:
+            return
+        values = _in_memory_order(x.float() if x.dtype == torch.float64 else x)
+        # One transfer for both; NaN and Inf survive aminmax, so this is the whole check.
+        low, high = torch.stack(values.aminmax()).tolist()
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError(
+                f"a tensor of shape {tuple(x.shape)} has minimum {low} and maximum {high}; a range must be finite: "
+                "look for NaN or Inf in the calibration batch and in the weights"
+            )
+        self._update(values, low, high)
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of what was observed: two () float32 tensors, on the CPU.
+
+        Raises:
+            CalibrationError: nothing was observed.
+        """
+        minimum, maximum = self._range()
+        if minimum > maximum:
+            raise CalibrationError(
+                "no values were observed, so there is no range; run at least one batch through this part of the model"
+            )
+        return scale_from_range(torch.tensor(minimum), torch.tensor(maximum), self.spec)
+
+    def synchronize(self) -> None:
+        """Merge the state over all `torch.distributed` ranks: N ranks then see what one sees with N times the data.
+
+        Collective: every rank calls it once, after the last `observe`, even a rank that had no data. Without a
+        process group it does nothing.
+        """
+        if distributed.is_active():
+            self._merge_ranks()
+
+    @abstractmethod
+    def _update(self, values: Tensor, low: float, high: float) -> None:
+        """Add `values`, (n,) float32, bfloat16 or float16, n > 0, all in [low, high]."""
+
+    @abstractmethod
+    def _range(self) -> tuple[float, float]:
+        """The range to represent, finite; (inf, -inf) if nothing was observed."""
+
+    @abstractmethod
+    def _merge_ranks(self) -> None:
+        """Merge the state over the ranks of the default process group, which is there."""
+
+
+#: Every observer by its name in configurations.
+OBSERVERS: dict[str, type[Observer]] = {}
+
+_Class = TypeVar("_Class", bound=type[Observer])
+
+
+def register_observer(name: str) -> Callable[[_Class], _Class]:
+    """Class decorator that enters an `Observer` under `name`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+
+    def register(cls: _Class) -> _Class:
+        if name in OBSERVERS:
+            raise ConfigError(f"an observer named {name!r} exists already: {OBSERVERS[name].__qualname__}")
+        OBSERVERS[name] = cls
+        return cls
+
+    return register
+
+
+def make_observer(spec: QuantizerSpec) -> Observer:
+    """A fresh observer of the kind that `spec.observer` names.
+
+    Raises:
+        ConfigError: the name is not in `OBSERVERS`.
+    """
+    if spec.observer not in OBSERVERS:
+        close = difflib.get_close_matches(spec.observer, OBSERVERS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"unknown observer {spec.observer!r}; {hint}known observers: {sorted(OBSERVERS)}")
+    return OBSERVERS[spec.observer](spec)
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """All values of `x` as (n,), without a copy for any dense memory format such as channels_last."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return x.detach().permute(order).reshape(-1)

@@ -1,0 +1,92 @@
+"""The ONNX operators `QuantizeLinear` and `DequantizeLinear` as nodes of a trace that is on its way to ONNX.
+
+Nothing is computed here: the results have the right shape and dtype and hold zeros. Both stock exporters reject
+per-channel fake quantization with codes −127…127, so converted modules emit the ONNX operators themselves.
+Specification: https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_qat.errors import ExportError
+
+
+def exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export` is tracing right now; `False` in a plain `torch.export.export` and in eager mode."""
+    return torch.onnx.is_in_onnx_export()
+
+
+def quantize_linear(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype, qmin: int, qmax: int
+) -> Tensor:
+    """`QuantizeLinear` with one scale, and a `Clip` where the codes do not use the whole of `dtype`.
+
+    The clip makes codes of fewer than 8 bits ("QCDQ"). It stands in the way of a runtime's integer kernels, so give
+    the limits of `dtype` where values outside `qmin`…`qmax` cannot occur, for example after a ReLU.
+
+    Args:
+        x: any shape, float32.
+        scale: (), float32.
+        zero_point: (), `dtype`; `None` for 0.
+        dtype: of the codes: int8 or uint8; int16 or uint16, which ONNX has from opset 21 on.
+        qmin, qmax: lowest and highest code.
+
+    Returns:
+        The codes: the shape of `x`, `dtype`.
+
+    Raises:
+        ExportError: the TorchScript-based exporter is tracing.
+    """
+    zero = _zero(scale, dtype) if zero_point is None else zero_point
+    codes = _emit("QuantizeLinear", (x, scale, zero), like=x, dtype=dtype)
+    limits = torch.iinfo(dtype)
+    if qmin <= limits.min and qmax >= limits.max:
+        return codes
+    bounds = (torch.tensor(bound, dtype=dtype) for bound in (max(qmin, limits.min), min(qmax, limits.max)))
+    return _emit("Clip", (codes, *bounds), like=x, dtype=dtype)
+
+
+def dequantize_linear(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None = None) -> Tensor:
+    """`DequantizeLinear`.
+
+    Args:
+        codes: any shape; int8, uint8, int16, uint16, or int32 for a bias.
+        scale: () or, with `axis`, (C,); float32.
+        zero_point: the shape of `scale`, the dtype of `codes`; `None` for 0.
+        axis: the axis of `codes` that `scale` runs along.
+
+    Returns:
+        float32, the shape of `codes`.
+
+    Raises:
+        ExportError: the TorchScript-based exporter is tracing.
+    """
+    zero = _zero(scale, codes.dtype) if zero_point is None else zero_point
+    return _emit("DequantizeLinear", (codes, scale, zero), like=codes, dtype=torch.float32, axis=axis)
+
+
+def _zero(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A zero point of 0. Never left out: without it `QuantizeLinear` means uint8."""
+    return torch.zeros(scale.shape, dtype=dtype, device=scale.device)
+
+
+def _emit(
+    operator: str,
+    inputs: tuple[Tensor, ...],
+    *,
+    like: Tensor,
+    dtype: torch.dtype,
+    axis: int | None = None,
+) -> Tensor:
+    """One node of the default ONNX domain, at the opset that the export asks for."""
+    if torch.jit.is_tracing():
+        raise ExportError(
+            f"{operator} cannot be written by the TorchScript-based exporter: call torch.onnx.export with "
+            "dynamo=True, which is its default, or hf_qat.export_onnx."
+        )
+    attributes = {} if axis is None else {"axis": axis}
+    out = torch.onnx.ops.symbolic(operator, inputs, {**attributes}, dtype=dtype, shape=like.shape)
+    # While tracing, the result is said to be on the CPU, wherever the inputs are. The copy leaves no node in the file.
+    return out if out.device == like.device else out.to(like.device)

@@ -1,0 +1,182 @@
+"""`FakeQuantize`: one quantizer, its scale and zero point as learned parameters or as buffers, and its switches.
+
+A learned scale is kept as its logarithm (TQT, Jain et al. 2019, §3.2): it stays positive whatever the optimizer does,
+and a step of Adam changes every scale by the same ratio. Its gradient is LSQ's, by the chain rule.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hf_qat.errors import CalibrationError
+from hf_qat.quantization.fake_quantize import fake_quantize
+from hf_qat.quantization.observers import AVERAGING_CONSTANT, Observer, make_observer, synchronized_range
+from hf_qat.quantization.scales import scale_from_range
+from hf_qat.quantization.spec import QuantizerSpec
+
+
+#: Activations that a quantizer with zero_point 0 and qmin 0 computes by clamping.
+ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6}
+
+
+class FakeQuantize(nn.Module):
+    """Rounds a tensor to the values that its integer codes can represent; the codes themselves stay implicit.
+
+    Args:
+        spec: what the codes are.
+        channels: number of scales, `None` for one.
+        scale_limit: upper bound of the scale: a quantizer that computes ReLU6 must not reach beyond 6.
+
+    Attributes:
+        enabled: quantize at all.
+        frozen: scale and zero point no longer change.
+        observer: collects the range while calibrating, else `None`.
+        observed (buffer): int64, number of batches seen; 0 means that the ranges are still to be collected.
+    """
+
+    log2_scale: Tensor
+    offset: Tensor
+    observed: Tensor
+    range_min: Tensor
+    range_max: Tensor
+
+    def __init__(self, spec: QuantizerSpec, channels: int | None = None, scale_limit: float | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.scale_limit = scale_limit
+        self.enabled = True
+        self.frozen = False
+        self.observer: Observer | None = None
+        self.learned = spec.learned and spec.fixed_scale is None
+        shape = () if channels is None else (channels,)
+        self._add("log2_scale", torch.full(shape, math.log2(spec.fixed_scale or 1.0)))
+        if not spec.symmetric:
+            # In units of the whole range, so that a step of the optimizer means the same at 4 and at 8 bits.
+            self._add("offset", torch.tensor(0.5))
+        if self.tracks_range:
+            self.register_buffer("range_min", torch.tensor(0.0))
+            self.register_buffer("range_max", torch.tensor(0.0))
+        self.register_buffer("observed", torch.tensor(0, dtype=torch.int64))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if self.learned:
+            self.register_parameter(name, nn.Parameter(value))
+        else:
+            self.register_buffer(name, value)
+
+    @property
+    def tracks_range(self) -> bool:
+        """Whether training goes on following the range of what passes (a moving average)."""
+        return self.spec.observer == "moving_average" and not self.spec.learned and self.spec.fixed_scale is None
+
+    @property
+    def scale(self) -> Tensor:
+        """() or (C,) float32, positive; differentiable where learned."""
+        exponent = self.log2_scale
+        if self.spec.power_of_two:
+            exponent = exponent + (exponent.detach().round() - exponent.detach())
+        scale = torch.exp2(exponent)
+        if self.scale_limit is not None and not self.learned:
+            scale.clamp_(max=self.scale_limit)
+        elif self.scale_limit is not None:
+            # Straight through: above the limit the gradient must still be able to lead back.
+            scale = scale + (scale.detach().clamp(max=self.scale_limit) - scale.detach())
+        return scale
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        """() float32, rounded where used; `None` for 0."""
+        if self.spec.symmetric:
+            return None
+        span = self.spec.qmax - self.spec.qmin
+        return self.offset.clamp(0.0, 1.0) * span + self.spec.qmin
+
+    @torch.no_grad()
+    def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Set the scale, () or (C,), and the zero point, in codes; a fixed scale stays."""
+        if self.spec.fixed_scale is None:
+            self.log2_scale.copy_(torch.log2(scale.to(self.log2_scale)))
+        if zero_point is not None and not self.spec.symmetric:
+            span = self.spec.qmax - self.spec.qmin
+            self.offset.copy_((zero_point.to(self.offset) - self.spec.qmin) / span)
+
+    def start_observing(self) -> None:
+        """Collect ranges from what passes, in float, until `finish_observing`."""
+        self.observer = None if self.spec.fixed_scale is not None else make_observer(self.spec)
+
+    def finish_observing(self, path: str) -> None:
+        """Set scale and zero point by what was collected, over all ranks.
+
+        Raises:
+            CalibrationError: nothing passed, or values that are not finite; `path` names the quantizer.
+        """
+        observer, self.observer = self.observer, None
+        if observer is None:
+            self.observed.fill_(1)
+            return
+        try:
+            observer.synchronize()
+            scale, zero_point = observer.qparams()
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error}") from error
+        self.set_qparams(scale, zero_point)
+        if self.tracks_range:
+            self._remember_range(scale, zero_point)
+        self.observed.fill_(1)
+
+    @torch.no_grad()
+    def _remember_range(self, scale: Tensor, zero_point: Tensor) -> None:
+        self.range_min.copy_((self.spec.qmin - zero_point) * scale)
+        self.range_max.copy_((self.spec.qmax - zero_point) * scale)
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """Fake-quantize `x`, after `activation`, which costs nothing where the clamp computes it."""
+        if self.observer is not None or not self.enabled:
+            x = x if activation is None else ACTIVATIONS[activation](x)
+            if self.observer is not None:
+                self.observer.observe(x.detach())
+            return x
+        if activation is not None and not self.absorbs(activation):
+            x = ACTIVATIONS[activation](x)
+        if self.training and not self.frozen and self.tracks_range:
+            self._follow(x.detach())
+        scale, zero_point = self.scale, self.zero_point
+        if self.frozen:
+            scale, zero_point = scale.detach(), None if zero_point is None else zero_point.detach()
+        return fake_quantize(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
+
+    def absorbs(self, activation: str) -> bool:
+        """Whether clamping the codes at 0 (and at `scale_limit`) is the activation, in value and gradient."""
+        lower = self.spec.qmin == 0 and self.spec.symmetric
+        return lower and (activation == "relu" or self.scale_limit is not None)
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Move the running range towards that of `x`, alike on all ranks, and set the scale by it."""
+        high = x.amax()
+        # Codes from 0 on say nothing of what is below. Two reductions are faster than `aminmax` on a CPU.
+        low = torch.zeros_like(high) if self.spec.symmetric and self.spec.qmin == 0 else x.amin()
+        low, high = synchronized_range(low.float(), high.float())
+        weight = (1 - self.observed).clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
+        self.range_min.lerp_(low, weight)
+        self.range_max.lerp_(high, weight)
+        self.observed.add_(1)
+        self.set_qparams(*scale_from_range(self.range_min, self.range_max, self.spec))
+
+    def extra_repr(self) -> str:
+        """The spec in a line: `uint8, per tensor, learned`."""
+        spec = self.spec
+        kind = f"{'int' if spec.signed else 'uint'}{spec.bits}"
+        parts = [kind, "per tensor" if spec.axis is None else "per channel"]
+        parts += ["affine"] if not spec.symmetric else []
+        parts += ["power of two"] if spec.power_of_two else []
+        parts += [f"fixed scale {spec.fixed_scale}"] if spec.fixed_scale else ["learned"] if self.learned else []
+        return ", ".join(parts)
+
+
+def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
+    """All quantizers of `model`, by path, in the order of its modules."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FakeQuantize)}

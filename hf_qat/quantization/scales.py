@@ -1,0 +1,184 @@
+"""From numbers to scales: the scale and zero point of a range, and the scales of a weight.
+
+Affine and symmetric ranges: Jacob et al. 2018, §2.1 and §3; ONNX `QuantizeLinear`. Weight scales of least squared
+error: as in Banner et al. 2019 and Nagel et al. 2021 (§3.1), by search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_qat.errors import CalibrationError, ConfigError
+from hf_qat.quantization.spec import QuantizerSpec
+
+
+#: Lower bound of every scale: `x / scale` stays finite up to |x| = 2**87, and the product of two scales, which is the
+#: scale of a bias, stays a normal float32 (2**-80).
+SMALLEST_SCALE = 2.0**-40
+
+#: Upper bound of every scale: 16-bit codes times the scale stay finite.
+LARGEST_SCALE = 2.0**110
+
+#: First pass of every clipping search, as fractions of the largest magnitude: 1 down to 1/32.
+CLIPPING_FRACTIONS = tuple(2.0 ** (-step / 2) for step in range(11))
+
+#: Second pass, around the best of the first. Measured against 700 fractions on normal, Laplace and Student-t(3)
+#: weights in channels of 64 to 200 000 values: at most 1 % more squared error at 2, 3 and 4 bits, where the best
+#: fraction lies between 0.02 and 1, and 2 % at 8 bits beyond 1 000 values a channel. Fractions near 1 would do for
+#: those channels, but one scale for a whole heavy-tailed tensor clips far below its maximum even at 8 bits.
+REFINING_FACTORS = tuple(2.0 ** (step / 16) for step in range(-8, 9))
+
+#: The first and only pass for power-of-two scales, from the one that clips nothing.
+POWERS_OF_TWO = tuple(2.0**-step for step in range(7))
+
+#: Share of the magnitudes of each channel that the `"percentile"` scale represents without clipping.
+WEIGHT_PERCENTILE = 0.999
+
+#: Weights handled at a time, so that all passes over them stay in cache.
+BLOCK = 2**16
+
+
+def scale_from_range(minimum: Tensor, maximum: Tensor, spec: QuantizerSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that represent [minimum, maximum].
+
+    The range is widened to contain 0, and an empty one, [0, 0], is taken as [0, 1], which leaves the tensor room to
+    become something in training and the biases that use its scale room in int32. Then
+
+        affine:     scale = (maximum - minimum) / (qmax - qmin),  zero_point = clamp(round(qmin - minimum / scale))
+        symmetric:  scale = max(minimum / qmin if qmin < 0, maximum / qmax),  zero_point = 0
+
+    A power-of-two scale is rounded up; a fixed scale is kept as it is.
+
+    Args:
+        minimum, maximum: () or (C,), finite.
+        spec: the quantizer; its `axis` and `observer` play no role here.
+
+    Returns:
+        `(scale, zero_point)`, float32, shaped like `minimum`. Scales lie in [SMALLEST_SCALE, LARGEST_SCALE].
+    """
+    low, high = minimum.float().clamp(max=0.0), maximum.float().clamp(min=0.0)
+    high = torch.where(high == low, torch.ones_like(high), high)
+    if spec.fixed_scale is not None:
+        scale = torch.full_like(low, spec.fixed_scale)
+    else:
+        scale = _covering_scale(low, high, spec).clamp(SMALLEST_SCALE, LARGEST_SCALE)
+        scale = _next_power_of_two(scale) if spec.power_of_two else scale
+    if spec.symmetric:
+        return scale, torch.zeros_like(scale)
+    return scale, torch.round(spec.qmin - low / scale).clamp(spec.qmin, spec.qmax)
+
+
+def weight_scale(weight: Tensor, spec: QuantizerSpec) -> Tensor:
+    """Scale of a symmetrically quantized weight, per channel where `spec.axis` names one, by `spec.observer`.
+
+    `"minmax"` and `"moving_average"` represent the largest magnitude, `"percentile"` clips 0.1 % of the magnitudes,
+    and `"mse"` clips where the squared error of the quantized weight is least. A channel of zeros gets the scale of
+    the largest magnitude in the whole weight, so that its bias, in units of that scale, still fits int32.
+
+    Args:
+        weight: any shape, any float type.
+        spec: the quantizer: `axis`, the code range, `power_of_two`, `observer`.
+
+    Returns:
+        () or (C,), float32, on the device of `weight`.
+
+    Raises:
+        CalibrationError: the weight holds NaN or Inf.
+        ConfigError: no rule for weights is called `spec.observer`.
+    """
+    if spec.observer not in WEIGHT_SCALES:
+        raise ConfigError(
+            f"observer {spec.observer!r} has no rule for the scale of a weight; choose one of {sorted(WEIGHT_SCALES)}"
+        )
+    with torch.no_grad():
+        rows = _rows(weight.detach().float(), spec.axis)
+        if not torch.stack(rows.aminmax()).isfinite().all():
+            raise CalibrationError(
+                f"a weight of shape {tuple(weight.shape)} holds NaN or Inf, so it has no scale; "
+                "check the checkpoint it came from"
+            )
+        scale = WEIGHT_SCALES[spec.observer](rows, spec)
+        return scale if spec.axis is not None else scale.squeeze(0)
+
+
+def _covering_scale(low: Tensor, high: Tensor, spec: QuantizerSpec) -> Tensor:
+    if not spec.symmetric:
+        # Halves, because high - low may overflow; exact, because 2 is a power of two.
+        return (high / 2 - low / 2) / ((spec.qmax - spec.qmin) / 2)
+    scale = high / spec.qmax
+    return torch.maximum(scale, low / spec.qmin) if spec.qmin < 0 else scale
+
+
+def _next_power_of_two(scale: Tensor) -> Tensor:
+    """Smallest power of two ≥ `scale`, without the rounding of a logarithm: scale = mantissa * 2**exponent."""
+    mantissa, exponent = torch.frexp(scale)  # 0.5 <= mantissa < 1
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    return torch.ldexp(torch.ones_like(scale), exponent)
+
+
+def _rows(weight: Tensor, axis: int | None) -> Tensor:
+    """One row per scale: (1, numel) or (C, numel / C)."""
+    return weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1)
+
+
+def _scale_of_magnitudes(low: Tensor, high: Tensor, spec: QuantizerSpec) -> Tensor:
+    """`scale_from_range`, with rows of zeros given the widest range of all rows."""
+    empty = low == high
+    low = torch.where(empty, low.min(), low)
+    high = torch.where(empty, high.max(), high)
+    return scale_from_range(low, high, spec)[0]
+
+
+def _absmax_scale(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+    low, high = torch.aminmax(rows, dim=1)
+    return _scale_of_magnitudes(low.clamp(max=0.0), high.clamp(min=0.0), spec)
+
+
+def _percentile_scale(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+    kept = math.ceil(WEIGHT_PERCENTILE * rows.shape[1])
+    bound = rows.abs().kthvalue(kept, dim=1).values
+    low, high = torch.aminmax(rows, dim=1)
+    # A row that is mostly zeros has no percentile to clip at.
+    bound = torch.where(bound > 0, bound, torch.maximum(high, -low))
+    return _scale_of_magnitudes(low.clamp(max=0.0).maximum(-bound), high.clamp(min=0.0).minimum(bound), spec)
+
+
+def _mse_scale(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+    largest = _absmax_scale(rows, spec)
+    if spec.power_of_two:
+        return _best_scale(rows, largest, POWERS_OF_TWO, spec)
+    first = _best_scale(rows, largest, CLIPPING_FRACTIONS, spec)
+    return _best_scale(rows, first, REFINING_FACTORS, spec)
+
+
+def _best_scale(rows: Tensor, base: Tensor, factors: tuple[float, ...], spec: QuantizerSpec) -> Tensor:
+    """Per row, the `base * factor` of least squared error."""
+    candidates = torch.outer(base.new_tensor(factors), base).clamp_(SMALLEST_SCALE, LARGEST_SCALE)
+    errors = _squared_errors(rows, candidates, spec)
+    return candidates.gather(0, errors.argmin(dim=0, keepdim=True)).squeeze(0)
+
+
+def _squared_errors(rows: Tensor, scales: Tensor, spec: QuantizerSpec) -> Tensor:
+    """Sum of squared errors of `rows`, (C, n), quantized with each of `scales`, (K, C): (K, C)."""
+    errors = torch.zeros_like(scales)
+    height = max(1, BLOCK // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], height):
+        band = slice(start, start + height)
+        for block in torch.split(rows[band], BLOCK, dim=1):
+            for total, scale in zip(errors[:, band], scales[:, band].unsqueeze(2), strict=True):
+                error = torch.div(block, scale).round_().clamp_(spec.qmin, spec.qmax).mul_(scale).sub_(block)
+                total += error.square_().sum(dim=1)
+    return errors
+
+
+#: How to find the scale of each row of a weight, by the name of the observer.
+WEIGHT_SCALES: dict[str, Callable[[Tensor, QuantizerSpec], Tensor]] = {
+    "minmax": _absmax_scale,
+    "moving_average": _absmax_scale,
+    "percentile": _percentile_scale,
+    "mse": _mse_scale,
+}

@@ -1,0 +1,412 @@
+"""The op against numpy, against ONNX Runtime, and its gradients against the papers' formulas in float64."""
+
+from functools import cache
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from hf_qat.quantization.fake_quantize import dequantize, fake_quantize, fold_fake_quantize, quantize
+
+
+RANGES = {
+    "int8": (-128, 127),
+    "uint8": (0, 255),
+    "int16": (-32768, 32767),
+    "uint16": (0, 65535),
+    "narrow int8": (-127, 127),
+    "uint4": (0, 15),
+    "int2": (-2, 1),
+}
+
+
+# --- Values ----------------------------------------------------------------------------------------------------------
+
+
+def along(parameter: np.ndarray, x: np.ndarray, axis: int | None) -> np.ndarray:
+    if parameter.ndim == 0:
+        return parameter
+    assert axis is not None
+    return np.expand_dims(parameter, [d for d in range(x.ndim) if d != axis % x.ndim])
+
+
+def onnx_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, low: int, high: int) -> np.ndarray:
+    """The specification of QuantizeLinear, in float32 as it stands there; parameters broadcast."""
+    with np.errstate(over="ignore"):
+        return np.clip(np.rint(x / scale) + zero_point, low, high).astype(np.int32)
+
+
+def onnx_values(codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray) -> np.ndarray:
+    """The specification of DequantizeLinear."""
+    return (codes - zero_point.astype(np.int32)).astype(np.float32) * scale
+
+
+@cache
+def onnx_runtime_session(code: str, axis: int | None) -> onnxruntime.InferenceSession:
+    """x → QuantizeLinear → DequantizeLinear, with the scale and the zero point as inputs; 16 bits need opset 21."""
+    opset, ir = (21, 10) if code.endswith("16") else (17, 8)
+    kind = getattr(TensorProto, code.upper())
+    rank = 0 if axis is None else 1
+    attributes = {} if axis is None else {"axis": axis}
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"], **attributes),
+            helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["y"], **attributes),
+        ],
+        "qdq",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["a", "b", "c"]),
+            helper.make_tensor_value_info("scale", TensorProto.FLOAT, ["n"] * rank),
+            helper.make_tensor_value_info("zero", kind, ["n"] * rank),
+        ],
+        [
+            helper.make_tensor_value_info("codes", kind, ["a", "b", "c"]),
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, ["a", "b", "c"]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir)
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def bits(x: np.ndarray) -> np.ndarray:
+    """Of float32, with one zero: codes have no sign of zero, floats do."""
+    return (x + np.float32(0)).view(np.int32)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, scale: np.ndarray, high: int) -> np.ndarray:
+    """(3, 4, 5) float32 of all that could go wrong for `scale`, (): ties, denormals, saturation, plain values."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    plain = rng.standard_normal(20) * float(scale) * draw(st.sampled_from([0.3, 40.0, 1e5]))
+    ties = (rng.integers(-high - 4, high + 5, 20) + 0.5) * float(scale)
+    nudged = np.nextafter(ties[:10].astype(np.float32), rng.choice([-np.inf, np.inf], 10).astype(np.float32))
+    special = [0.0, -0.0, 1e-45, -1e-45, 1.1e-38, -9e-39, 3.4e38, -3.4e38, np.inf, -np.inf]
+    return rng.permutation(np.concatenate([plain, ties, nudged, special])).astype(np.float32).reshape(3, 4, 5)
+
+
+scales = st.floats(2.0**-40, 2.0**20, width=32).map(np.float32)
+
+
+@st.composite
+def cases(draw: st.DrawFn, axis: int | None, low: int, high: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`(x, scale, zero_point)`; per channel along `axis` of `x`, if given."""
+    if axis is None:
+        scale = np.asarray(draw(scales))
+        return draw(tensors(scale, high)), scale, np.asarray(draw(st.integers(low, high)))
+    parts = [draw(cases(None, low, high)) for _ in range((3, 4, 5)[axis])]
+    x = np.stack([part[0].take(i, axis) for i, part in enumerate(parts)], axis)
+    return x, np.stack([part[1] for part in parts]), np.stack([part[2] for part in parts])
+
+
+def run(
+    x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None, low: int, high: int, axis: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Our codes and our fake-quantized values."""
+    zero = None if zero_point is None else torch.tensor(zero_point, dtype=torch.float32)
+    arguments = torch.from_numpy(x), torch.tensor(scale), zero, low, high, axis
+    codes = quantize(*arguments)
+    assert codes.dtype == torch.int32
+    values = fake_quantize(*arguments)
+    np.testing.assert_array_equal(dequantize(codes, torch.tensor(scale), zero, axis).numpy(), values.numpy())
+    return codes.numpy(), values.numpy()
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, 2], ids=["per tensor", "axis 0", "axis 1", "axis 2"])
+@pytest.mark.parametrize("code", ["int8", "uint8", "int16", "uint16"])
+@given(data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_codes_and_values_are_those_of_onnx_runtime_and_of_numpy_bit_for_bit(code, axis, data):
+    low, high = RANGES[code]
+    x, scale, zero_point = data.draw(cases(axis, low, high))
+    codes, values = run(x, scale, zero_point, low, high, axis)
+
+    feed = {"x": x, "scale": scale, "zero": zero_point.astype(code)}
+    runtime_codes, runtime_values = onnx_runtime_session(code, axis).run(None, feed)
+    np.testing.assert_array_equal(codes, runtime_codes.astype(np.int32))
+    np.testing.assert_array_equal(bits(values), bits(runtime_values))
+
+    wide_scale, wide_zero = along(scale, x, axis), along(zero_point, x, axis)
+    expected = onnx_codes(x, wide_scale, wide_zero, low, high)
+    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_array_equal(bits(values), bits(onnx_values(expected, wide_scale, wide_zero)))
+
+
+@pytest.mark.parametrize("kind", ["narrow int8", "uint4", "int2"])
+@pytest.mark.parametrize("axis", [None, 1, -1])
+@given(data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_other_ranges_of_codes_are_those_of_numpy(kind, axis, data):
+    low, high = RANGES[kind]
+    x, scale, _ = data.draw(cases(axis, low, high))
+    codes, values = run(x, scale, None, low, high, axis)
+    wide, zero = along(scale, x, axis), np.asarray(0)
+    expected = onnx_codes(x, wide, zero, low, high)
+    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_array_equal(bits(values), bits(onnx_values(expected, wide, zero)))
+
+
+def test_ties_go_to_the_even_code_and_the_rest_saturates():
+    x = torch.tensor([-9.0, -1.25, -0.75, -0.25, 0.25, 0.75, 1.25, 9.0])
+    assert quantize(x, torch.tensor(0.5), torch.tensor(1.0), -3, 4).tolist() == [-3, -1, -1, 1, 1, 3, 3, 4]
+    assert fake_quantize(x, torch.tensor(0.5), torch.tensor(1.0), -3, 4).tolist() == [-2, -1, -1, 0, 0, 1, 1, 1.5]
+
+
+def test_a_fractional_zero_point_is_rounded():
+    x = torch.linspace(-3, 3, 101)
+    exact, fractional = (fake_quantize(x, torch.tensor(0.02), torch.tensor(z), 0, 255) for z in (128.0, 127.7))
+    assert torch.equal(exact, fractional)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    scale = torch.tensor(0.013, requires_grad=True)
+    out = fake_quantize(x, scale, None, -128, 127)
+    assert out.dtype == dtype
+    assert torch.equal(out, fake_quantize(x.float(), scale, None, -128, 127).to(dtype))
+    out.sum().backward()
+    assert x.grad.dtype == dtype and scale.grad.dtype == torch.float32
+
+
+# --- Gradients -------------------------------------------------------------------------------------------------------
+# The oracle: float64 throughout, but for the codes, which float32 defines.
+
+SHAPE = (6, 5, 4, 3)
+PLACES = {"per tensor": None, "axis 0": 0, "axis 1": 1, "last axis": -1}
+
+
+def random_case(axis: int | None, low: int, high: int, affine: bool) -> dict[str, np.ndarray]:
+    """x, with a tenth or more beyond either end of the range, its scale, zero point and an incoming gradient."""
+    rng = np.random.default_rng(7)
+    channels = () if axis is None else (SHAPE[axis],)
+    scale = rng.uniform(0.02, 0.05, channels).astype(np.float32)
+    zero = rng.integers(low + (high - low) // 3, high - (high - low) // 3, channels) if affine else np.zeros(channels)
+    codes = rng.uniform(low - 0.2 * (high - low) - 1, high + 0.2 * (high - low) + 1, SHAPE)
+    zero = np.asarray(zero, dtype=np.float32)
+    x = (codes - along(zero, codes, axis)) * along(scale, codes, axis)
+    return {
+        "x": x.astype(np.float32),
+        "scale": scale,
+        "zero": zero,
+        "g": rng.standard_normal(SHAPE).astype(np.float32),
+    }
+
+
+def our_gradients(case: dict[str, np.ndarray], low: int, high: int, axis: int | None, affine: bool, **options: float):
+    x, scale, zero = (torch.tensor(case[name], requires_grad=True) for name in ("x", "scale", "zero"))
+    out = fake_quantize(x, scale, zero if affine else None, low, high, axis, **options)
+    out.backward(torch.tensor(case["g"]))
+    return x.grad, scale.grad, zero.grad
+
+
+def sum_to(values: np.ndarray, parameter: np.ndarray, axis: int | None) -> np.ndarray:
+    if parameter.ndim == 0:
+        return values.sum()
+    return values.sum(tuple(d for d in range(values.ndim) if d != axis % values.ndim))
+
+
+def close(ours: torch.Tensor, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("axis", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("kind", ["narrow int8", "uint8", "uint4", "int2"])
+def test_gradients_without_zero_point_are_those_of_lsq(kind, axis):
+    low, high = RANGES[kind]
+    case = random_case(axis, low, high, affine=False)
+    dx, dscale, dzero = our_gradients(case, low, high, axis, affine=False)
+    # Esser et al. 2020, eq. 3 (d v_hat / d s) and eq. 5 (d v_hat / d v), with -Q_N = low and Q_P = high.
+    ratio = (case["x"] / along(case["scale"], case["x"], axis)).astype(np.float64)
+    inside = (low < ratio) & (ratio < high)
+    eq3 = np.where(inside, np.rint(ratio) - ratio, np.where(ratio <= low, low, high))
+    g = case["g"].astype(np.float64)
+    assert 0.1 < inside.mean() < 0.9
+    np.testing.assert_array_equal(dx.numpy(), np.where(inside, case["g"], 0))
+    close(dscale, sum_to(g * eq3, case["scale"], axis))
+    assert dzero is None
+
+
+@pytest.mark.parametrize("axis", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("kind", ["int8", "uint8", "uint4"])
+def test_gradients_with_zero_point_are_those_of_lsq_plus_by_the_chain_rule(kind, axis):
+    low, high = RANGES[kind]
+    case = random_case(axis, low, high, affine=True)
+    dx, dscale, dzero = our_gradients(case, low, high, axis, affine=True)
+    # Bhalgat et al. 2020: x_hat = clamp(round((x - beta) / s), n, p) * s + beta has, inside the range,
+    # d/ds = round(u) - u with u = (x - beta) / s and d/dbeta = 0; where it saturates d/ds = n or p and d/dbeta = 1.
+    # Here beta = -zero_point * s.
+    s, z = (along(case[name].astype(np.float64), case["x"], axis) for name in ("scale", "zero"))
+    u = (case["x"] / along(case["scale"], case["x"], axis)).astype(np.float64) + z
+    inside = (low < u) & (u < high)
+    g = case["g"].astype(np.float64)
+    by_scale = g * np.where(inside, np.rint(u) - u, np.where(u <= low, low, high))
+    by_beta = g * np.where(inside, 0.0, 1.0)
+    np.testing.assert_array_equal(dx.numpy(), np.where(inside, case["g"], 0))
+    close(dscale, sum_to(by_scale - z * by_beta, case["scale"], axis))
+    close(dzero, sum_to(-s * by_beta, case["zero"], axis))
+
+
+def central_difference(function, parameter: np.ndarray, step: float) -> np.ndarray:
+    gradient = np.zeros_like(parameter)
+    for index in np.ndindex(parameter.shape):
+        shifted = [parameter.copy(), parameter.copy()]
+        shifted[0][index] += step
+        shifted[1][index] -= step
+        gradient[index] = (function(shifted[0]) - function(shifted[1])) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("axis", PLACES.values(), ids=PLACES)
+def test_gradients_are_finite_differences_once_the_rounding_is_held_still(axis):
+    """Straight-through means: a rounding adds a constant. With those constants frozen the op has true derivatives."""
+    low, high = RANGES["uint8"]
+    case = random_case(axis, low, high, affine=True)
+    x, scale, zero, g = (case[name].astype(np.float64) for name in ("x", "scale", "zero", "g"))
+    ratio = x / along(scale, x, axis)
+    rounding = np.rint(ratio) - ratio
+
+    def loss(x: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> float:
+        s, z = along(scale, x, axis), along(zero, x, axis)
+        y = x / s
+        inside = (low - z < y) & (y < high - z)
+        return float((g * np.where(inside, y + rounding, np.clip(y, low - z, high - z)) * s).sum())
+
+    # No value may cross an end of the range on the way.
+    edge = np.minimum(np.abs(ratio - (low - along(zero, x, axis))), np.abs(ratio - (high - along(zero, x, axis))))
+    assert edge.min() > 1e-4
+    dx, dscale, dzero = our_gradients(case, low, high, axis, affine=True)
+    close(dscale, central_difference(lambda s: loss(x, s, zero), scale, 1e-8))
+    close(dzero, central_difference(lambda z: loss(x, scale, z), zero, 1e-5))
+    close(dx, central_difference(lambda v: loss(v, scale, zero), x, 1e-7))
+
+
+def test_the_gradient_scale_multiplies_the_gradients_of_scale_and_zero_point_only():
+    case = random_case(None, 0, 255, affine=True)
+    plain = our_gradients(case, 0, 255, None, affine=True)
+    scaled = our_gradients(case, 0, 255, None, affine=True, gradient_scale=0.125)
+    assert torch.equal(scaled[0], plain[0])
+    torch.testing.assert_close(scaled[1], plain[1] / 8)
+    torch.testing.assert_close(scaled[2], plain[2] / 8)
+
+
+def test_the_gradient_is_zero_from_the_ends_of_the_range_on():
+    x = torch.tensor([-1.5, -1.0, -0.99, 0.0, 0.99, 1.0, 1.5], requires_grad=True)
+    scale = torch.tensor(0.5, requires_grad=True)
+    fake_quantize(x, scale, None, -2, 2).sum().backward()
+    assert x.grad.tolist() == [0, 0, 1, 1, 1, 0, 0]
+    # -2, -2, -2 + 1.98, 0, 2 - 1.98, 2, 2
+    assert float(scale.grad) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("wanted", ["x", "scale", "zero"])
+def test_each_gradient_can_be_asked_for_alone(wanted):
+    case = random_case(1, 0, 255, affine=True)
+    together = dict(zip(("x", "scale", "zero"), our_gradients(case, 0, 255, 1, affine=True), strict=True))
+    x, scale, zero = (torch.tensor(case[name], requires_grad=name == wanted) for name in ("x", "scale", "zero"))
+    fake_quantize(x, scale, zero, 0, 255, 1).backward(torch.tensor(case["g"]))
+    assert torch.equal({"x": x, "scale": scale, "zero": zero}[wanted].grad, together[wanted])
+
+
+def test_memory_format_and_expanded_gradients_make_no_difference():
+    case = random_case(None, -128, 127, affine=False)
+    case["g"] = np.ones_like(case["g"])
+    expected = our_gradients(case, -128, 127, None, affine=False)
+    x = torch.tensor(case["x"]).to(memory_format=torch.channels_last).requires_grad_()
+    scale = torch.tensor(case["scale"], requires_grad=True)
+    fake_quantize(x, scale, None, -128, 127).sum().backward()
+    assert torch.equal(x.grad, expected[0])
+    torch.testing.assert_close(scale.grad, expected[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0], ids=["centred gradients", "gradients of one sign"])
+@pytest.mark.parametrize("axis", [None, 0], ids=["per tensor", "per channel"])
+def test_a_million_values_sum_up_to_the_float64_gradient_of_the_scale(mean, axis):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((8, 2**17)).astype(np.float32)
+    g = (rng.standard_normal(x.shape) + mean).astype(np.float32)
+    scale = torch.full(() if axis is None else (8,), 3.0 / 127, requires_grad=True)
+    fake_quantize(torch.from_numpy(x), scale, None, -127, 127, axis).backward(torch.from_numpy(g))
+    ratio = (x / np.float32(3.0 / 127)).astype(np.float64)
+    terms = g * np.where(np.abs(ratio) < 127, np.rint(ratio) - ratio, np.sign(ratio) * 127)
+    expected = terms.sum() if axis is None else terms.sum(1)
+    # What float32 may lose, against the spread of the sum itself: sqrt(n) times the root mean square of a term.
+    spread = np.sqrt((terms**2).sum(None if axis is None else 1))
+    assert (np.abs(scale.grad.numpy() - expected) < 0.01 * spread).all()
+
+
+# --- Folded weights --------------------------------------------------------------------------------------------------
+
+FOLDS = {
+    "per channel": ((6,), (6,), 0),
+    "transposed convolution": ((5,), (5,), 1),
+    "one scale for the folded weight": ((6,), (), 0),
+    "one multiplier": ((), (5,), 1),
+    "one of each": ((), (), 0),
+}
+
+
+def fold_case(fold: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Weight, multiplier (of either sign), step and incoming gradient."""
+    multipliers, steps, _ = FOLDS[fold]
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal(SHAPE)
+    multiplier = rng.uniform(2, 5, multipliers) * rng.choice([-1, 1], multipliers)
+    step = rng.uniform(0.1, 0.4, steps)
+    return tuple(np.asarray(v, dtype=np.float32) for v in (weight, multiplier, step, rng.standard_normal(SHAPE)))
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_the_folded_weight_is_that_of_numpy(fold):
+    weight, multiplier, step, _ = fold_case(fold)
+    axis = FOLDS[fold][2]
+    ours = fold_fake_quantize(*map(torch.tensor, (weight, multiplier, step)), -7, 7, axis).numpy()
+    codes = np.clip(np.rint(weight * along(multiplier, weight, axis)), -7, 7)
+    np.testing.assert_array_equal(bits(ours), bits(codes * along(step, weight, axis)))
+    assert 0.02 < (np.abs(codes) == 7).mean() < 0.6
+
+
+@pytest.mark.parametrize("fold", FOLDS)
+def test_gradients_of_the_folded_weight_are_those_of_the_formula(fold):
+    weight, multiplier, step, g = fold_case(fold)
+    axis = FOLDS[fold][2]
+    ours = [torch.tensor(v, requires_grad=True) for v in (weight, multiplier, step)]
+    fold_fake_quantize(*ours, -7, 7, axis).backward(torch.tensor(g))
+    y = (weight * along(multiplier, weight, axis)).astype(np.float64)
+    inside = np.abs(y) < 7
+    weight, multiplier, step, g = (v.astype(np.float64) for v in (weight, multiplier, step, g))
+    m, s = along(multiplier, weight, axis), along(step, weight, axis)
+    close(ours[0].grad, np.where(inside, g * m * s, 0))
+    close(ours[1].grad, sum_to(np.where(inside, g * weight * s, 0), multiplier, axis))
+    close(ours[2].grad, sum_to(g * np.clip(np.rint(y), -7, 7), step, axis))
+
+
+def test_scale_and_factor_of_a_folded_weight_get_the_gradients_of_lsq_on_the_product():
+    weight, factor, scale, g = fold_case("per channel")
+    factor, scale = factor / 10, scale / 4
+    ours = [torch.tensor(v, requires_grad=True) for v in (weight, factor, scale)]
+    fold_fake_quantize(ours[0], ours[1] / ours[2], ours[2], -7, 7, 0).backward(torch.tensor(g))
+    weight, factor, scale, g = (v.astype(np.float64) for v in (weight, factor, scale, g))
+    f, s = along(factor, weight, 0), along(scale, weight, 0)
+    ratio = weight * f / s
+    inside = np.abs(ratio) < 7
+    close(ours[0].grad, np.where(inside, g * f, 0))
+    close(ours[1].grad, sum_to(np.where(inside, g * weight, 0), factor, 0))
+    close(ours[2].grad, sum_to(g * np.where(inside, np.rint(ratio) - ratio, np.sign(ratio) * 7), scale, 0))
+
+
+def test_a_folded_weight_with_its_factor_divided_out_again_is_near_the_weight():
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    factor = torch.tensor([0.5, -2.0, 1e-3, 30.0])
+    scale = (weight.flatten(1).abs().amax(1) * factor.abs()) / 127
+    out = fold_fake_quantize(weight, factor / scale, scale / factor, -127, 127, 0)
+    step = (scale / factor.abs()).view(4, 1, 1, 1)
+    assert ((out - weight).abs() <= step * 0.5001).all()

@@ -1,0 +1,98 @@
+"""Example inputs: what the user gave, or what the config of a vision model says, at the batch sizes we need."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hf_qat.errors import CaptureError
+
+
+#: What a caller may give as example inputs or as a calibration batch.
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+#: Keyword arguments that make a model compute a loss; they are no part of its inference graph.
+LABEL_NAMES = frozenset({"labels", "label", "label_ids", "return_loss", "class_labels", "mask_labels"})
+
+
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`(args, kwargs)` of the forward call that `inputs` stands for: a tensor, a sequence or a mapping; labels go."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        return tuple(inputs), {}
+    raise CaptureError(
+        f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}: pass what you would "
+        "pass to the model's forward."
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer; the CPU for a module that has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def guess_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Random pixels in the shape that a Hugging Face vision model's config asks for: (2, C, H, W) float32.
+
+    Raises:
+        CaptureError: the model says neither its main input nor its image size.
+    """
+    config = getattr(model, "config", None)
+    if config is None or getattr(model, "main_input_name", None) != "pixel_values":
+        raise CaptureError(
+            f"cannot guess the input of {type(model).__name__}: pass example_inputs=, for instance "
+            "torch.randn(1, 3, 224, 224) or the batch that your data loader yields."
+        )
+    height, width = _image_size(config)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, _channels(config), height, width, generator=generator)
+    return {"pixel_values": pixels}
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    for source in (config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None)):
+        size = getattr(source, "image_size", None)
+        if isinstance(size, int):
+            return size, size
+        if isinstance(size, (list, tuple)) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    return 224, 224
+
+
+def _channels(config: Any) -> int:
+    for source in (config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None)):
+        channels = getattr(source, "num_channels", None)
+        if isinstance(channels, int):
+            return channels
+    return 3
+
+
+def with_batch(inputs: Inputs, size: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call of `inputs` with its first axis repeated or cut to `size`, on `device`."""
+
+    def resize(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.dim() == 0:
+            return leaf.to(device)
+        if leaf.device.type == "meta":
+            return torch.empty((size, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
+        index = torch.arange(size, device=leaf.device) % leaf.shape[0]
+        return leaf.detach().index_select(0, index).contiguous().to(device)
+
+    return pytree.tree_map(resize, as_call(inputs))
+
+
+def accepts_labels(model: nn.Module) -> bool:
+    """Whether `forward` takes labels: a task model, whose children are captured and whose loss stays its own."""
+    return not LABEL_NAMES.isdisjoint(inspect.signature(model.forward).parameters)

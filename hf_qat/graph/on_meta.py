@@ -1,0 +1,32 @@
+"""Capture on the meta device, before any weight is read, the very graph that was captured on real data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+META = torch.device("meta")
+
+
+class MetaCapture(TorchFunctionMode):
+    """Inside, two things that need values do not fail, or lose them, for want of values.
+
+    `bool(x)` is `False`: Hugging Face models ask `if mask.all()`, to leave out a mask that hides nothing, and do not
+    ask while an exporter traces them, so that what was captured on real data contains the mask; `False` takes the same
+    way. Where it does not, the captured operations differ from those that were saved, which is an error of its own.
+
+    `torch.tensor(data, device=…)` keeps its data: it is made on the CPU, and becomes a constant of the graph there.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__bool__ and type(args[0]) is Tensor and args[0].device == META:
+            return False
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            if torch.device(kwargs["device"]) == META and not isinstance(args[0], Tensor):
+                return func(*args, **{**kwargs, "device": "cpu"}).to(META)
+        return func(*args, **kwargs)

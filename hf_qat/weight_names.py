@@ -1,0 +1,63 @@
+"""The names of weights: prefixes that wrappers add, and the older names under which `save_pretrained` writes.
+
+transformers 5 renamed many modules; it saves under the old names and renames at loading, by the table in its
+`conversion_mapping`. Loading by `load_state_dict` needs the same renaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+
+#: What DataParallel, DistributedDataParallel and `QATFxModule` put before every key.
+WRAPPER_PREFIX = "module."
+
+
+def without_wrapper(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Strip `module.` where every key of `state` has it, and not every one of `names`, which are the model's."""
+
+    def wrapped(keys: Collection[str]) -> bool:
+        return len(keys) > 0 and all(key.startswith(WRAPPER_PREFIX) for key in keys)
+
+    if not wrapped(state.keys()) or wrapped(names):
+        return dict(state)
+    return {key.removeprefix(WRAPPER_PREFIX): value for key, value in state.items()}
+
+
+def native_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` under the names that `model` has for it, as `from_pretrained` would find them.
+
+    A tensor that an old version kept in one piece may become several, and the other way round. Keys for which the
+    model has no name keep their own.
+    """
+    own = model.state_dict()
+    if state.keys() <= own.keys() or own.keys() <= state.keys():
+        return dict(state)
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    conversions: dict[str, WeightConverter] = {}
+    renamed: dict[str, Tensor] = {}
+    for key in sorted(state, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, own)
+        if name not in own or pattern is None:
+            renamed[name if name in own else key] = state[key]
+            continue
+        conversion = conversions.setdefault(name, deepcopy(converter_of[pattern]))
+        conversion.add_tensor(name, key, pattern, state[key])  # type: ignore[arg-type]  # takes tensors, too
+    for name, conversion in conversions.items():
+        for target, value in conversion.convert(name, model=model, config=model.config).items():
+            renamed[target] = value[0] if isinstance(value, list) else value
+    return renamed

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_ranges, prepare_qat
+from hf_qat.errors import CalibrationError, StageError
+from hf_qat.quantization.quantizer import fake_quantizers
+from tests.blocks import BLOCKS
+from tests.models import hand_written, resnet, spread
+
+
+BY_EXTREMES = {"observer": "minmax"}
+
+
+def batches(count: int = 3, size: int = 4) -> list[Tensor]:
+    return list(torch.randn(count, size, 3, 32, 32, generator=torch.Generator().manual_seed(5)))
+
+
+def prepared(target: str = "int8", **options: object) -> nn.Module:
+    return prepare_qat(hand_written().eval(), QATConfig(target, **options), torch.zeros(2, 3, 32, 32))
+
+
+def ranges(data: list[Tensor]) -> dict[str, tuple[float, float]]:
+    """Least and greatest value over all batches of what each quantizer sees, from the float model's own modules."""
+    model = hand_written().eval()
+    seen: dict[str, list[Tensor]] = {"x": list(data)}
+    for path in ("stem_norm", "body_norm", "head"):
+        model.get_submodule(path).register_forward_hook(
+            lambda module, args, output, path=path: seen.setdefault(path, []).append(output)
+        )
+    with torch.no_grad():
+        for x in data:
+            model(x)
+    relu = [torch.relu(x) for x in seen["stem_norm"]]
+    total = [torch.clamp(a + b, 0, 6) for a, b in zip(seen["body_norm"], relu, strict=True)]
+    joined = [torch.cat(pair, 1) for pair in zip(relu, total, strict=True)]
+    values = {
+        "x_quantizer": seen["x"],
+        "body.activation_quantizer": seen["body_norm"],
+        "cat_0_quantizer": joined,
+        "mean_0_quantizer": [x.mean((2, 3)) for x in joined],
+        "head.activation_quantizer": seen["head"],
+    }
+    return {path: (min(v.min().item() for v in x), max(v.max().item() for v in x)) for path, x in values.items()}
+
+
+def test_scales_and_zero_points_are_those_of_the_extremes():
+    data = batches()
+    model = calibrate(prepared(activations=BY_EXTREMES), data, bias_correction=False)
+    found = ranges(data)
+    for path, (low, high) in found.items():
+        quantizer = model.get_submodule(path)
+        if path in ("cat_0_quantizer", "mean_0_quantizer"):  # not negative: zero_point 0
+            assert quantizer.zero_point is None
+            low = 0.0
+        else:
+            zero_point = round(-low / ((high - low) / 255))
+            assert quantizer.zero_point.round().item() == pytest.approx(zero_point, abs=1)
+        assert quantizer.scale.item() == pytest.approx((high - low) / 255, rel=1e-4)
+    activations = {path for path in fake_quantizers(model) if not path.endswith("weight_quantizer")}
+    assert activations == set(found)
+
+
+def test_power_of_two_scales_cover_the_extremes_and_no_more():
+    data = batches()
+    model = calibrate(prepared("TDA4VM", activations=BY_EXTREMES), data, bias_correction=False)
+    for path, (low, high) in ranges(data).items():
+        codes = 255 if path in ("cat_0_quantizer", "mean_0_quantizer") else 127
+        expected = 2.0 ** np.ceil(np.log2(max(high / codes, -low / 128 if codes == 127 else 0.0)))
+        assert model.get_submodule(path).scale.item() == expected
+
+
+def test_weight_scales_are_those_of_the_folded_weights():
+    model = prepared(weights=BY_EXTREMES)
+    calibrate(model, batches(), bias_correction=False)
+    norm, weight = model.stem_norm, model.stem.weight.detach().double().numpy()
+    factor = (norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()).numpy()
+    folded = weight * factor[:, None, None, None]
+    np.testing.assert_allclose(
+        model.stem.weight_quantizer.scale.detach(), np.abs(folded).max((1, 2, 3)) / 127, rtol=1e-5
+    )
+
+
+def test_every_quantizer_has_a_range_afterwards_and_none_had_before():
+    model = prepared()
+    assert all(q.observed == 0 for q in fake_quantizers(model).values())
+    calibrate(model, batches())
+    assert all(q.observed > 0 and q.observer is None and q.enabled for q in fake_quantizers(model).values())
+
+
+def test_calibration_is_by_running_statistics_and_leaves_them_and_the_mode_alone():
+    model = prepared().train()
+    model.body_norm.eval()
+    before = {name: value.clone() for name, value in model.named_buffers() if "norm" in name}
+    calibrate(model, batches())
+    after = dict(model.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert model.training and model.stem_norm.training and not model.body_norm.training
+    twin = calibrate(prepared(), batches())
+    for path, quantizer in fake_quantizers(twin).items():
+        assert torch.equal(fake_quantizers(model)[path].scale, quantizer.scale)
+
+
+class Biased(nn.Module):
+    """A layer whose weights all lie 0.4 steps above a code (at 4 bits), and inputs of mean 1."""
+
+    def __init__(self, bias: bool, norm: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 6, bias=bias)
+        self.norm = nn.BatchNorm1d(6, eps=0.0) if norm else nn.Identity()
+        with torch.no_grad():
+            codes = torch.randint(-6, 6, (6, 32), generator=torch.Generator().manual_seed(0)) + 0.4
+            codes[:, 0] = 7.0  # fixes the step at 1
+            self.linear.weight.copy_(codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["bias", "batch norm"])
+def test_bias_correction_takes_the_mean_error_away_and_touches_no_weight(norm):
+    x = 1 + 0.1 * torch.randn(64, 32)
+    config = QATConfig(weights={"bits": 4, "observer": "minmax"})
+    results, states = [], []
+    float_model = Biased(bias=not norm, norm=norm).eval()
+    with torch.no_grad():
+        expected = float_model(x).mean(0)
+    for correction in (False, True):
+        model = prepare_qat(copy.deepcopy(float_model), config, x)
+        states.append(copy.deepcopy(model.state_dict()))
+        calibrate(model, [x[:32], x[32:]], bias_correction=correction)
+        with torch.no_grad():
+            results.append(model(x).mean(0))
+    error, corrected = ((result - expected).abs() for result in results)
+    assert (
+        error.median() > 12 and error.min() > 3
+    )  # 31 weights, each 0.4 too small; the range of the output ends there
+    assert corrected.max() < 0.02 * error.min()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, states[1][key])}
+    assert {key for key in changed if "quantizer" not in key} == {"norm.bias" if norm else "linear.bias"}
+
+
+def test_bias_correction_leaves_a_layer_without_a_bias_alone():
+    x = 1 + 0.1 * torch.randn(64, 32)
+    model = prepare_qat(Biased(bias=False, norm=False).eval(), QATConfig(), x)
+    weight = model.linear.weight.detach().clone()
+    calibrate(model, [x])
+    assert model.linear.bias is None and torch.equal(model.linear.weight, weight)
+
+
+def test_without_bias_correction_no_float_parameter_changes():
+    model = prepared()
+    before = copy.deepcopy(model.state_dict())
+    calibrate(model, batches(), bias_correction=False)
+    for key, value in before.items():
+        assert "quantizer" in key or torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bias_correction_brings_the_mean_output_of_every_block_to_the_float_blocks(name):
+    block = BLOCKS[name]
+    x, float_model = block.data(64), block.module()
+    with torch.no_grad():
+        expected = float_model(x)
+    errors = []
+    for correction in (False, True):
+        model = prepare_qat(block.module(), QATConfig(weights={"bits": 3}), x)
+        calibrate(model, [x], bias_correction=correction)
+        with torch.no_grad():
+            result = model(x)
+        errors.append(((result - expected).mean(0).norm() / expected.mean(0).norm()).item())
+        assert (result - expected).norm() / expected.norm() < 0.5
+    assert errors[1] < 1.1 * errors[0]
+
+
+class Counting:
+    """An iterable that says how much was taken from it."""
+
+    def __init__(self, data: list[Tensor]) -> None:
+        self.data, self.taken = data, 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for x in self.data:
+            self.taken += 1
+            yield x
+
+
+def test_num_batches_limits_what_is_taken_and_seen():
+    data = batches(4)
+    data[2] *= 100
+    counting = Counting(data)
+    model = calibrate(prepared(activations=BY_EXTREMES), counting, num_batches=2)
+    assert counting.taken == 2
+    low, high = min(x.min().item() for x in data[:2]), max(x.max().item() for x in data[:2])
+    assert model.x_quantizer.scale.item() == pytest.approx((high - low) / 255, rel=1e-4)
+
+
+def test_a_generator_is_enough():
+    expected, model = calibrate(prepared(), batches()), prepared()
+    calibrate(model, (x for x in batches()))
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.state_dict().items())
+
+
+def test_a_data_loader_a_tuple_and_a_dict_with_labels_give_the_same_scales():
+    x = torch.cat(batches())
+    labels = torch.zeros(len(x), dtype=torch.int64)
+    pixels = {"pixel_values": x[:2]}
+    scales = []
+    for data in (
+        [x[:4], x[4:8], x[8:]],
+        [(x[:4],), (x[4:8],), (x[8:],)],
+        DataLoader(TensorDataset(x), batch_size=4),
+        DataLoader([{"pixel_values": a, "labels": b} for a, b in zip(x, labels, strict=True)], batch_size=4),
+    ):
+        model = prepare_qat(resnet().eval(), QATConfig(activations=BY_EXTREMES), pixels)
+        calibrate(model, data)
+        scales.append([q.scale.detach() for q in fake_quantizers(model).values()])
+    for other in scales[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(scales[0], other, strict=True))
+
+
+def test_images_and_labels_in_one_tuple_are_refused_with_what_to_write():
+    loader = DataLoader(TensorDataset(torch.randn(4, 3, 32, 32), torch.zeros(4)), batch_size=2)
+    with pytest.raises(CalibrationError, match=r"batch 0 does not fit HandWritten.forward.*images for images, labels"):
+        calibrate(prepared(), loader)
+
+
+def test_frozen_ranges_stay():
+    model = calibrate(prepared(), batches())
+    before = copy.deepcopy(model.state_dict())
+    freeze_ranges(model)
+    calibrate(model, [10 * x for x in batches()], bias_correction=False)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def nan(x: Tensor) -> Tensor:
+    x[1, 0, 3, 3] = float("nan")
+    return x
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "got no batches"),
+        (iter(()), "got no batches"),
+        ([torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], r"batch 0 holds torch.uint8 only: .*image processor"),
+        ([{"x": torch.zeros(2, 3, 32, 32, dtype=torch.int64)}], r"batch 0 holds torch.int64 only"),
+        ([torch.zeros(2, 3, 32, 32), nan(torch.zeros(2, 3, 32, 32))], r"batch 1 holds NaN or infinity"),
+        ([torch.full((2, 3, 32, 32), float("inf"))], r"batch 0 holds NaN or infinity"),
+    ],
+    ids=["empty", "exhausted", "uint8", "int64", "nan", "inf"],
+)
+def test_data_that_no_range_can_come_of_is_refused_and_nothing_changes(data, message):
+    model = prepared().train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(model, data)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert all(q.observer is None and q.enabled for q in fake_quantizers(model).values())
+    assert all(module.training for module in model.modules())
+
+
+def test_calibrating_with_no_batches_of_many_is_refused():
+    with pytest.raises(CalibrationError, match="got no batches"):
+        calibrate(prepared(), batches(), num_batches=0)
+
+
+def test_a_float_model_cannot_be_calibrated():
+    with pytest.raises(StageError, match=r"cannot calibrate: HandWritten is a float model. Call prepare_qat"):
+        calibrate(hand_written(), batches())
+
+
+def test_calibration_makes_the_model_nearly_the_float_one():
+    x = torch.cat(batches(4, 8))
+    model = prepare_qat(spread(hand_written()).eval(), QATConfig(), x[:2])
+    with torch.no_grad():
+        wild = model(x)
+        calibrate(model, [x])
+        result = model(x)
+        with fake_quant_disabled(model):
+            expected = model(x)
+    assert (result - expected).norm() < 0.03 * expected.norm() < (wild - expected).norm()

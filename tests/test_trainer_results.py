@@ -1,0 +1,83 @@
+"""QATTrainer: what comes out of a training: checkpoints to resume from, and converted copies."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_qat.errors import StageError, WeightsError
+from hf_qat.prepare import state_of
+from tests.models import LABELS, resnet, segformer
+from tests.training import FOLLOWED, differing, images, trainer_of, values, values_in, vit
+
+
+class TestResuming:
+    @pytest.mark.parametrize(
+        ("make", "scheme"),
+        [(vit, {}), (vit, FOLLOWED), (resnet, {}), (resnet, FOLLOWED), (segformer, {})],
+        ids=["vit learned", "vit followed", "resnet learned", "resnet followed", "segformer learned"],
+    )
+    def test_a_resumed_training_ends_with_the_same_bits(self, tmp_path: Path, make, scheme: dict):
+        def train(resume: str | None = None) -> dict[str, torch.Tensor]:
+            torch.manual_seed(0)
+            model = make() if make is not vit else vit(hidden_dropout_prob=0.1)
+            data = images(12)
+            if make is segformer:
+                masks = (torch.arange(12 * 32 * 32) % LABELS).view(12, 32, 32)
+                data = [{"pixel_values": p, "labels": m} for p, m in zip(data["pixel_values"][:], masks, strict=True)]
+            changes = {"max_steps": 6, "gradient_accumulation_steps": 2, "weight_decay": 0.1}
+            trainer = trainer_of(
+                model, tmp_path, qat=scheme, train_dataset=data, save_strategy="steps", save_steps=3, **changes
+            )
+            trainer.train(resume_from_checkpoint=resume)
+            return values(trainer.model)
+
+        straight = train()
+        assert differing(straight, values_in(tmp_path / "checkpoint-6")) == []
+        assert differing(straight, train(str(tmp_path / "checkpoint-3"))) == []
+
+    def test_a_checkpoint_that_lacks_weights_is_refused(self, tmp_path: Path):
+        trainer_of(vit(), tmp_path, save_strategy="steps", save_steps=2).train()
+        checkpoint = tmp_path / "checkpoint-2"
+        state = values_in(checkpoint)
+        del state["classifier.bias"]
+        state["classifier.biases"] = torch.zeros(LABELS)
+        save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(WeightsError, match=r"missing keys \(classifier.bias\).* keys \(classifier.biases\)"):
+            trainer_of(vit(), tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+    def test_save_model_writes_what_the_model_is(self, tmp_path: Path):
+        trainer = trainer_of(vit(), tmp_path)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+        assert differing(values(trainer.model), values_in(tmp_path / "final")) == []
+        config = json.loads((tmp_path / "final" / "config.json").read_text())
+        assert config["architectures"] == ["ViTForImageClassification"]
+
+
+class TestConverting:
+    @pytest.mark.parametrize("changes", [{}, {"bf16": True}], ids=["float32", "bf16"])
+    def test_it_gives_a_copy_and_training_can_go_on(self, tmp_path: Path, changes: dict):
+        trainer = trainer_of(resnet(), tmp_path, **changes)
+        trainer.train()
+        before = values(trainer.model)
+        converted = trainer.convert()
+        assert state_of(converted).stage == "converted" and state_of(trainer.model).stage == "prepared"
+        pixels = torch.randn(3, 3, 32, 32)
+        with torch.no_grad():
+            logits = converted(pixels).logits
+            # The forward of the class, which mixed precision has not wrapped.
+            assert torch.equal(logits, type(converted).forward(converted, pixels).logits)
+            if not changes:
+                assert torch.equal(logits, trainer.model.eval()(pixels).logits)
+        assert differing(before, values(trainer.model)) == []
+        for parameter in trainer.model.parameters():
+            parameter.data.zero_()
+        assert torch.equal(converted(pixels).logits, logits)  # nothing of the copy hangs on the original
+        trainer.train()
+
+    def test_a_model_without_ranges_is_refused(self, tmp_path: Path):
+        with pytest.raises(StageError, match="no range yet"):
+            trainer_of(vit(), tmp_path).convert()

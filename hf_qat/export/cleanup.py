@@ -1,0 +1,236 @@
+"""What `torch.onnx.export` leaves behind, put in order: small passes over the model, in one visible list.
+
+Every pass works in place and changes no number that the model computes. Layer norm needs none: the exporter writes
+one `LayerNormalization`. GELU stays the sequence around `Erf` that opset 17 has for it, which TI's compiler knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+
+from hf_qat.export.naming import name_after_modules
+from hf_qat.export.scope import (
+    DEFAULT_DOMAINS,
+    Scope,
+    Shape,
+    constant_value,
+    get_attribute,
+    names_read,
+    replace_values,
+    with_shapes,
+)
+
+
+def clean_up(model: ModelProto) -> ModelProto:
+    """Apply all of `PASSES` in order, in place; returns the same object."""
+    for improve in PASSES:
+        improve(model)
+    return model
+
+
+def set_metadata(model: ModelProto, entries: Mapping[str, str]) -> None:
+    """Write `entries` into the model's `metadata_props`; those of other keys stay."""
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    helper.set_model_props(model, {**kept, **entries})
+
+
+def drop_exporter_notes(model: ModelProto) -> None:
+    """Remove what the exporter notes on every node and value: stack traces with local paths, more bytes than codes."""
+    bodies = (model.graph, *model.functions)
+    for body in bodies:
+        items = [*body.node, *body.value_info, body]
+        if isinstance(body, GraphProto):
+            items += [*body.initializer, *body.input, *body.output]
+        for item in items:
+            item.ClearField("doc_string")
+            item.ClearField("metadata_props")
+
+
+def move_constants_to_initializers(model: ModelProto) -> None:
+    """`Constant` nodes become initializers, which is where runtimes look for weights."""
+    graph = model.graph
+    others = []
+    for node in graph.node:
+        value = constant_value(node)
+        if value is None:
+            others.append(node)
+        else:
+            tensor = graph.initializer.add()
+            tensor.CopyFrom(value)
+            tensor.name = node.output[0]
+    _replace(graph.node, others)
+
+
+def transpose_quantized_weights(model: ModelProto) -> None:
+    """`Transpose(DequantizeLinear(codes))` of a linear layer's weight becomes `DequantizeLinear(transposed codes)`.
+
+    Between the weight's `DequantizeLinear` and its `MatMul`, the transposition hides the pair from runtimes.
+    """
+    graph = model.graph
+    scope = Scope(graph)
+    dequantized = {
+        node.output[0]: node
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and all(scope.tensor(name) is not None for name in node.input)
+    }
+    nodes = []
+    for node in graph.node:
+        source = dequantized.get(node.input[0]) if node.op_type == "Transpose" else None
+        nodes.append(node if source is None else _transposed(graph, source, node, scope))
+    _replace(graph.node, nodes)
+
+
+def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, scope: Scope) -> NodeProto:
+    """`source`, with codes that are transposed already, in the place of `transpose`."""
+    codes = scope.constant(source.input[0])
+    assert codes is not None
+    permutation: Any = get_attribute(transpose, "perm") or list(reversed(range(codes.ndim)))
+    name = scope.fresh(f"{source.input[0]}_transposed")
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(codes.transpose(permutation)), name))
+    node = helper.make_node("DequantizeLinear", [name, *source.input[1:]], transpose.output)
+    node.metadata_props.extend(source.metadata_props)
+    axis: Any = get_attribute(source, "axis")
+    if axis is not None:
+        node.attribute.append(helper.make_attribute("axis", permutation.index(axis % codes.ndim)))
+    return node
+
+
+def quantize_constants(model: ModelProto) -> None:
+    """`QuantizeLinear` of a constant, such as position embeddings, becomes the codes themselves."""
+    graph = model.graph
+    scope = Scope(graph)
+    nodes = []
+    for node in graph.node:
+        x, scale, zero_point = (scope.constant(name) for name in [*node.input, "", ""][:3])
+        if node.op_type == "QuantizeLinear" and x is not None and scale is not None and zero_point is not None:
+            limits = np.iinfo(zero_point.dtype)
+            codes = np.clip(np.rint(x / scale) + zero_point, limits.min, limits.max).astype(zero_point.dtype)
+            graph.initializer.append(numpy_helper.from_array(codes, node.output[0]))
+        else:
+            nodes.append(node)
+    _replace(graph.node, nodes)
+
+
+def drop_additions_of_zero(model: ModelProto) -> None:
+    """Remove `Add` of a constant of zeros: the attention mask of a vision model, which masks nothing."""
+    graph = model.graph
+    scope = Scope(graph)
+    outputs = {output.name for output in graph.output}
+    same: dict[str, str] = {}
+    for node in graph.node:
+        x = _other_than_zeros(node, scope)
+        if x is not None and node.output[0] not in outputs:
+            same[node.output[0]] = same.get(x, x)
+    _replace(graph.node, [node for node in graph.node if node.output[0] not in same])
+    replace_values(graph, same)
+
+
+def _other_than_zeros(node: NodeProto, scope: Scope) -> str | None:
+    """The summand that the sum is equal to, in value and shape."""
+    if node.op_type != "Add":
+        return None
+    for x, zeros in (tuple(node.input), tuple(reversed(node.input))):
+        values, shape = scope.constant(zeros), scope.shape(x)
+        if values is not None and shape is not None and not values.any() and _fits(values.shape, shape):
+            return x
+    return None
+
+
+def _fits(shape: tuple[int, ...], into: Shape) -> bool:
+    """Whether broadcasting a tensor of `shape` to one of shape `into` leaves the latter as it is."""
+    return len(shape) <= len(into) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(shape), reversed(into), strict=False)
+    )
+
+
+def pool_globally(model: ModelProto) -> None:
+    """`ReduceMean` over height and width becomes `GlobalAveragePool`, and a `Flatten` where the axes are dropped."""
+    graph = model.graph
+    scope = Scope(graph)
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes += _global_pool(node, scope) if _is_global_mean(node, scope) else [node]
+    _replace(graph.node, nodes)
+
+
+def _global_pool(mean: NodeProto, scope: Scope) -> list[NodeProto]:
+    if get_attribute(mean, "keepdims") == 0:
+        pooled = scope.fresh(f"{mean.output[0]}_pooled")
+        nodes = [
+            helper.make_node("GlobalAveragePool", mean.input[:1], [pooled]),
+            helper.make_node("Flatten", [pooled], mean.output, axis=1),
+        ]
+    else:
+        nodes = [helper.make_node("GlobalAveragePool", mean.input[:1], mean.output)]
+    for node in nodes:
+        node.metadata_props.extend(mean.metadata_props)
+    return nodes
+
+
+def _is_global_mean(node: NodeProto, scope: Scope) -> bool:
+    """Whether the node averages (N, C, H, W) over the last two axes; they are an attribute up to opset 17."""
+    if node.op_type != "ReduceMean" or node.domain not in DEFAULT_DOMAINS:
+        return False
+    shape = scope.shape(node.input[0])
+    axes: Any = scope.constant(node.input[1]) if len(node.input) > 1 else get_attribute(node, "axes")
+    return shape is not None and len(shape) == 4 and axes is not None and {int(axis) % 4 for axis in axes} == {2, 3}
+
+
+def drop_dead_nodes(model: ModelProto) -> None:
+    """Remove nodes whose results nobody reads."""
+    graph = model.graph
+    wanted = {output.name for output in graph.output}
+    alive = []
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            alive.append(node)
+            wanted.update(names_read([node]))
+    _replace(graph.node, alive[::-1])
+
+
+def drop_unused_values(model: ModelProto) -> None:
+    """Remove initializers that nobody reads, and the shapes noted for values that are gone."""
+    graph = model.graph
+    read = {*names_read(graph.node), *(output.name for output in graph.output)}
+    made = {name for node in graph.node for name in node.output}
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read])
+    _replace(graph.value_info, [info for info in graph.value_info if info.name in made])
+
+
+def drop_unused_opsets(model: ModelProto) -> None:
+    """Remove operator sets that no node belongs to, but for the default one."""
+    nodes = [node for body in (model.graph, *model.functions) for node in body.node]
+    used = {node.domain for node in nodes} | {function.domain for function in model.functions}
+    _replace(model.opset_import, [e for e in model.opset_import if e.domain in DEFAULT_DOMAINS or e.domain in used])
+
+
+def infer_shapes(model: ModelProto) -> None:
+    """Note the shape of every value, which TI's compiler asks for."""
+    model.CopyFrom(with_shapes(model))
+
+
+def _replace(field: Any, items: list[Any]) -> None:
+    """Make `items`, which may be part of the repeated `field`, its whole content."""
+    del field[:]
+    field.extend(items)
+
+
+#: In the order in which they run: sums and pooling need shapes; names count what is left, and need the notes.
+PASSES: tuple[Callable[[ModelProto], None], ...] = (
+    move_constants_to_initializers,
+    transpose_quantized_weights,
+    quantize_constants,
+    infer_shapes,
+    drop_additions_of_zero,
+    pool_globally,
+    drop_dead_nodes,
+    drop_unused_values,
+    drop_unused_opsets,
+    name_after_modules,
+    drop_exporter_notes,
+    infer_shapes,
+)

@@ -1,0 +1,194 @@
+"""`export_onnx`: a converted model as a Q/DQ ONNX file, written atomically and checked on ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from hf_qat.config import QATConfig
+from hf_qat.errors import ExportError, StageError
+from hf_qat.export.calls import bind, dynamic_batch, example_of, input_names, named_outputs
+from hf_qat.export.cleanup import clean_up, set_metadata
+from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
+from hf_qat.export.report import ExportReport
+from hf_qat.export.scope import opset_of
+from hf_qat.export.verify import describe, require_onnxruntime, verify_onnx
+from hf_qat.graph.inputs import Inputs, device_of, with_batch
+from hf_qat.prepare import require_stage, state_of
+from hf_qat.version import __version__
+
+
+#: The oldest opset that PyTorch's exporter writes; older ones are lowered from it.
+EXPORTER_OPSET = 18
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Inputs | None = None,
+    *,
+    opset_version: int = 17,
+    dynamic_batch: bool = False,
+    verify: bool = True,
+) -> ExportReport:
+    """Write a converted model as ONNX with `QuantizeLinear` / `DequantizeLinear`, and compare both.
+
+    Args:
+        model: converted, on any device; is left as it is.
+        path: the file to write; its directory is made if need be, and an existing file is replaced only when the new
+            one is complete and verified.
+        example_inputs: a tensor, a tuple or a dict, as forward takes it: real inputs make the verification telling.
+            Random ones, of the captured shapes, if left out.
+        opset_version: 17, 18 or 21; the file states this very one.
+        dynamic_batch: the first axis of all inputs is free; else it is 1.
+        verify: run the file on ONNX Runtime and compare with torch, on `example_inputs`.
+
+    Raises:
+        StageError: the model is not converted.
+        ExportError: the path cannot be written to, a package is missing, or the model cannot be expressed at this
+            opset. No file is left behind then.
+    """
+    config = _require_converted(model)
+    _require_tools(opset_version, verify)
+    path = Path(path)
+    with _atomic(path) as temporary:
+        inputs = example_of(model) if example_inputs is None else example_inputs
+        file = _to_proto(_on_cpu(model), inputs, opset_version, dynamic_batch)
+        set_metadata(file, _metadata(config))
+        _check(file, opset_version)
+        temporary.write_bytes(file.SerializeToString())
+        report = verify_onnx(model, temporary, [inputs]) if verify else describe(temporary, file)
+    return replace(report, path=path)
+
+
+def _require_converted(model: nn.Module) -> QATConfig:
+    state = state_of(model)
+    if state is not None and state.stage == "prepared":
+        raise StageError(
+            "cannot export: the model is prepared for training, not converted. Convert a copy, so that training can "
+            "go on: export_onnx(convert(copy.deepcopy(model)), path)."
+        )
+    return require_stage(model, "converted", "export").config
+
+
+def _require_tools(opset_version: int, verify: bool) -> None:
+    if opset_version not in SUPPORTED_OPSETS:
+        raise ExportError(
+            f"opset_version={opset_version} is not supported: choose one of {', '.join(map(str, SUPPORTED_OPSETS))}."
+        )
+    if find_spec("onnxscript") is None:
+        raise ExportError('PyTorch exports with onnxscript, which is not installed: pip install "hf_qat[export]".')
+    if verify:
+        require_onnxruntime()
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place at the end, or goes if anything is raised."""
+    if path.is_dir():
+        raise ExportError(f"cannot write {path}: it is a directory. Name a file in it, such as {path / 'model.onnx'}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".onnx")
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror}. Choose a path that you may write to.") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The permissions that new files do not get; `mkstemp` gives its own even less."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    """The model, or a copy on the CPU, where the exporter makes its constants."""
+    return model if device_of(model).type == "cpu" else copy.deepcopy(model).to("cpu")
+
+
+def _to_proto(model: nn.Module, inputs: Inputs, opset_version: int, dynamic: bool) -> onnx.ModelProto:
+    """Export, lower to the opset asked for, and clean up."""
+    # torch.export takes a size of 1 for a constant, even where it is told that the axis is dynamic.
+    args, kwargs = with_batch(inputs, 2 if dynamic else 1, torch.device("cpu"))
+    bound = bind(model, args, kwargs)
+    with torch.no_grad():
+        outputs = [name for name, _ in named_outputs(model(*args, **kwargs))]
+    options: dict[str, Any] = {"dynamic_shapes": dynamic_batch(bound)} if dynamic else {}
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                bound.args,
+                kwargs=bound.kwargs,
+                input_names=input_names(bound),
+                output_names=outputs,
+                opset_version=max(opset_version, EXPORTER_OPSET),
+                verbose=False,
+                **options,
+            )
+    except Exception as error:
+        raise ExportError(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(error)}") from error
+    assert program is not None
+    return clean_up(lower_opset(program.model_proto, opset_version))
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the innermost cause: the exporter wraps it in pages of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on its own dependencies and deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _metadata(config: QATConfig) -> dict[str, str]:
+    return {
+        "hf_qat.version": __version__,
+        "hf_qat.target": config.target,
+        "hf_qat.config": json.dumps(config.to_dict()),
+    }
+
+
+def _check(file: onnx.ModelProto, opset_version: int) -> None:
+    """The file is valid and states the opset that was asked for."""
+    if opset_of(file) != opset_version:
+        raise ExportError(f"PyTorch wrote opset {opset_of(file)}, not {opset_version}; export with another one.")
+    try:
+        onnx.checker.check_model(file, full_check=True)
+    except Exception as error:
+        raise ExportError(f"the exported model is not valid ONNX at opset {opset_version}: {error}") from error

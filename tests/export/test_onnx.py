@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
+from hf_qat.errors import CaptureError, ExportError, StageError
+from tests.models import HUGGING_FACE, HandWritten, hand_written
+
+
+INT8, INT32 = onnx.TensorProto.INT8, onnx.TensorProto.INT32
+
+
+@pytest.fixture(scope="module")
+def own_network() -> nn.Module:
+    """A plain module, converted."""
+    model = prepare_qat(hand_written(), QATConfig("int8"), torch.randn(4, 3, 16, 16))
+    return convert(calibrate(model, [torch.randn(8, 3, 16, 16)]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("opset", [17, 18, 21])
+def test_the_file_states_the_opset_and_computes_what_torch_does(opset, dynamic, converted, run_onnx, tmp_path):
+    model, case = converted("resnet"), HUGGING_FACE["resnet"]
+    path = tmp_path / "model.onnx"
+
+    report = export_onnx(model, path, {"pixel_values": case.pixels(4)}, opset_version=opset, dynamic_batch=dynamic)
+
+    file = onnx.load(path)
+    onnx.checker.check_model(file, full_check=True)
+    assert [(entry.domain, entry.version) for entry in file.opset_import] == [("", opset)]
+    batch = file.graph.input[0].type.tensor_type.shape.dim[0]
+    assert batch.dim_param == "batch" if dynamic else batch.dim_value == 1
+    for count in (1, 3, 5) if dynamic else (1,):
+        pixels = case.pixels(count, seed=2)
+        with torch.no_grad():
+            expected = model(pixel_values=pixels).logits.numpy()
+        step = float(model.classifier[1].activation_quantizer.scale)
+        assert abs(run_onnx(file, pixels.numpy())[0] - expected).max() <= 1.01 * step
+    assert report.opset == opset and report.path == path and report.samples == 4
+    assert report.num_quantize_nodes == sum(node.op_type == "QuantizeLinear" for node in file.graph.node)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet",
+        "convnext",
+        "vit",
+        "yolos",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v2", "swin", "segformer", "detr")),
+    ],
+)
+def test_all_kinds_of_models_leave_quantized_throughout(name, exported):
+    report = exported(name)[1]
+    graph = onnx.load(report.path).graph
+    codes = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node}
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            sources = [makers[value] for value in node.input[1:]]
+            assert {source.op_type for source in sources} == {"DequantizeLinear"}
+            assert [codes[source.input[0]] for source in sources] == [INT8, INT32][: len(sources)]
+    assert report.float_ops == {}
+    assert report.plain.top1_agreement >= 0.99
+
+
+def test_codes_and_scales_in_the_file_are_those_of_the_model(exported):
+    model, report = exported("resnet")
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(report.path).graph.initializer}
+    layers = {path: module for path, module in model.named_modules() if hasattr(module, "codes")}
+    assert len(layers) == 7
+    for path, layer in layers.items():
+        np.testing.assert_array_equal(tensors[f"{path}.weight"], layer.codes.numpy())
+        np.testing.assert_array_equal(tensors[f"{path}.weight_scale"], layer.weight_scale.numpy())
+
+
+def test_metadata_says_version_target_and_the_whole_config(own_network, tmp_path):
+    export_onnx(own_network, tmp_path / "model.onnx", torch.randn(1, 3, 16, 16))
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert metadata["hf_qat.target"] == "int8"
+    assert metadata["hf_qat.version"]
+    assert QATConfig.from_dict(json.loads(metadata["hf_qat.config"])) == QATConfig("int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs"),
+    [
+        ("resnet", ["pixel_values"], ["logits"]),
+        ("yolos", ["pixel_values"], ["logits", "pred_boxes", "last_hidden_state"]),
+    ],
+)
+def test_inputs_and_outputs_have_the_names_that_the_model_gives_them(name, inputs, outputs, exported):
+    graph = onnx.load(exported(name)[1].path).graph
+    assert [value.name for value in graph.input] == inputs
+    assert [value.name for value in graph.output] == outputs
+
+
+def test_nodes_have_the_names_of_modules(exported):
+    names = [node.name for node in onnx.load(exported("resnet")[1].path).graph.node]
+    assert "resnet.embedder.embedder.convolution/Conv" in names
+    assert not [name for name in names if "_symbolic" in name or "val_" in name]
+    assert len(set(names)) == len(names)
+
+
+def test_a_plain_module_exports_with_and_without_example_inputs(own_network, tmp_path):
+    x = torch.randn(6, 3, 16, 16)
+    given = export_onnx(own_network, tmp_path / "a" / "model.onnx", x)
+    guessed = export_onnx(own_network, tmp_path / "b.onnx")
+    assert (given.samples, guessed.samples) == (6, 2)
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert [value.name for value in onnx.load(given.path).graph.input] == ["x"]
+
+
+def test_labels_in_the_example_are_left_out(converted, tmp_path):
+    batch = {"pixel_values": HUGGING_FACE["resnet"].pixels(2), "labels": torch.tensor([0, 1])}
+    report = export_onnx(converted("resnet"), tmp_path / "model.onnx", batch)
+    assert [value.name for value in onnx.load(report.path).graph.input] == ["pixel_values"]
+
+
+def test_export_leaves_the_model_alone(own_network, tmp_path):
+    x = torch.randn(3, 3, 16, 16)
+    before, state = own_network(x), copy.deepcopy(own_network.state_dict())
+    export_onnx(own_network, tmp_path / "model.onnx", x)
+    assert torch.equal(own_network(x), before)
+    assert all(torch.equal(value, state[key]) for key, value in own_network.state_dict().items())
+
+
+def test_the_stock_exporter_writes_the_same_quantizers(exported, stock_export):
+    model, report = exported("resnet")
+    stock = stock_export(model, HUGGING_FACE["resnet"].pixels(1))
+    assert sum(node.op_type == "QuantizeLinear" for node in stock.graph.node) == report.num_quantize_nodes
+
+
+def test_an_excluded_layer_is_reported_as_float(tmp_path):
+    model = prepare_qat(hand_written(), QATConfig("int8", exclude="body"), torch.randn(4, 3, 16, 16))
+    convert(calibrate(model, [torch.randn(8, 3, 16, 16)]))
+    report = export_onnx(model, tmp_path / "model.onnx")
+    assert report.float_ops["Conv"] == ["Conv"]
+    assert "Gemm" not in report.float_ops
+    assert "in float: Conv (Conv)" in str(report)
+
+
+@pytest.mark.parametrize("opset", [17, 18])
+def test_16_bits_need_opset_21_and_get_it(opset, tmp_path):
+    config = QATConfig("int8", activations={"bits": 16})
+    model = prepare_qat(hand_written(), config, torch.randn(4, 3, 16, 16))
+    convert(calibrate(model, [torch.randn(8, 3, 16, 16)]))
+    with pytest.raises(ExportError, match="opset_version=21"):
+        export_onnx(model, tmp_path / "model.onnx", opset_version=opset)
+    assert list(tmp_path.iterdir()) == []
+    report = export_onnx(model, tmp_path / "model.onnx", opset_version=21)
+    assert report.max_output_lsb <= 100  # of 65536
+
+
+def test_a_model_that_is_not_converted_is_refused_with_what_to_do(tmp_path):
+    with pytest.raises(StageError, match="prepare_qat"):
+        export_onnx(HandWritten(), tmp_path / "model.onnx")
+    model = prepare_qat(HandWritten(), QATConfig(), torch.randn(2, 3, 16, 16))
+    with pytest.raises(StageError, match=r"convert\(copy.deepcopy\(model\)\)"):
+        export_onnx(model, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_cannot_be_written_to_are_refused(own_network, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="is a directory"):
+        export_onnx(own_network, tmp_path)
+    with pytest.raises(ExportError, match="cannot write .*Choose a path"):
+        export_onnx(own_network, tmp_path / "file" / "model.onnx")
+
+
+def test_an_unknown_opset_is_refused(own_network, tmp_path):
+    with pytest.raises(ExportError, match="opset_version=16 .*17, 18, 21"):
+        export_onnx(own_network, tmp_path / "model.onnx", opset_version=16)
+
+
+@pytest.mark.parametrize("package", ["onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_before_anything_is_done(package, own_network, tmp_path, monkeypatch):
+    for module in ("onnx", "verify"):
+        monkeypatch.setattr(f"hf_qat.export.{module}.find_spec", lambda name: None if name == package else name)
+    with pytest.raises(ExportError, match=r"pip install \"hf_qat\[export\]\""):
+        export_onnx(own_network, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inputs_of_another_size_are_refused(own_network, tmp_path):
+    with pytest.raises(CaptureError, match="16"):
+        export_onnx(own_network, tmp_path / "model.onnx", torch.randn(1, 3, 20, 20))
+
+
+def test_a_failing_export_leaves_the_old_file_and_nothing_else(own_network, tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the old file")
+
+    def fail(*arguments: object) -> None:
+        raise ExportError("no")
+
+    monkeypatch.setattr("hf_qat.export.onnx.verify_onnx", fail)
+    with pytest.raises(ExportError, match="^no$"):
+        export_onnx(own_network, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert path.read_bytes() == b"the old file"
+
+
+class Sorted(nn.Module):
+    """Ends in an operation that has no ONNX operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.matrix_exp(self.conv(x))
+
+
+def test_an_operation_without_an_onnx_operator_is_named(tmp_path):
+    model = prepare_qat(Sorted(), QATConfig(), torch.randn(2, 3, 8, 8))
+    convert(calibrate(model, [torch.randn(2, 3, 8, 8)]))
+    with pytest.raises(ExportError, match="matrix_exp"):
+        export_onnx(model, tmp_path / "model.onnx")

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat, verify_onnx
+from hf_qat.errors import ExportError, StageError
+from hf_qat.export.verify import SIGNED_CODES_BUG
+from tests.models import HUGGING_FACE, HandWritten, hand_written
+
+
+@pytest.fixture(scope="module")
+def own_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """A plain module, converted, and its file with a static batch of 1."""
+    model = prepare_qat(hand_written(), QATConfig("int8"), torch.randn(4, 3, 16, 16))
+    convert(calibrate(model, [torch.randn(8, 3, 16, 16)]))
+    return model, export_onnx(model, tmp_path_factory.mktemp("exported") / "model.onnx", verify=False).path
+
+
+def tampered(path: Path, directory: Path, name: str, factor: float) -> Path:
+    """A copy of the file with one initializer multiplied."""
+    file = onnx.load(path)
+    tensor = next(tensor for tensor in file.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))
+    onnx.save(file, directory / "tampered.onnx")
+    return directory / "tampered.onnx"
+
+
+def test_the_figures_are_those_of_a_comparison_by_hand(own_file, tmp_path):
+    model, path = own_file
+    path = tampered(path, tmp_path, "head.weight_scale", 1.3)  # so that there are differences to measure
+    x = torch.randn(7, 3, 16, 16)
+
+    report = verify_onnx(model, path, [x[:3], x[3:]])
+
+    with torch.no_grad():
+        expected = model(x).numpy()
+    levels = onnxruntime.GraphOptimizationLevel
+    settings = ((levels.ORT_DISABLE_ALL, report.plain), (levels.ORT_ENABLE_ALL, report.optimized))
+    for level, agreement in settings:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(path, options)
+        result = np.concatenate([session.run(None, {"x": sample[None]})[0] for sample in x.numpy()])
+        assert agreement.max_abs_diff == pytest.approx(np.abs(result - expected).max())
+        step = float(model.head.activation_quantizer.scale)
+        assert agreement.max_output_lsb == round(np.abs(result - expected).max() / step) > 0
+        assert agreement.top1_agreement == (result.argmax(1) == expected.argmax(1)).mean()
+    assert report.samples == 7
+    assert report.max_output_lsb == max(report.plain.max_output_lsb, report.optimized.max_output_lsb)
+
+
+def test_a_file_of_another_model_is_found_out(own_file, tmp_path):
+    model, path = own_file
+    x = torch.randn(16, 3, 16, 16)
+    assert verify_onnx(model, path, [x]).max_output_lsb <= 1
+    report = verify_onnx(model, tampered(path, tmp_path, "head.weight_scale", -1.0), [x])
+    assert report.max_output_lsb > 10
+    assert report.top1_agreement < 0.5
+
+
+def test_top1_of_a_segmentation_model_counts_pixels(exported):
+    case = HUGGING_FACE["segformer"]
+    model, report = exported("segformer")
+    session = onnxruntime.InferenceSession(report.path)
+    report = verify_onnx(model, report.path, [{"pixel_values": case.pixels(2), "labels": case.labels(2)}])
+    results = np.concatenate([session.run(None, {"pixel_values": x[None]})[0] for x in case.pixels(2).numpy()])
+    with torch.no_grad():
+        expected = model(pixel_values=case.pixels(2)).logits.numpy()
+    assert report.optimized.top1_agreement == (results.argmax(1) == expected.argmax(1)).mean()
+
+
+def test_nothing_to_compare_is_an_error(own_file):
+    with pytest.raises(ExportError, match="`batches` is empty"):
+        verify_onnx(*own_file, [])
+
+
+def test_another_number_of_inputs_is_an_error(own_file):
+    class Two(HandWritten):
+        def forward(self, x, y):
+            return super().forward(x) + y
+
+    model = prepare_qat(Two(), QATConfig(), (torch.randn(2, 3, 16, 16), torch.randn(2, 5)))
+    batch = (torch.randn(2, 3, 16, 16), torch.randn(2, 5))
+    convert(calibrate(model, [batch]))
+    with pytest.raises(ExportError, match=r"takes 1 inputs \(x\), the batch has 2"):
+        verify_onnx(model, own_file[1], [batch])
+
+
+def test_a_file_that_is_none_is_an_error(own_file, tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no onnx")
+    for name in ("broken.onnx", "missing.onnx"):
+        with pytest.raises(ExportError, match=f"{name} cannot be read"):
+            verify_onnx(own_file[0], tmp_path / name, [torch.randn(1, 3, 16, 16)])
+
+
+def test_a_float_model_is_refused(own_file):
+    with pytest.raises(StageError, match="prepare_qat"):
+        verify_onnx(HandWritten(), own_file[1], [torch.randn(1, 3, 16, 16)])
+
+
+def test_the_session_option_that_signed_codes_may_need_is_reported(own_file, monkeypatch):
+    from hf_qat.export import verify
+
+    start = verify._start
+
+    def refuse_by_default(path, optimized, entries):
+        if optimized and not entries:
+            raise RuntimeError(f"Node (q): {SIGNED_CODES_BUG}.")
+        return start(path, optimized, entries)
+
+    monkeypatch.setattr(verify, "_start", refuse_by_default)
+    report = verify_onnx(*own_file, [torch.randn(2, 3, 16, 16)])
+    assert report.session_options == {"session.qdqisint8allowed": "1"}
+    assert "add_session_config_entry('session.qdqisint8allowed', '1')" in str(report)
+    assert report.max_output_lsb <= 1
+
+
+def test_a_symmetric_model_verifies_at_opset_21(converted, tmp_path):
+    model, case = converted("swin", "int8-symmetric"), HUGGING_FACE["swin"]
+    batch = {"pixel_values": case.pixels(8, seed=1)}
+    report = export_onnx(model, tmp_path / "model.onnx", batch, opset_version=21)
+    assert report.top1_agreement >= 0.99

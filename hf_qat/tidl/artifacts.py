@@ -1,0 +1,83 @@
+"""Compiled artifacts that a user brings back: are they whole, are they of this model, and `param.yaml` beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_qat.errors import ExportError
+from hf_qat.tidl.files import digest, write_manifest
+from hf_qat.tidl.templates import compile as compile_script
+
+
+ARTIFACTS = "artifacts"
+
+#: Its existence tells TI's tools that a model is compiled (edgeai-benchmark, docs/usage.md); so it comes last.
+PARAM = "param.yaml"
+
+#: Not needed to run, and large: TI's own packages leave it out too (edgeai-benchmark, interfaces/run_package.py).
+WORKING_FILES = "tempDir"
+
+
+def pack_artifacts(bundle: str | os.PathLike[str], artifacts: str | os.PathLike[str]) -> Path:
+    """Put what TI's compiler made into the bundle that it was made from.
+
+    Args:
+        bundle: a directory that `export_tidl` wrote.
+        artifacts: the directory that `compile.py` wrote; the bundle's own `artifacts/` is fine.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        ExportError: one of the four parts is missing, or they are of another model or device.
+    """
+    bundle, artifacts = Path(bundle), Path(artifacts)
+    settings = bundle / "runtime_options.json"
+    if not settings.is_file():
+        raise ExportError(f"{bundle} is no bundle of export_tidl: it has no {settings.name}.")
+    check_artifacts(artifacts, bundle, json.loads(settings.read_text(encoding="utf-8")))
+    if artifacts.resolve() != (bundle / ARTIFACTS).resolve():
+        if (bundle / ARTIFACTS).exists():
+            raise ExportError(f"{bundle / ARTIFACTS} exists already: move it away first.")
+        shutil.copytree(artifacts, bundle / ARTIFACTS, ignore=shutil.ignore_patterns(WORKING_FILES))
+    if (bundle / "config.yaml").is_file():
+        content = _param(yaml.safe_load((bundle / "config.yaml").read_text(encoding="utf-8")))
+        (bundle / PARAM).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_manifest(bundle)
+    return bundle
+
+
+def check_artifacts(artifacts: Path, bundle: Path, settings: dict[str, Any]) -> None:
+    """Raise `ExportError` unless all parts are there, not empty, and of this model."""
+    if not artifacts.is_dir():
+        raise ExportError(f"{artifacts} is no directory: give the artifacts/ that compile.py wrote.")
+    for part in compile_script.PARTS:
+        found = list(artifacts.glob(part))
+        if not found:
+            raise ExportError(f"{artifacts} has no {part}: the compilation did not end well. Run compile.py again.")
+        for empty in (file for file in found if not file.stat().st_size):
+            raise ExportError(f"{empty} is empty: the compilation did not end well. Run compile.py again.")
+    record = artifacts / compile_script.RECORD
+    if not record.is_file():
+        raise ExportError(
+            f"{artifacts} has no {record.name}, so it cannot be told which model was compiled: compile with this "
+            "bundle's compile.py."
+        )
+    made = json.loads(record.read_text(encoding="utf-8"))
+    if made.get("sha256") != digest(bundle / settings["model"]) or made.get("target") != settings["target"]:
+        raise ExportError(
+            f"{artifacts} was compiled from another model or for another device ({made.get('model')}, "
+            f"{made.get('target')}, SHA-256 {str(made.get('sha256'))[:12]}…): run compile.py of {bundle}."
+        )
+
+
+def _param(config: dict[str, Any]) -> dict[str, Any]:
+    """`config.yaml` with the folders that TI's demos read."""
+    session = {**config["session"], "artifacts_folder": ARTIFACTS, "model_folder": "model"}
+    return {**config, "session": session}

@@ -1,0 +1,261 @@
+"""`export_tidl`: a directory that Texas Instruments' compiler takes as it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import onnx
+import yaml
+from onnx import ModelProto
+from torch import nn
+from transformers import BaseImageProcessor
+
+from hf_qat.errors import ConfigError, ExportError
+from hf_qat.export import ExportReport, export_onnx, verify_onnx
+from hf_qat.export.scope import opset_of, with_shapes
+from hf_qat.graph.inputs import Inputs
+from hf_qat.prepare import require_stage
+from hf_qat.tidl import templates
+from hf_qat.tidl.adapt import adapt, attention_like, drop_unused
+from hf_qat.tidl.artifacts import ARTIFACTS, pack_artifacts
+from hf_qat.tidl.check import check_tidl
+from hf_qat.tidl.clip import clips_for_quantizers
+from hf_qat.tidl.config_yaml import config, dataset, task_of
+from hf_qat.tidl.devices import Device, find_device
+from hf_qat.tidl.files import digest, whole_directory, write_manifest
+from hf_qat.tidl.frames import Frame, as_batch, frames_of, write_frames
+from hf_qat.tidl.preprocess import check_size, recipe_of
+from hf_qat.tidl.report import TidlReport
+from hf_qat.tidl.runtime_options import PREQUANTIZED, Ranges, runtime_options
+from hf_qat.version import __version__
+
+
+logger = logging.getLogger(__name__)
+
+#: What TI calls the newest opset of its own trained models (edgeai-torchmodelopt, quantization v2).
+OPSET = 17
+
+#: TI's default number of calibration frames (edgeai-tidl-tools, examples/osrt_python/README.md).
+FRAMES = 20
+
+RANGES_TEXT = {
+    "qdq": "Its quantizers are in the file (Q/DQ), and TIDL calibrates nothing.",
+    "clip": "Its ranges are in the file as Clip nodes, the older form for this device.",
+}
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What the files of a bundle are made from."""
+
+    name: str
+    device: Device
+    ranges: Ranges
+    task: tuple[str, dict[str, Any], str] | None
+    labels: dict[int, str]
+    frames: list[Frame]
+    metrics: dict[str, float]
+    recipe: tuple[dict[str, Any], dict[str, Any]] | None
+
+
+def export_tidl(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    target: str,
+    calibration_data: Iterable[Inputs],
+    processor: BaseImageProcessor | None = None,
+    labels: Mapping[int, str] | Sequence[str] | None = None,
+    *,
+    name: str | None = None,
+    frames: int = FRAMES,
+    ranges: Ranges = "qdq",
+    metrics: Mapping[str, float] | None = None,
+    artifacts: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Write everything that can be made without TI's compiler, and the scripts that run it.
+
+    The directory appears as a whole or not at all. It never holds a `param.yaml`, which would tell TI's tools that the
+    model is compiled, unless `artifacts` are given.
+
+    Args:
+        model: converted, trained for `target`.
+        directory: where to; absent, empty, or an earlier bundle without compiled artifacts, which is replaced.
+        target: the device: `TDA4VM`, `AM62A`, `AM67A`, `AM68A`, `AM69A`, or a part number such as `J721S2`.
+        calibration_data: batches as forward takes them, preprocessed: the first `frames` inputs go into the bundle.
+        processor: the model's image processor, for `config.yaml`; without one, that file is left out.
+        labels: names of the classes, by number or in order; from the model's config, if it has one.
+        name: of the model and its file; its `model_type` if left out.
+        frames: how many calibration frames.
+        ranges: `"qdq"`, or for TDA4VM also `"clip"`: TI's older form, float weights and ranges in `Clip` nodes.
+        metrics: measured accuracy, by TI's names (`accuracy_top1%`, `accuracy_mean_iou%`), for `config.yaml`.
+        artifacts: what `compile.py` made of the same bundle: is checked, and packed with `param.yaml`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        StageError: the model is not converted.
+        ConfigError: no such device, or a form of ranges that it does not have.
+        CalibrationError: no frames, or NaN in one.
+        ExportError: TIDL would refuse the model; the processor cannot be expressed; the directory holds something
+            else; the artifacts are of another model.
+    """
+    require_stage(model, "converted", "export")
+    device, directory = find_device(target), Path(directory)
+    if ranges not in PREQUANTIZED or (ranges == "clip" and not device.power_of_two.value):
+        raise ConfigError(f'ranges={ranges!r} for {device.name}: choose "qdq", or "clip" for TDA4VM.')
+    name = _name(model) if name is None else name
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(f"name={name!r} is to be the name of a file: use letters, digits, '-', '_' and '.' only.")
+    content = _Content(
+        name=name,
+        device=device,
+        ranges=ranges,
+        task=task_of(model),
+        labels=_labels(model, labels),
+        frames=frames_of(model, calibration_data, frames),
+        metrics=dict(metrics or {}),
+        recipe=None if processor is None else recipe_of(processor),
+    )
+    if content.recipe is not None:
+        check_size(content.recipe[0], next(iter(content.frames[0].values())).shape)
+    with whole_directory(directory, ARTIFACTS) as made:
+        _write_model(model, made, content)
+        if artifacts is not None:
+            pack_artifacts(made, artifacts)
+    logger.info("%s: ready for TI's compiler; README.md has the commands", directory)
+    return directory
+
+
+def _name(model: nn.Module) -> str:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return str(kind or type(model).__name__).lower()
+
+
+def _labels(model: nn.Module, labels: Mapping[int, str] | Sequence[str] | None) -> dict[int, str]:
+    if labels is None:
+        labels = getattr(getattr(model, "config", None), "id2label", None) or {}
+    named = labels if isinstance(labels, Mapping) else dict(enumerate(labels))
+    return {int(number): str(label) for number, label in sorted(named.items())}
+
+
+def _write_model(model: nn.Module, made: Path, content: _Content) -> None:
+    """The ONNX file first; all else describes it."""
+    path = made / "model" / f"{content.name}.onnx"
+    export_onnx(model, path, as_batch(content.frames), opset_version=OPSET, verify=False)
+    file = adapt(onnx.load(path))
+    if content.ranges == "clip":
+        file = clips_for_quantizers(file)
+    drop_unused(file)
+    file = with_shapes(file)
+    onnx.checker.check_model(file, full_check=True)
+    onnx.save(file, path)
+    check = check_tidl(path, content.device.name)
+    if not check.ok:
+        worst = next(issue for issue in check.issues if issue.verdict == "refused")
+        raise ExportError(
+            f"TIDL refuses this model on {content.device.name}: {' '.join([worst.operator, worst.layer, '']).lstrip()}"
+            f"{worst.why}. Do this: {worst.remedy}. check_tidl on the file of export_onnx lists everything."
+        )
+    verified = verify_onnx(model, path, [as_batch(content.frames)])
+    _write_files(made, file, content, check, verified)
+
+
+def _write_files(made: Path, file: ModelProto, content: _Content, check: TidlReport, verified: ExportReport) -> None:
+    path = f"model/{content.name}.onnx"
+    write_frames(content.frames, made / "calibration")
+    options = runtime_options(content.device, len(content.frames), content.ranges)
+    _write_json(made / "runtime_options.json", _settings(file, path, content, options))
+    _write_json(made / "check.json", {**check.to_dict(), "onnxruntime": _agreement(verified)})
+    why_not = _write_config(made, file, content, options, digest(made / path))
+    for script in ("compile.py", "infer.py"):
+        (made / script).write_text(_template(script), encoding="utf-8")
+    readme = Template(_template("README.md")).substitute(
+        name=content.name,
+        target=content.device.name,
+        soc=content.device.soc,
+        tools_soc=content.device.tools.value,
+        version=__version__,
+        ranges=RANGES_TEXT[content.ranges],
+        check="\n".join(str(check).replace(f"{check.path} on", f"{path} on").splitlines()),
+        model=path,
+        opset=opset_of(file),
+        frames=len(content.frames),
+        config=why_not or "how images are prepared, what the outputs mean",
+        notes="\n".join(f"- {note}" for note in check.notes),
+    )
+    (made / "README.md").write_text(readme, encoding="utf-8")
+    write_manifest(made)
+
+
+def _settings(file: ModelProto, path: str, content: _Content, options: dict[str, Any]) -> dict[str, Any]:
+    """What `compile.py` and `infer.py` read."""
+    return {
+        "model": path,
+        "target": content.device.name,
+        "soc": content.device.soc,
+        "task": None if content.task is None else content.task[0],
+        "disable_optimizations": attention_like(file),
+        "compile": options,
+        "labels": {str(number): label for number, label in content.labels.items()},
+    }
+
+
+def _write_config(made: Path, file: ModelProto, content: _Content, options: dict[str, Any], sha256: str) -> str | None:
+    """Write `dataset.yaml`, and `config.yaml` if it can be complete; else return why not."""
+    if content.labels:
+        colours = content.task is not None and content.task[0] == "segmentation"
+        _write_yaml(made / "dataset.yaml", dataset(content.name, content.labels, colours))
+    if content.recipe is None:
+        return "`config.yaml` is left out: export_tidl got no processor, so how images are prepared is not known"
+    if content.task is None:
+        return "`config.yaml` is left out: edgeai-benchmark cannot read the outputs of this kind of model"
+    if attention_like(file):  # edgeai-benchmark, core/onnxrt_runtime.py: any value switches optimizations off
+        options = {**options, "onnxruntime:graph_optimization_level": 0}
+    entries = config(
+        name=content.name,
+        file=file,
+        digest=sha256,
+        task=content.task,
+        preprocess=content.recipe[0],
+        session=content.recipe[1],
+        options=options,
+        target=content.device.name,
+        ranges=content.ranges,
+        classes=len(content.labels),
+        metrics=content.metrics,
+    )
+    _write_yaml(made / "config.yaml", entries)
+    return None
+
+
+def _agreement(report: ExportReport) -> dict[str, Any]:
+    """How far ONNX Runtime and torch agree on the calibration frames."""
+    return {
+        "frames": report.samples,
+        "top1_agreement": report.top1_agreement,
+        "max_abs_diff": report.max_abs_diff,
+        "max_output_lsb": report.max_output_lsb,
+    }
+
+
+def _template(name: str) -> str:
+    return resources.files(templates).joinpath(name).read_text(encoding="utf-8")
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    # Through JSON, so that equal lists are written out, not as references.
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False), encoding="utf-8")

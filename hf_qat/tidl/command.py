@@ -1,0 +1,51 @@
+"""`hf-qat check`: what TIDL will take of an ONNX file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_qat.tidl.devices import DEVICES
+
+
+#: Exit status where TIDL refuses the file, apart from that of a wrong call, 2.
+REFUSED = 1
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check a file and print the report.
+
+    Args:
+        argv: what follows `hf-qat check`.
+
+    Raises:
+        HfQatError: no such device, or the file is no ONNX.
+        OSError: the JSON file cannot be written.
+        SystemExit: 1 if TIDL refuses the file; 2 for wrong options; 0 after `--help`.
+    """
+    options = _parser().parse_args(argv)
+    from hf_qat.tidl.check import check_tidl  # so that --help need not wait for its imports
+
+    report = check_tidl(options.file, options.target)
+    print(report)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if not report.ok:
+        raise SystemExit(REFUSED)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-qat check",
+        description="Say, layer by layer and before anyone owns a board, what Texas Instruments' TIDL takes of an "
+        "ONNX file: on the accelerator, on the Arm core, or not at all; why, and what to do. Works on any ONNX file. "
+        "Exits with 1 if the file is refused.",
+        allow_abbrev=False,
+    )
+    names = ", ".join(device.name for device in DEVICES)
+    parser.add_argument("file", type=Path, help="the ONNX file")
+    parser.add_argument("--target", required=True, help=f"the device: {names}, or TI's part number")
+    parser.add_argument("--json", type=Path, help="also write the whole report, with every layer, to this file")
+    return parser

@@ -1,0 +1,117 @@
+"""Run the compiled model, on the board or in TI's emulation on a PC; see README.md.
+
+    python infer.py                  the calibration frames
+    python infer.py photo.jpg ...    images, prepared as config.yaml says
+    python infer.py --cpu ...        without TIDL, on plain ONNX Runtime: to compare
+
+Outputs are printed and written to outputs/.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+
+PROVIDER = "TIDLExecutionProvider"
+
+
+def main() -> None:
+    import onnxruntime
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="*", type=Path)
+    parser.add_argument("--cpu", action="store_true", help="without TIDL")
+    parser.add_argument("--out", type=Path, default=Path("outputs"))
+    arguments = parser.parse_args()
+    here = Path(__file__).resolve().parent
+    settings = json.loads((here / "runtime_options.json").read_text(encoding="utf-8"))
+    session_options = onnxruntime.SessionOptions()
+    if settings["disable_optimizations"]:
+        session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        str(here / settings["model"]), sess_options=session_options, **providers(here, arguments.cpu, onnxruntime)
+    )
+    names = [output.name for output in session.get_outputs()]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, inputs in frames(here, arguments.images, session.get_inputs()[0].name):
+        outputs = session.run(None, inputs)
+        np.savez(arguments.out / (name + ".npz"), **dict(zip(names, outputs, strict=True)))
+        print(name + ":", describe(here, settings, names, outputs))
+
+
+def providers(here: Path, cpu: bool, onnxruntime: ModuleType) -> dict:
+    """Arguments of the session."""
+    if cpu:
+        return {"providers": ["CPUExecutionProvider"]}
+    if PROVIDER not in onnxruntime.get_available_providers():
+        sys.exit("this is not TI's onnxruntime: it has no " + PROVIDER + "; --cpu runs without it")
+    artifacts = here / "artifacts"
+    if not (artifacts / "allowedNode.txt").exists():
+        sys.exit(str(artifacts) + " holds no compiled model: run compile.py on a PC and copy artifacts/ here")
+    options = {"artifacts_folder": str(artifacts)}
+    if os.environ.get("TIDL_TOOLS_PATH"):  # on a PC; the board has no tools
+        options["tidl_tools_path"] = os.environ["TIDL_TOOLS_PATH"]
+    return {"providers": [PROVIDER, "CPUExecutionProvider"], "provider_options": [options, {}]}
+
+
+def frames(here: Path, images: list, input_name: str) -> Iterator[tuple[str, dict]]:
+    """Names and inputs: of images, or of the calibration frames."""
+    if not images:
+        for frame in sorted((here / "calibration").glob("*.npz")):
+            with np.load(frame) as inputs:
+                yield frame.stem, dict(inputs)
+        return
+    import yaml
+    from PIL import Image
+
+    if not (here / "config.yaml").exists():
+        sys.exit("this bundle has no config.yaml, so how to prepare an image is not known; see README.md")
+    config = yaml.safe_load((here / "config.yaml").read_text(encoding="utf-8"))
+    for path in images:
+        with Image.open(path) as image:
+            yield path.stem, {input_name: preprocess_image(image, config["preprocess"], config["session"])}
+
+
+def preprocess_image(image: Any, preprocess: dict, session: dict) -> np.ndarray:
+    """(1, 3, H, W) float32 of a PIL image, by the entries of config.yaml."""
+    image = image.convert("RGB")
+    resize, crop = preprocess["resize"], preprocess["crop"]
+    if isinstance(resize, int):  # the shorter edge
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        other = int(resize * long / short)
+        resize = [resize, other] if height <= width else [other, resize]
+    if resize is not None:
+        interpolation = preprocess["interpolation"]
+        image = image.resize((resize[1], resize[0]), 2 if interpolation is None else interpolation)  # 2: bilinear
+    pixels = np.asarray(image, dtype=np.float32)
+    if crop is not None:
+        height, width = (crop, crop) if isinstance(crop, int) else crop
+        top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+        pixels = pixels[top : top + height, left : left + width]
+    if preprocess["reverse_channels"]:
+        pixels = pixels[:, :, ::-1]
+    mean = np.array(session["input_mean"], dtype=np.float32)
+    scale = np.array(session["input_scale"], dtype=np.float32)
+    return np.ascontiguousarray(((pixels - mean) * scale).transpose(2, 0, 1)[None])
+
+
+def describe(here: Path, settings: dict, names: list, outputs: list) -> str:
+    """The five best classes of a classifier; shapes of everything else."""
+    if settings["task"] != "classification":
+        return ", ".join(name + " " + str(list(output.shape)) for name, output in zip(names, outputs, strict=True))
+    scores = outputs[0].reshape(-1)
+    labels = settings["labels"]
+    best = np.argsort(-scores)[:5]
+    return ", ".join(f"{labels.get(str(k), k)} {scores[k]:.3f}" for k in best)
+
+
+if __name__ == "__main__":
+    main()

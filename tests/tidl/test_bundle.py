@@ -1,0 +1,269 @@
+"""Bundles of every device × model: complete, checked, and what the ONNX file holds by `onnx` alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from transformers import ViTImageProcessorPil
+
+from hf_qat import QATConfig, calibrate, convert, export_tidl, prepare_qat
+from hf_qat.errors import CalibrationError, ConfigError, ExportError, StageError
+from hf_qat.tidl.config_yaml import dataset
+from tests.models import HUGGING_FACE, LABELS, hand_written
+
+
+DEVICES = ["TDA4VM", "AM62A", "AM67A", "AM68A", "AM69A"]
+SLOW = {"mobilenet_v2", "segformer"}
+MODELS = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name in ("resnet", "regnet", "convnext", "vit", "mobilenet_v2", "segformer")
+]
+FILES = {
+    "README.md",
+    "SHA256SUMS",
+    "calibration",
+    "check.json",
+    "compile.py",
+    "config.yaml",
+    "dataset.yaml",
+    "infer.py",
+    "model",
+    "runtime_options.json",
+}
+
+#: The keys of edgeai-benchmark's param_template_config.yaml, and the arguments of its `get_transform_base`.
+KEYS = {
+    "": "task_type calibration_dataset input_dataset preprocess session postprocess metric model_info",
+    "preprocess": "resize crop data_layout reverse_channels backend interpolation add_flip_image resize_with_pad "
+    "pad_color",
+    "session": "session_name target_device input_optimization input_data_layout input_mean input_scale "
+    "runtime_options model_path model_id input_details output_details num_inputs",
+    "model_info": "metric_reference model_shortlist compact_name shortlisted",
+}
+
+
+def tensors_of(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_bundle_is_complete_accepted_and_in_the_documented_schema(name, device, bundled):
+    directory = bundled(name, device)
+
+    assert {path.name for path in directory.iterdir()} == FILES
+    check = json.loads((directory / "check.json").read_text())
+    assert check["ok"] and check["target"] == device
+    assert check["accelerated_macs"] > 0.9 * check["macs"] > 0
+    assert check["onnxruntime"]["frames"] == 5
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    for section, keys in KEYS.items():
+        assert set(config[section] if section else config) == set(keys.split())
+    options = config["session"]["runtime_options"]
+    assert options["advanced_options:quantization_scale_type"] == (1 if device == "TDA4VM" else 4)
+    assert options["info"] == {"prequantized_model_type": 1}
+    assert ("onnxruntime:graph_optimization_level" in options) == (name in ("convnext", "vit", "segformer"))
+    assert (directory / config["session"]["model_path"]).is_file()
+    assert config["task_type"] == ("segmentation" if name == "segformer" else "classification")
+    categories = yaml.safe_load((directory / "dataset.yaml").read_text())["categories"]
+    assert [category["id"] for category in categories] == list(range(LABELS))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_file_gives_the_trained_models_top_1_on_all_frames(name, device, bundled, converted):
+    path = bundled(name, device) / "model" / f"{name}.onnx"
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    frames = sorted((path.parent.parent / "calibration").iterdir())
+    assert len(frames) == 5
+    for position, frame in enumerate(frames):
+        pixels = np.load(frame)["pixel_values"]
+        np.testing.assert_array_equal(pixels[0], HUGGING_FACE[name].pixels(8, seed=1)[position])
+        got = session.run(None, {"pixel_values": pixels})[0]
+        with torch.no_grad():
+            wanted = converted(name, device)(pixel_values=torch.from_numpy(pixels)).logits.numpy()
+        agreement = (got.argmax(1) == wanted.argmax(1)).mean()
+        assert agreement == 1.0 if name != "segformer" else agreement >= 0.97  # pixels of a random net have ties
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_files_for_tda4vm_have_power_of_two_scales_no_zero_points_and_one_scale_a_tensor(name, bundled):
+    graph = onnx.load(bundled(name, "TDA4VM") / "model" / f"{name}.onnx").graph
+    tensors = tensors_of(graph)
+    quantizers = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(quantizers) > 20
+    for node in quantizers:
+        scale, zero = tensors[node.input[1]], tensors[node.input[2]]
+        assert scale.size == 1 and zero.size == 1 and zero == 0
+        assert np.frexp(scale)[0] == 0.5
+        assert zero.dtype in (np.int8, np.uint8, np.int32)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("name", MODELS)
+def test_files_for_the_other_devices_have_one_scale_per_output_channel(name, device, bundled):
+    graph = onnx.load(bundled(name, device) / "model" / f"{name}.onnx").graph
+    tensors = tensors_of(graph)
+    makers = {node.output[0]: node for node in graph.node}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert layers
+    for node in layers:
+        weights = makers[node.input[1]]
+        scale, codes = tensors[weights.input[1]], tensors[weights.input[0]]
+        assert scale.shape == (codes.shape[0],) and codes.dtype == np.int8
+        assert not tensors[weights.input[2]].any()
+    activations = [tensors[node.input[1]].size for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert set(activations) == {1}
+
+
+def test_the_model_is_static_of_opset_17_and_every_value_has_a_shape(bundled):
+    model = onnx.load(bundled("vit", "AM68A") / "model" / "vit.onnx")
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
+    known = {value.name: value for value in (*model.graph.value_info, *model.graph.output, *model.graph.input)}
+    for name in {name for node in model.graph.node for name in node.output}:
+        assert all(dim.dim_value > 0 for dim in known[name].type.tensor_type.shape.dim)
+    assert {node.op_type for node in model.graph.node} & {"Expand", "Identity", "Shape"} == set()
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_nothing_of_a_vit_or_resnet_falls_to_the_arm_core_on_am68a(name, bundled):
+    check = json.loads((bundled(name, "AM68A") / "check.json").read_text())
+    assert check["subgraphs"] == 1 and check["accelerated_macs"] == check["macs"]
+
+
+def test_sums_are_those_of_sha256sum_and_cover_every_file(bundled):
+    directory = bundled("resnet", "AM68A")
+    lines = dict(line.split("  ")[::-1] for line in (directory / "SHA256SUMS").read_text().splitlines())
+    files = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert files - {"SHA256SUMS"} == set(lines)
+    for name, digest in lines.items():
+        assert hashlib.sha256((directory / name).read_bytes()).hexdigest() == digest
+
+
+def test_no_bundle_claims_to_be_compiled(bundled):
+    names = {path.name for path in bundled("resnet", "TDA4VM").rglob("*")}
+    assert "param.yaml" not in names and not [name for name in names if name.endswith(".bin")]
+    readme = (bundled("resnet", "TDA4VM") / "README.md").read_text()
+    assert "Not verified on a board" in readme and "SOC=am68pa" in readme and "$" not in readme.replace("$target", "")
+
+
+class TestClip:
+    """The older form for TDA4VM."""
+
+    def test_ranges_are_in_clips_and_weights_lie_on_their_grid(self, bundled):
+        before = onnx.load(bundled("resnet", "TDA4VM") / "model" / "resnet.onnx").graph
+        after = onnx.load(bundled("resnet", "TDA4VM", "clip") / "model" / "resnet.onnx").graph
+        assert not [node for node in after.node if "Quantize" in node.op_type or "Dequantize" in node.op_type]
+        clips = [node for node in after.node if node.op_type == "Clip"]
+        quantize = [node for node in before.node if node.op_type == "QuantizeLinear"]
+        old, new = tensors_of(before), tensors_of(after)
+        assert len(clips) == len(quantize)
+        for clip, node in zip(clips, quantize, strict=True):
+            limits = np.iinfo(old[node.input[2]].dtype)
+            assert new[clip.input[1]] == limits.min * old[node.input[1]]
+            assert new[clip.input[2]] == limits.max * old[node.input[1]]
+        for node in before.node:
+            if node.op_type == "DequantizeLinear" and node.input[0] in old:
+                codes, scale = old[node.input[0]].astype(np.float64), old[node.input[1]].astype(np.float64)
+                np.testing.assert_array_equal(new[node.output[0]], (codes * scale).astype(np.float32))
+
+    def test_it_computes_the_same_but_for_rounding_and_tidl_is_told_so(self, bundled):
+        check = json.loads((bundled("resnet", "TDA4VM", "clip") / "check.json").read_text())
+        assert check["ok"] and "no-quantizers" not in {issue["rule"] for issue in check["issues"]}
+        assert check["onnxruntime"]["max_abs_diff"] < 0.5
+        settings = json.loads((bundled("resnet", "TDA4VM", "clip") / "runtime_options.json").read_text())
+        assert "advanced_options:prequantized_model" not in settings["compile"]
+        assert settings["compile"]["advanced_options:quantization_scale_type"] == 1
+
+    def test_other_devices_do_not_have_it(self, converted, tmp_path):
+        batch = [HUGGING_FACE["resnet"].pixels(2)]
+        with pytest.raises(ConfigError, match="ranges='clip' for AM68A"):
+            export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "AM68A", batch, ranges="clip")
+
+
+class TestRefusals:
+    """Nothing is left behind."""
+
+    def test_a_model_trained_for_another_device(self, converted, exported_once, tmp_path):
+        with pytest.raises(ExportError, match=r"TIDL refuses .* on TDA4VM.*QATConfig\(target='TDA4VM'\)"):
+            export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "TDA4VM", [HUGGING_FACE["resnet"].pixels(2)])
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_model_that_is_not_converted(self, tmp_path):
+        model = prepare_qat(hand_written(), QATConfig("AM68A"), torch.randn(2, 3, 16, 16))
+        with pytest.raises(StageError, match="convert"):
+            export_tidl(model, tmp_path / "b", "AM68A", [torch.randn(2, 3, 16, 16)])
+
+    def test_a_processor_of_another_size(self, converted, exported_once, tmp_path):
+        batch = [HUGGING_FACE["resnet"].pixels(2)]
+        with pytest.raises(ExportError, match="224x224, the calibration data has 32x32"):
+            export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "AM68A", batch, ViTImageProcessorPil())
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ([], "empty"),
+            ([torch.full((1, 3, 32, 32), torch.nan)], "NaN"),
+            (torch.zeros(1, 3, 32, 32), "one batch"),
+        ],
+        ids=["empty", "nan", "a tensor"],
+    )
+    def test_bad_calibration_data(self, data, message, converted, tmp_path):
+        with pytest.raises(CalibrationError, match=message):
+            export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "AM68A", data)
+
+    def test_a_directory_that_holds_something_else(self, converted, exported_once, tmp_path):
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(ExportError, match="not empty and no bundle"):
+            export_tidl(converted("resnet", "AM68A"), tmp_path, "AM68A", [HUGGING_FACE["resnet"].pixels(2)])
+        assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+    def test_a_bundle_with_compiled_artifacts(self, converted, copied):
+        directory = copied("resnet", "AM68A")
+        (directory / "artifacts").mkdir()
+        with pytest.raises(ExportError, match="holds a compiled model"):
+            export_tidl(converted("resnet", "AM68A"), directory, "AM68A", [HUGGING_FACE["resnet"].pixels(2)])
+
+    def test_a_name_that_is_no_file_name(self, converted, tmp_path):
+        with pytest.raises(ConfigError, match="name='google/vit'"):
+            export_tidl(
+                converted("resnet", "AM68A"),
+                tmp_path / "b",
+                "AM68A",
+                [HUGGING_FACE["resnet"].pixels(2)],
+                name="google/vit",
+            )
+
+
+def test_an_earlier_bundle_is_replaced_as_a_whole(converted, copied, exported_once):
+    directory = copied("resnet", "AM68A")
+    batch = [HUGGING_FACE["resnet"].pixels(3)]
+    export_tidl(converted("resnet", "AM68A"), directory, "AM68A", batch, labels=list("abcde"), name="net")
+    assert {path.name for path in directory.iterdir()} == FILES - {"config.yaml"}
+    assert [path.name for path in (directory / "model").iterdir()] == ["net.onnx"]
+    assert "export_tidl got no processor" in (directory / "README.md").read_text()
+    assert yaml.safe_load((directory / "dataset.yaml").read_text())["categories"][1]["name"] == "b"
+    assert [path.name for path in directory.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.slow
+def test_a_plain_network_gets_a_bundle_without_config(tmp_path):
+    x = torch.randn(4, 3, 16, 16)
+    model = convert(calibrate(prepare_qat(hand_written(), QATConfig("AM68A"), x), [x]))
+    directory = export_tidl(model, tmp_path / "b", "J721S2", [x])
+    assert [path.name for path in (directory / "model").iterdir()] == ["handwritten.onnx"]
+    assert {path.name for path in directory.iterdir()} == FILES - {"config.yaml", "dataset.yaml"}
+
+
+def test_the_palette_is_that_of_pascal_voc():
+    colours = dataset("net", dict.fromkeys(range(6), "x"), colours=True)["color_map"]
+    assert colours == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [128, 0, 128]]

@@ -1,0 +1,404 @@
+"""`check_tidl` against TI's docs/operators.md: planted violations, and what TI lists as supported."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from hf_qat import check_tidl
+from hf_qat.errors import ConfigError, ExportError
+from tests.tidl.layers import from_text, one_layer
+
+
+IMAGE = [1, 8, 16, 16]
+TOKENS = [1, 17, 16]
+
+
+def weights(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def conv(kernel: int, stride: int = 1, pad: int = 0, shape: list = IMAGE, group: int = 1, **more) -> onnx.ModelProto:
+    channels = shape[1]
+    w = weights(channels, channels // group, kernel, kernel)
+    return one_layer("Conv", shape, w, strides=[stride] * 2, pads=[pad] * 4, group=group, **more)
+
+
+def resize(
+    factors: list[float], mode: str = "linear", where: str = "half_pixel", shape: list = IMAGE, **more
+) -> onnx.ModelProto:
+    scales = np.array(factors, np.float32)
+    return one_layer("Resize", shape, None, scales, mode=mode, coordinate_transformation_mode=where, **more)
+
+
+def qdq(
+    scale: float = 0.25,
+    zero: int = 0,
+    kind: str = "int8",
+    weight_scales: str = "ws",
+    axis: int = 0,
+    weight_kind: str = "int8",
+) -> onnx.ModelProto:
+    """A convolution of a quantized input with quantized weights."""
+    scales = "float[4] ws = {0.5, 0.25, 0.125, 1}" if weight_scales == "ws" else "float ws = {0.5}"
+    zeros = f"{weight_kind}[4] wz = {{0, 0, 0, 0}}" if weight_scales == "ws" else f"{weight_kind} wz = {{0}}"
+    codes = ", ".join(["1"] * 16)
+    return from_text(
+        f"""g (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] z)
+        <float s = {{{scale}}}, {kind} o = {{{zero}}}, {scales}, {zeros}, {weight_kind}[4, 4, 1, 1] w = {{{codes}}}> {{
+            q = QuantizeLinear(x, s, o)
+            d = DequantizeLinear(q, s, o)
+            v = DequantizeLinear<axis={axis}>(w, ws, wz)
+            y = Conv(d, v)
+            r = QuantizeLinear(y, s, o)
+            z = DequantizeLinear(r, s, o)
+        }}""",
+        opset=21,
+    )
+
+
+def attention(first: str, second: str, out: str) -> onnx.ModelProto:
+    """A product of two quantized activations, scaled as attention scores are."""
+    return from_text(
+        f"""g (float[1, 2, 8, 8] x, float[1, 2, 8, 8] y) => (float[1, 2, 8, 8] z)
+        <float s = {{0.25}}, {first} a = {{0}}, {second} b = {{0}}, {out} c = {{0}}> {{
+            qx = QuantizeLinear(x, s, a)
+            dx = DequantizeLinear(qx, s, a)
+            qy = QuantizeLinear(y, s, b)
+            dy = DequantizeLinear(qy, s, b)
+            p = MatMul(dx, dy)
+            m = Mul(p, s)
+            qz = QuantizeLinear(m, s, c)
+            z = DequantizeLinear(qz, s, c)
+        }}"""
+    )
+
+
+def cast_inside() -> onnx.ModelProto:
+    return from_text(
+        "g (float[1, 8] x) => (float[1, 8] z) { a = Relu(x) b = Cast<to=10>(a) c = Cast<to=1>(b) z = Relu(c) }"
+    )
+
+
+def dynamic() -> onnx.ModelProto:
+    return one_layer("Relu", ["batch", 8, 16, 16])
+
+
+def without_shapes() -> onnx.ModelProto:
+    model = from_text("g (float[1, 8] x) => (float[1, 8] z) { a = Relu(x) z = Relu(a) }")
+    del model.graph.value_info[:]
+    return model
+
+
+def computed_shape() -> onnx.ModelProto:
+    return from_text("g (float[1, 8] x, int64[2] s) => (float[8, 1] z) { z = Reshape(x, s) }")
+
+
+#: rule → device, model. Each breaks this rule, and the verdict is what TI's table says.
+PLANTED = {
+    "conv-stride": ("AM68A", "arm", lambda: one_layer("Conv", IMAGE, weights(8, 8, 3, 3), strides=[1, 2])),
+    "conv-kernel": ("AM68A", "arm", lambda: conv(9, 2, 4)),
+    "conv-stride-4": ("AM68A", "arm", lambda: conv(5, 4, 2)),
+    "conv-depthwise": ("AM68A", "arm", lambda: conv(9, 1, 4, group=8)),
+    "conv-3x3-stride-3": ("AM62A", "arm", lambda: conv(3, 3)),
+    "conv-padding": ("AM67A", "arm", lambda: conv(5, 1, 4, shape=[1, 8, 3, 3])),
+    "conv-dims": ("AM68A", "arm", lambda: one_layer("Conv", [1, 2, 4, 8, 8], weights(2, 2, 3, 3, 3))),
+    "conv-variable-weights": ("AM68A", "arm", lambda: one_layer("Conv", IMAGE, second=[8, 8, 3, 3])),
+    "transposed-kernel": (
+        "AM68A",
+        "arm",
+        lambda: one_layer("ConvTranspose", IMAGE, weights(8, 8, 5, 5), strides=[2, 2]),
+    ),
+    "transposed-group": (
+        "AM68A",
+        "arm",
+        lambda: one_layer("ConvTranspose", IMAGE, weights(8, 1, 4, 4), strides=[2, 2], group=8),
+    ),
+    "pool-kernel": ("AM68A", "arm", lambda: one_layer("MaxPool", IMAGE, kernel_shape=[5, 5], strides=[5, 5])),
+    "pool-dilation": (
+        "AM68A",
+        "arm",
+        lambda: one_layer("MaxPool", IMAGE, kernel_shape=[3, 3], strides=[1, 1], dilations=[2, 2]),
+    ),
+    "global-pool-plane": ("AM68A", "arm", lambda: one_layer("GlobalAveragePool", [1, 8, 64, 64])),
+    "resize-factor": ("AM68A", "arm", lambda: resize([1, 1, 3, 3])),
+    "resize-axes": ("AM68A", "arm", lambda: resize([1, 2, 2, 2], "nearest", "asymmetric", nearest_mode="floor")),
+    "resize-mode": ("AM68A", "arm", lambda: resize([1, 1, 2, 2], "cubic")),
+    "resize-coordinates": ("AM68A", "arm", lambda: resize([1, 1, 2, 2], where="align_corners")),
+    "resize-rounding": ("AM68A", "arm", lambda: resize([1, 1, 2, 2], "nearest", "asymmetric")),
+    "softmax-axis": ("AM68A", "arm", lambda: one_layer("Softmax", IMAGE, axis=1)),
+    "layernorm-axis": (
+        "AM68A",
+        "arm",
+        lambda: one_layer("LayerNormalization", TOKENS, weights(17, 16), axis=1),
+    ),
+    "erf-alone": ("AM68A", "arm", lambda: one_layer("Erf", IMAGE)),
+    "concat-axis": ("AM68A", "arm", lambda: one_layer("Concat", IMAGE, second=IMAGE, axis=0)),
+    "slice-step": ("AM68A", "arm", lambda: one_layer("Slice", IMAGE, ints(0), ints(16), ints(3), ints(2))),
+    "slice-batch": ("AM68A", "arm", lambda: one_layer("Slice", [2, 8, 16, 16], ints(0), ints(4), ints(1))),
+    "slice-dims": ("AM68A", "arm", lambda: one_layer("Slice", [1, 2, 3, 4, 5], ints(0), ints(2), ints(4))),
+    "gather-indices": ("AM68A", "arm", lambda: one_layer("Gather", TOKENS, np.array(0), axis=1)),
+    "gather-axis": ("AM68A", "arm", lambda: one_layer("Gather", TOKENS, ints(0), axis=2)),
+    "gather-data": (
+        "AM68A",
+        "arm",
+        lambda: from_text("g (int64[4] i) => (float[4, 2] z) <float[3, 2] t = {1,2,3,4,5,6}> { z = Gather(t, i) }"),
+    ),
+    "reshape-allowzero": ("AM68A", "arm", lambda: one_layer("Reshape", TOKENS, ints(1, 272), allowzero=1)),
+    "reshape-variable": ("AM68A", "arm", computed_shape),
+    "transpose-width": ("AM68A", "arm", lambda: one_layer("Transpose", [1, 2, 3, 4, 5], perm=[4, 0, 1, 2, 3])),
+    "pad-mode": ("AM68A", "arm", lambda: one_layer("Pad", IMAGE, ints(0, 0, 1, 1, 0, 0, 1, 1), mode="reflect")),
+    "pad-axes": ("AM68A", "arm", lambda: one_layer("Pad", IMAGE, ints(0, 1, 0, 0, 0, 0, 0, 0))),
+    "pad-value": (
+        "AM68A",
+        "arm",
+        lambda: one_layer("Pad", IMAGE, ints(0, 0, 1, 1, 0, 0, 1, 1), np.float32(1)),
+    ),
+    "clip-range": ("AM68A", "arm", lambda: one_layer("Clip", IMAGE, np.float32(1), np.float32(6))),
+    "eltwise-inputs": ("AM68A", "arm", lambda: one_layer("Max", IMAGE, weights(*IMAGE), second=IMAGE)),
+    "eltwise-vector": ("AM68A", "arm", lambda: one_layer("Mul", IMAGE, weights(16, 1))),
+    "prelu-slope": ("AM68A", "arm", lambda: one_layer("PRelu", IMAGE, second=[8, 1, 1])),
+    "pow-exponent": ("AM68A", "arm", lambda: one_layer("Pow", IMAGE, weights(16))),
+    "cast-inside": ("AM68A", "arm", cast_inside),
+    "dims": ("AM68A", "arm", lambda: one_layer("Relu", [2, 2, 2, 2, 2, 2, 2])),
+    "gemm-transposed": ("AM68A", "arm", lambda: one_layer("Gemm", [16, 4], weights(16, 5), transA=1)),
+    "gemm-factors": ("AM68A", "arm", lambda: one_layer("Gemm", [4, 16], weights(16, 5), weights(5), alpha=0.5)),
+    "gemm-bias": ("AM68A", "arm", lambda: one_layer("Gemm", [4, 16], weights(16, 5), weights(4, 5))),
+    "matmul-vector": ("AM68A", "arm", lambda: one_layer("MatMul", [4, 16], weights(16))),
+    "matmul-mixed-signs": ("TDA4VM", "arm", lambda: attention("uint8", "int8", "int8")),
+    "matmul-unsigned-output": ("AM68A", "arm", lambda: attention("int8", "int8", "uint8")),
+    "argmax-axis": ("AM68A", "arm", lambda: one_layer("ArgMax", IMAGE, axis=3)),
+    "argmax-keepdims": ("AM68A", "arm", lambda: one_layer("ArgMax", IMAGE, axis=1, keepdims=0)),
+    "topk-sorted": ("AM68A", "arm", lambda: one_layer("TopK", IMAGE, ints(2), outputs=2, sorted=0)),
+    "reduce-axis": ("AM68A", "arm", lambda: one_layer("ReduceMax", IMAGE, axes=[1])),
+    "space-block": ("AM68A", "arm", lambda: one_layer("SpaceToDepth", [1, 8, 15, 15], blocksize=2, infer=False)),
+    "no-op": ("AM68A", "arm", lambda: one_layer("Identity", IMAGE)),
+    "operator": ("AM68A", "arm", lambda: one_layer("Einsum", TOKENS, equation="bnc->bcn")),
+    "no-lut": ("AM62A", "warning", lambda: one_layer("Sigmoid", IMAGE)),
+    "opset": ("AM68A", "refused", lambda: one_layer("Relu", IMAGE, opset=22)),
+    "dynamic-shape": ("AM68A", "refused", dynamic),
+    "shape-inference": ("AM68A", "refused", without_shapes),
+    "batch": ("AM68A", "warning", lambda: one_layer("Relu", [4, 8, 16, 16])),
+    "domain": (
+        "AM68A",
+        "refused",
+        lambda: from_text("g (float[1, 8] x) => (float[1, 8] z) { z = my.op(x) }", imports=', "my" : 1'),
+    ),
+    "no-quantizers": ("AM68A", "warning", lambda: one_layer("Relu", IMAGE)),
+    "qdq-type": ("AM68A", "refused", lambda: qdq(kind="int16")),
+    "scheme-power-of-two": ("TDA4VM", "refused", lambda: qdq(scale=0.3, weight_scales="one")),
+    "scheme-zero-point": ("TDA4VM", "refused", lambda: qdq(zero=3, weight_scales="one")),
+    "scheme-per-channel": ("TDA4VM", "refused", lambda: qdq()),
+    "scheme-weight-axis": ("AM68A", "refused", lambda: qdq(axis=1)),
+    "integer-operator": ("AM68A", "arm", lambda: one_layer("DynamicQuantizeLinear", IMAGE, outputs=3)),
+}
+
+
+def test_there_are_enough_planted_violations():
+    assert len(PLANTED) >= 25
+
+
+@pytest.mark.parametrize("rule", PLANTED)
+def test_each_planted_violation_is_found_with_its_verdict_reason_and_source(rule, saved):
+    device, verdict, make = PLANTED[rule]
+    report = check_tidl(saved(make()), device)
+    found = [issue for issue in report.issues if issue.rule == rule]
+    assert found and {issue.verdict for issue in found} == {verdict}
+    assert all(issue.why and issue.remedy and issue.source for issue in found)
+    assert report.ok == (verdict != "refused" and not [i for i in report.issues if i.verdict == "refused"])
+    assert f"[{rule}]" in str(report)
+
+
+@pytest.mark.parametrize("rule", [rule for rule, (_, verdict, _) in PLANTED.items() if verdict == "arm"])
+def test_a_layer_with_a_broken_limit_runs_on_the_arm_core(rule, saved):
+    device, _, make = PLANTED[rule]
+    report = check_tidl(saved(make()), device)
+    broken = {issue.layer for issue in report.issues if issue.rule == rule}
+    assert broken == {layer.name for layer in report.on("arm")} & broken
+
+
+def gelu() -> onnx.ModelProto:
+    return from_text(
+        """g (float[1, 17, 16] x) => (float[1, 17, 16] z) <float r = {1.4142135}, float h = {0.5}, float one = {1.0}> {
+            a = Div(x, r) b = Erf(a) c = Add(b, one) d = Mul(x, c) z = Mul(d, h) }"""
+    )
+
+
+def decomposed_layer_norm() -> onnx.ModelProto:
+    return from_text(
+        """g (float[1, 17, 16] x) => (float[1, 17, 16] z) <float two = {2.0}, float e = {1e-5}> {
+            m = ReduceMean<axes=[-1]>(x) d = Sub(x, m) p = Pow(d, two) v = ReduceMean<axes=[-1]>(p)
+            w = Add(v, e) s = Sqrt(w) z = Div(d, s) }"""
+    )
+
+
+#: What TI's table or its documents list as supported.
+SUPPORTED = {
+    "conv 1x1": lambda: conv(1),
+    "conv 3x3": lambda: conv(3, 1, 1),
+    "conv 3x3 stride 2": lambda: conv(3, 2, 1),
+    "conv 5x5": lambda: conv(5, 1, 2),
+    "conv 7x7 stride 2": lambda: conv(7, 2, 3),
+    "conv 11x11 stride 4": lambda: conv(11, 4, 5),
+    "conv grouped": lambda: conv(3, 1, 1, group=2),
+    "patch embedding 4x4": lambda: conv(4, 4),
+    "patch embedding 16x16": lambda: conv(16, 16),
+    "depthwise 3x3": lambda: conv(3, 1, 1, group=8),
+    "depthwise 3x3 stride 2": lambda: conv(3, 2, 1, group=8),
+    "depthwise 5x5 stride 2": lambda: conv(5, 2, 2, group=8),
+    "depthwise 7x7": lambda: conv(7, 1, 3, group=8),
+    "transposed 4x4": lambda: one_layer("ConvTranspose", IMAGE, weights(8, 8, 4, 4), strides=[2, 2], pads=[1] * 4),
+    "transposed 2x2": lambda: one_layer("ConvTranspose", IMAGE, weights(8, 8, 2, 2), strides=[2, 2]),
+    "max pool 3x3 stride 2": lambda: one_layer("MaxPool", IMAGE, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4),
+    "max pool 2x2 stride 2": lambda: one_layer("MaxPool", IMAGE, kernel_shape=[2, 2], strides=[2, 2]),
+    "average pool 3x3": lambda: one_layer("AveragePool", IMAGE, kernel_shape=[3, 3], strides=[1, 1], pads=[1] * 4),
+    "global average pool": lambda: one_layer("GlobalAveragePool", [1, 8, 32, 32]),
+    "relu6": lambda: one_layer("Clip", IMAGE, np.float32(0), np.float32(6)),
+    "hard swish": lambda: one_layer("HardSwish", IMAGE),
+    "add": lambda: one_layer("Add", IMAGE, second=IMAGE),
+    "mul by channels": lambda: one_layer("Mul", IMAGE, second=[1, 8, 1, 1]),
+    "add a vector along channels": lambda: one_layer("Add", IMAGE, weights(8, 1, 1)),
+    "add a vector along width": lambda: one_layer("Add", TOKENS, weights(16)),
+    "add positions": lambda: one_layer("Add", TOKENS, weights(1, 17, 16)),
+    "gemm": lambda: one_layer("Gemm", [1, 16], weights(5, 16), weights(5), transB=1),
+    "matmul with weights": lambda: one_layer("MatMul", TOKENS, weights(16, 32)),
+    "attention": lambda: one_layer("MatMul", [1, 2, 17, 8], second=[1, 2, 8, 17]),
+    "softmax along width": lambda: one_layer("Softmax", [1, 2, 17, 17], axis=-1),
+    "softmax along height": lambda: one_layer("Softmax", [1, 2, 17, 17], axis=2),
+    "layer norm": lambda: one_layer("LayerNormalization", TOKENS, weights(16), weights(16), axis=-1),
+    "decomposed layer norm": decomposed_layer_norm,
+    "gelu": gelu,
+    "concat channels": lambda: one_layer("Concat", IMAGE, second=IMAGE, axis=1),
+    "slice channels": lambda: one_layer("Slice", IMAGE, ints(0), ints(4), ints(1)),
+    "resize linear by 2": lambda: resize([1, 1, 2, 2]),
+    "resize linear by 4": lambda: resize([1, 1, 4, 4]),
+    "resize nearest by 2": lambda: resize([1, 1, 2, 2], "nearest", "asymmetric", nearest_mode="floor"),
+    "argmax": lambda: one_layer("ArgMax", IMAGE, axis=1),
+    "reshape": lambda: one_layer("Reshape", TOKENS, ints(1, 272)),
+    "transpose": lambda: one_layer("Transpose", IMAGE, perm=[0, 2, 3, 1]),
+    "pad": lambda: one_layer("Pad", IMAGE, ints(0, 0, 1, 1, 0, 0, 1, 1)),
+    "gather rows": lambda: one_layer("Gather", TOKENS, ints(0), axis=1),
+    "depth to space": lambda: one_layer("DepthToSpace", IMAGE, blocksize=2),
+    "cast at the input": lambda: one_layer("Cast", IMAGE, to=1, kind=TensorProto.UINT8),
+    "batch norm": lambda: one_layer("BatchNormalization", IMAGE, *[weights(8)] * 4),
+    "per-channel weights": lambda: qdq(scale=0.3, zero=3),
+    "attention with probabilities": lambda: attention("uint8", "int8", "int8"),
+}
+
+
+@pytest.mark.parametrize("case", SUPPORTED)
+def test_what_ti_lists_as_supported_raises_no_alarm(case, saved):
+    report = check_tidl(saved(SUPPORTED[case]()), "AM68A")
+    expected = {"no-quantizers", "opset"}  # float models of one layer; Q/DQ in opset 21
+    assert [issue for issue in report.issues if issue.rule not in expected] == []
+    assert {layer.runs_on for layer in report.layers} == {"accelerator"}
+
+
+@pytest.mark.parametrize(
+    ("make", "macs"),
+    [
+        (lambda: conv(3, 1, 1), 16 * 16 * 8 * 8 * 9),
+        (lambda: conv(3, 2, 1, group=8), 8 * 8 * 8 * 9),
+        (lambda: one_layer("ConvTranspose", IMAGE, weights(8, 4, 2, 2), strides=[2, 2]), 16 * 16 * 8 * 4 * 4),
+        (lambda: one_layer("Gemm", [1, 16], weights(5, 16), transB=1), 80),
+        (lambda: one_layer("MatMul", [1, 2, 17, 8], second=[1, 2, 8, 17]), 2 * 17 * 17 * 8),
+        (lambda: one_layer("Relu", IMAGE), 0),
+    ],
+    ids=["conv", "depthwise", "transposed", "gemm", "matmul", "relu"],
+)
+def test_macs_are_those_worked_out_by_hand(make, macs, saved):
+    report = check_tidl(saved(make()), "AM69A")
+    assert (report.macs, report.accelerated_macs) == (macs, macs)
+
+
+def test_macs_on_the_arm_core_are_counted_apart(saved):
+    report = check_tidl(
+        saved(
+            from_text(
+                """g (float[1, 4] x) => (float[1, 4] z) {
+                w = Constant<value = float[4, 4] {1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1}>()
+                y = Gemm(x, w) z = Gemm<alpha = 2.0>(y, w) }"""
+            )
+        ),
+        "AM68A",
+    )
+    assert (report.macs, report.accelerated_macs) == (32, 16)
+    assert "1 of 2 layers and 50.0% of 32 MACs on the accelerator, in 1 part" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("a = Relu(x) b = Relu(a) z = Relu(b)", 1),
+        ("a = Relu(x) b = Erf(a) z = Relu(b)", 2),
+        ("a = Relu(x) b = Erf(a) z = Add(a, b)", 2),
+        ("a = Relu(x) b = Relu(x) z = Add(a, b)", 1),
+        ("a = Erf(x) z = Relu(a)", 1),
+        ("a = Erf(x) z = Erf(a)", 0),
+        ("a = Relu(x) b = Erf(a) c = Relu(b) d = Erf(c) z = Relu(d)", 3),
+    ],
+)
+def test_parts_are_counted_by_crossings_to_the_arm_core(body, parts, saved):
+    report = check_tidl(saved(from_text(f"g (float[1, 8] x) => (float[1, 8] z) {{ {body} }}")), "AM68A")
+    assert report.subgraphs == parts
+
+
+def test_more_parts_than_tidl_compiles_are_reported(saved):
+    body = "".join(f"a{k} = Relu({f'b{k - 1}' if k else 'x'}) b{k} = Erf(a{k}) " for k in range(17))
+    model = from_text(f"g (float[1, 8] x) => (float[1, 8] z) {{ {body} z = Relu(b16) }}")
+    assert "subgraphs" in {issue.rule for issue in check_tidl(saved(model), "AM68A").issues}
+
+
+def test_a_scale_that_is_computed_is_refused(saved):
+    model = from_text("g (float[1, 8] x, float s) => (uint8[1, 8] z) { z = QuantizeLinear(x, s) }")
+    assert "qdq-dynamic" in {issue.rule for issue in check_tidl(saved(model), "AM68A").issues}
+
+
+def test_a_float_layer_in_a_quantized_model_is_named(saved):
+    model = from_text(
+        """g (float[1, 4] x) => (float[1, 4] z) <float s = {0.5}, int8 o = {0}, float[4, 4] w> {
+            q = QuantizeLinear(x, s, o) d = DequantizeLinear(q, s, o) z = MatMul(d, w) }"""
+    )
+    model.graph.initializer.append(helper.make_tensor("w", TensorProto.FLOAT, [4, 4], [1.0] * 16))
+    del model.graph.input[1:]
+    found = [issue for issue in check_tidl(saved(model), "AM68A").issues if issue.rule == "no-range"]
+    assert [issue.why.split(",")[0] for issue in found] == ["its weights are float"]
+
+
+def test_part_numbers_and_any_case_name_a_device(saved):
+    path = saved(one_layer("Relu", IMAGE))
+    assert check_tidl(path, "j721s2").target == "AM68A"
+    assert check_tidl(path, "J721E").soc == "J721E"
+    with pytest.raises(ConfigError, match="'AM68' is no device that TIDL runs on. Did you mean 'AM68A'"):
+        check_tidl(path, "AM68")
+
+
+def test_a_file_that_is_no_onnx_is_refused(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"no protobuf at all")
+    with pytest.raises(ExportError, match="model.onnx"):
+        check_tidl(tmp_path / "model.onnx", "AM68A")
+    with pytest.raises(ExportError, match="nothing.onnx"):
+        check_tidl(tmp_path / "nothing.onnx", "AM68A")
+
+
+def test_the_report_is_json_data(saved):
+    report = check_tidl(saved(conv(5, 4, 2)), "AM62A")
+    data = json.loads(json.dumps(report.to_dict()))
+    assert (data["ok"], data["target"], data["accelerated_macs"]) == (True, "AM62A", 0)
+    assert data["layers"] == [
+        {
+            "name": "layer",
+            "operator": "Conv",
+            "runs_on": "arm",
+            "macs": 4 * 4 * 8 * 8 * 25,
+            "tidl_layer": "TIDL_ConvolutionLayer",
+        }
+    ]

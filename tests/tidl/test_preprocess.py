@@ -1,0 +1,102 @@
+"""One PNG through the Hugging Face processor and through `config.yaml`'s recipe, done here by numpy and PIL alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+from hf_qat.errors import ExportError
+from hf_qat.tidl.preprocess import check_size, recipe_of
+
+
+PROCESSORS = {
+    "vit": transformers.ViTImageProcessorPil(),
+    "deit": transformers.DeiTImageProcessorPil(),
+    "convnext": transformers.ConvNextImageProcessorPil(size={"shortest_edge": 224}),
+    "convnext-384": transformers.ConvNextImageProcessorPil(),
+    "segformer": transformers.SegformerImageProcessorPil(size={"height": 128, "width": 160}),
+    "mobilenet_v2": transformers.MobileNetV2ImageProcessorPil(),
+    "mobilevit": transformers.MobileViTImageProcessorPil(size={"shortest_edge": 288}),
+    "imagenet": transformers.BitImageProcessorPil(),
+    "without normalization": transformers.ViTImageProcessorPil(do_normalize=False),
+    "without rescaling": transformers.ViTImageProcessorPil(do_rescale=False, do_normalize=False),
+    "nearest": transformers.ViTImageProcessorPil(resample=0),
+}
+
+
+@pytest.fixture(scope="module", params=[(300, 451), (451, 300), (256, 256)], ids=["wide", "high", "square"])
+def png(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with smooth shapes, edges and noise."""
+    height, width = request.param
+    y, x = np.mgrid[:height, :width]
+    noise = np.random.default_rng(0).integers(0, 60, (height, width, 3))
+    shapes = np.stack([x % 180, y % 180, ((x // 32 + y // 32) % 2) * 180], axis=-1)
+    path = tmp_path_factory.mktemp("png") / "image.png"
+    Image.fromarray((shapes + noise).astype(np.uint8)).save(path)
+    return path
+
+
+def follow(recipe: dict, session: dict, path: Path) -> np.ndarray:
+    """What TI's documents say that the entries mean."""
+    image = Image.open(path).convert("RGB")
+    if isinstance(recipe["resize"], int):
+        ratio = recipe["resize"] / min(image.size)
+        size = [recipe["resize"] if side == min(image.size) else int(side * ratio) for side in image.size]
+    else:
+        size = recipe["resize"][::-1]
+    method = Image.Resampling.BILINEAR if recipe["interpolation"] is None else recipe["interpolation"]
+    pixels = np.asarray(image.resize(size, method)).astype(np.float64)
+    if recipe["crop"] is not None:
+        crop = np.broadcast_to(recipe["crop"], 2)
+        top, left = (np.array(pixels.shape[:2]) - crop) // 2
+        pixels = pixels[top : top + crop[0], left : left + crop[1]]
+    if recipe["reverse_channels"]:
+        pixels = pixels[..., ::-1]
+    return ((pixels - session["input_mean"]) * session["input_scale"]).transpose(2, 0, 1)[None]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_recipe_and_processor_agree_within_one_step_of_8_bits(name, png):
+    recipe, session = recipe_of(PROCESSORS[name])
+    with Image.open(png) as image:
+        wanted = PROCESSORS[name](images=image, return_tensors="np")["pixel_values"]
+    got = follow(recipe, session, png)
+    assert got.shape == wanted.shape
+    assert (abs(got - wanted).max(axis=(0, 2, 3)) <= 1.0001 * np.array(session["input_scale"])).all()
+
+
+def test_imagenets_figures_are_those_that_ti_writes():
+    session = recipe_of(transformers.SegformerImageProcessorPil())[1]
+    np.testing.assert_allclose(session["input_mean"], [123.675, 116.28, 103.53])
+    np.testing.assert_allclose(session["input_scale"], [0.017125, 0.017507, 0.017429], atol=1e-6)
+
+
+class Sharpening(transformers.ViTImageProcessorPil):
+    """Does something that no entry of the schema says."""
+
+    def normalize(self, image: np.ndarray, *arguments: object, **options: object) -> np.ndarray:
+        return super().normalize(image, *arguments, **options) ** 2
+
+
+def test_a_processor_that_the_schema_cannot_express_is_refused():
+    with pytest.raises(ExportError, match="Sharpening .* differ by .* steps"):
+        recipe_of(Sharpening())
+    with pytest.raises(ExportError, match="no words"):
+        recipe_of(transformers.DetrImageProcessorPil())
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop", "shape", "message"),
+    [
+        ([224, 224], [224, 224], (1, 3, 32, 32), "224x224, the calibration data has 32x32"),
+        (256, 224, (1, 3, 256, 256), "224x224, the calibration data has 256x256"),
+        (256, None, (1, 3, 256, 256), "many sizes"),
+    ],
+)
+def test_a_processor_of_another_size_than_the_model_is_refused(resize, crop, shape, message):
+    with pytest.raises(ExportError, match=message):
+        check_size({"resize": resize, "crop": crop}, shape)

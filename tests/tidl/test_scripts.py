@@ -1,0 +1,180 @@
+"""compile.py and infer.py on a stand-in, which keeps what it is handed; and the artifacts brought back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import yaml
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from hf_qat import export_tidl
+from hf_qat.errors import ExportError
+from hf_qat.tidl import pack_artifacts
+from tests.models import HUGGING_FACE
+
+
+LEVELS = onnxruntime.GraphOptimizationLevel
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "ranges"),
+    [
+        ("resnet", "AM62A", "qdq"),
+        ("regnet", "AM67A", "qdq"),
+        ("convnext", "AM69A", "qdq"),
+        ("vit", "AM68A", "qdq"),
+        ("resnet", "TDA4VM", "qdq"),
+        ("resnet", "TDA4VM", "clip"),
+        pytest.param("mobilenet_v2", "AM68A", "qdq", marks=pytest.mark.slow),
+        pytest.param("segformer", "AM68A", "qdq", marks=pytest.mark.slow),
+    ],
+)
+def test_compiling_and_inferring_hand_over_options_and_frames_as_documented(
+    name, device, ranges, copied, stand_in, tmp_path, capsys
+):
+    directory = copied(name, device, ranges)
+    stand_in.run(directory / "compile.py")
+    stand_in.run(directory / "infer.py", "--out", str(tmp_path / "outputs"))
+
+    compiling, inferring = stand_in.sessions
+    assert compiling["providers"] == ["TIDLCompilationProvider", "CPUExecutionProvider"]
+    assert inferring["providers"] == ["TIDLExecutionProvider", "CPUExecutionProvider"]
+    options, cpu = compiling["options"]
+    expected = {
+        "tidl_tools_path": "/opt/tidl_tools",
+        "artifacts_folder": str(directory / "artifacts"),
+        "tensor_bits": 8,
+        "accuracy_level": 0,
+        "debug_level": 0,
+        "max_num_subgraphs": 16,
+        "advanced_options:quantization_scale_type": 1 if device == "TDA4VM" else 4,
+        "advanced_options:calibration_frames": 5,
+        "advanced_options:calibration_iterations": 1,
+        "advanced_options:add_data_convert_ops": 3,
+    }
+    if ranges == "qdq":
+        expected["advanced_options:prequantized_model"] = 1
+    assert options == expected and cpu == {}
+    assert inferring["options"][0]["artifacts_folder"] == str(directory / "artifacts")
+    level = LEVELS.ORT_DISABLE_ALL if name in ("vit", "convnext", "segformer") else LEVELS.ORT_ENABLE_ALL
+    assert {compiling["level"], inferring["level"]} == {level}
+    pixels = HUGGING_FACE[name].pixels(8, seed=1).numpy()[:5]
+    for session in stand_in.sessions:
+        assert session["path"] == str(directory / "model" / f"{name}.onnx")
+        np.testing.assert_array_equal(np.concatenate([frame["pixel_values"] for frame in session["frames"]]), pixels)
+    outputs = np.load(tmp_path / "outputs" / "frame_004.npz")["logits"]
+    assert outputs.shape[:2] == (1, 5)
+    printed = capsys.readouterr().out
+    assert "frame 5 of 5" in printed and ("LABEL_" in printed) == (name != "segformer")
+
+
+def test_an_image_is_prepared_as_the_processor_does(copied, stand_in, tmp_path):
+    directory = copied("resnet", "AM68A")
+    stand_in.run(directory / "compile.py")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    image.save(tmp_path / "photo.png")
+    stand_in.run(directory / "infer.py", str(tmp_path / "photo.png"), "--out", str(tmp_path / "outputs"))
+    wanted = ViTImageProcessorPil(size={"height": 32, "width": 32})(images=image, return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(stand_in.sessions[-1]["frames"][0]["pixel_values"], wanted, atol=1 / 127.5)
+    assert (tmp_path / "outputs" / "photo.npz").is_file()
+
+
+def test_without_tidl_the_model_runs_on_plain_onnx_runtime(copied, stand_in, tmp_path):
+    stand_in.run(copied("resnet", "AM68A") / "infer.py", "--cpu", "--out", str(tmp_path / "outputs"))
+    assert stand_in.sessions[0]["providers"] == ["CPUExecutionProvider"]
+
+
+class TestTroubles:
+    """Each ends with one line that says what to do."""
+
+    def test_no_tools(self, copied, stand_in, monkeypatch):
+        monkeypatch.delenv("TIDL_TOOLS_PATH")
+        with pytest.raises(SystemExit, match="TIDL_TOOLS_PATH is not set: .*J721S2"):
+            stand_in.run(copied("resnet", "AM68A") / "compile.py")
+
+    def test_plain_onnxruntime(self, copied, stand_in, monkeypatch):
+        directory, module = copied("resnet", "AM68A"), stand_in.module()
+        module.get_available_providers = lambda: ["CPUExecutionProvider"]
+        stand_in.module = lambda: module
+        for script in ("compile.py", "infer.py"):
+            with pytest.raises(SystemExit, match="not TI's onnxruntime"):
+                stand_in.run(directory / script)
+
+    def test_artifacts_that_are_there_already(self, copied, stand_in):
+        directory = copied("resnet", "AM68A")
+        stand_in.run(directory / "compile.py")
+        with pytest.raises(SystemExit, match="is not empty"):
+            stand_in.run(directory / "compile.py")
+
+    def test_a_compiler_that_stops_half_way(self, copied, stand_in):
+        directory = copied("resnet", "AM68A")
+        stand_in.writes = ("allowedNode.txt",)
+        with pytest.raises(SystemExit, match=r"did not write \*_tidl_net.bin, \*_tidl_io_\*.bin, onnxrtMetaData.txt"):
+            stand_in.run(directory / "compile.py")
+        assert not (directory / "artifacts" / "compiled_from.json").exists()
+
+    def test_inferring_before_compiling(self, copied, stand_in):
+        with pytest.raises(SystemExit, match="holds no compiled model"):
+            stand_in.run(copied("resnet", "AM68A") / "infer.py")
+
+
+class TestPacking:
+    """What a user brings back."""
+
+    def test_artifacts_are_packed_with_param_yaml(self, copied, stand_in, bundled):
+        directory = copied("resnet", "AM68A")
+        stand_in.run(directory / "compile.py")
+        assert pack_artifacts(directory, directory / "artifacts") == directory
+        param = yaml.safe_load((directory / "param.yaml").read_text())
+        assert param["session"]["artifacts_folder"] == "artifacts"
+        assert param["session"]["model_folder"] == "model"
+        assert param["session"]["model_path"] == "model/resnet.onnx"
+        assert "artifacts/subgraph_0_tidl_net.bin" in (directory / "SHA256SUMS").read_text()
+
+    def test_export_packs_them_into_the_same_bundle_made_again(
+        self, copied, stand_in, converted, exported_once, tmp_path
+    ):
+        old = copied("resnet", "AM68A")
+        stand_in.run(old / "compile.py")
+        (old / "artifacts" / "tempDir").mkdir()
+        batches = [HUGGING_FACE["resnet"].pixels(2)]
+        new = export_tidl(
+            converted("resnet", "AM68A"), tmp_path / "new", "AM68A", batches, artifacts=old / "artifacts"
+        )
+        assert (new / "artifacts" / "allowedNode.txt").read_text() == "stand-in"
+        assert not (new / "artifacts" / "tempDir").exists()
+
+    @pytest.mark.parametrize("part", ["subgraph_0_tidl_net.bin", "subgraph_0_tidl_io_1.bin", "allowedNode.txt"])
+    def test_a_missing_or_empty_part_is_named(self, part, copied, stand_in):
+        directory = copied("resnet", "AM68A")
+        stand_in.run(directory / "compile.py")
+        (directory / "artifacts" / part).write_text("")
+        with pytest.raises(ExportError, match=f"{part} is empty"):
+            pack_artifacts(directory, directory / "artifacts")
+        (directory / "artifacts" / part).unlink()
+        with pytest.raises(ExportError, match="did not end well. Run compile.py again"):
+            pack_artifacts(directory, directory / "artifacts")
+        assert not (directory / "param.yaml").exists()
+
+    def test_artifacts_of_another_model_or_unknown_origin_are_refused(self, copied, stand_in):
+        directory = copied("resnet", "AM68A")
+        stand_in.run(directory / "compile.py")
+        record = directory / "artifacts" / "compiled_from.json"
+        content = json.loads(record.read_text())
+        record.write_text(json.dumps({**content, "sha256": "0" * 64}))
+        with pytest.raises(ExportError, match="another model or for another device"):
+            pack_artifacts(directory, directory / "artifacts")
+        record.write_text(json.dumps({**content, "target": "AM62A"}))
+        with pytest.raises(ExportError, match="another model or for another device"):
+            pack_artifacts(directory, directory / "artifacts")
+        record.unlink()
+        with pytest.raises(ExportError, match="which model was compiled"):
+            pack_artifacts(directory, directory / "artifacts")
+
+    def test_a_directory_that_is_no_bundle_is_refused(self, tmp_path):
+        with pytest.raises(ExportError, match="is no bundle"):
+            pack_artifacts(tmp_path, tmp_path)

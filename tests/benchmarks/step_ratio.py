@@ -1,0 +1,197 @@
+"""How much a quantization-aware training step costs, in time and memory, relative to a step of the float model.
+
+    python tests/benchmarks/step_ratio.py --model resnet18 --rounds 20 --json ratios.json
+
+One thread, seconds of CPU time. In each round every variant makes one step, in turn, and its time is divided by that
+of the float step of the same round; the table shows the medians, and the quartiles around them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from memory import peak_bytes
+from torch import Tensor, nn
+
+from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
+
+
+LABELS = 1000
+LEARNING_RATE = 1e-3
+WARM_UP = 3
+MIB = 2**20
+
+
+def resnet18() -> nn.Module:
+    """11.7 M parameters."""
+    config = transformers.ResNetConfig(
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        num_labels=LABELS,
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def mobilenet_v2() -> nn.Module:
+    """3.5 M parameters, the full width."""
+    return transformers.MobileNetV2ForImageClassification(
+        transformers.MobileNetV2Config(image_size=64, num_labels=LABELS)
+    )
+
+
+def vit_small(layers: int) -> nn.Module:
+    """22 M parameters with 12 layers."""
+    config = transformers.ViTConfig(
+        hidden_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        image_size=224,
+        num_labels=LABELS,
+        attn_implementation="eager",
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+#: Name → how to make the float model, size of its square images, batch.
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "resnet18": (resnet18, 64, 32),
+    "mobilenet_v2": (mobilenet_v2, 64, 32),
+    "vit_small_6": (lambda: vit_small(6), 224, 4),
+    "vit_small_12": (lambda: vit_small(12), 224, 4),
+}
+
+OBSERVED = {"learned": False, "observer": "moving_average"}
+
+#: Mode → whether scales are learned, whether batch norm is frozen, whether ranges are frozen.
+MODES = {
+    "BN live, ranges observed": (False, False, False),
+    "both frozen": (False, True, True),
+    "learned, BN frozen": (True, True, False),
+    "learned, BN live": (True, False, False),
+}
+
+
+@dataclass
+class Variant:
+    """A model that makes training steps on one batch."""
+
+    name: str
+    model: nn.Module
+    pixels: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        self.model.train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LEARNING_RATE)
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        self.optimizer.zero_grad()
+        self.model(pixel_values=self.pixels, labels=self.labels).loss.backward()
+        self.optimizer.step()
+
+    def seconds(self) -> float:
+        """CPU seconds of one step."""
+        start = time.process_time()
+        self.step()
+        return time.process_time() - start
+
+    def peak_memory(self) -> int:
+        """Bytes at the highest point of a step: parameters, buffers and all that the step allocates."""
+        self.optimizer.zero_grad()
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(t.numel() * t.element_size() for t in tensors) + peak_bytes(self.step)
+
+
+def quantized(model: nn.Module, pixels: Tensor, learned: bool, bn_frozen: bool, ranges_frozen: bool) -> nn.Module:
+    """A calibrated copy of the float `model`, target int8, in one of the modes."""
+    scheme = {} if learned else {"weights": OBSERVED, "activations": OBSERVED}
+    prepared = prepare_qat(copy.deepcopy(model), QATConfig("int8", **scheme), {"pixel_values": pixels[:2]})
+    calibrate(prepared, [{"pixel_values": pixels}], bias_correction=False)
+    freeze_batch_norm(prepared, bn_frozen)
+    return freeze_ranges(prepared, ranges_frozen)
+
+
+def variants(name: str) -> list[Variant]:
+    """The float model first, then the quantized ones; without batch norm, live and frozen are the same."""
+    make, size, batch = MODELS[name]
+    torch.manual_seed(0)
+    model, pixels, labels = make(), torch.randn(batch, 3, size, size), torch.randint(LABELS, (batch,))
+    has_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    modes = {mode: switches for mode, switches in MODES.items() if has_norm or mode != "learned, BN live"}
+    found = [Variant("float", model, pixels, labels)]
+    return found + [Variant(mode, quantized(model, pixels, *s), pixels, labels) for mode, s in modes.items()]
+
+
+def measure(name: str, rounds: int) -> list[dict[str, object]]:
+    """One row per mode: medians and quartiles of the paired ratios, seconds, memory."""
+    competitors = variants(name)
+    for variant in competitors:
+        for _ in range(WARM_UP):
+            variant.step()
+    times: dict[str, list[float]] = {variant.name: [] for variant in competitors}
+    for number in range(rounds):
+        shift = number % len(competitors)  # nobody always runs after the same neighbour
+        for variant in competitors[shift:] + competitors[:shift]:
+            times[variant.name].append(variant.seconds())
+    memory = {variant.name: variant.peak_memory() for variant in competitors}
+    return [row(name, variant.name, times, memory) for variant in competitors]
+
+
+def row(model: str, mode: str, times: dict[str, list[float]], memory: dict[str, int]) -> dict[str, object]:
+    """The results of one variant; the ratios of the float model are 1."""
+    ratios = [mine / base for mine, base in zip(times[mode], times["float"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "model": model,
+        "mode": mode,
+        "seconds": statistics.median(times[mode]),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [low, high],
+        "peak_mib": memory[mode] / MIB,
+        "peak_ratio": memory[mode] / memory["float"],
+        "rounds": len(ratios),
+    }
+
+
+def line(result: dict[str, object]) -> str:
+    """A row of the table."""
+    low, high = result["ratio_quartiles"]  # type: ignore[misc]
+    return (
+        f"{result['model']:<14} {result['mode']:<26} {result['seconds']:>8.3f} {result['ratio']:>7.3f}"
+        f"  {low:.3f}-{high:.3f} {result['peak_mib']:>8.0f} {result['peak_ratio']:>7.2f}"
+    )
+
+
+def main() -> None:
+    """Measure the chosen models, print a table, and write the results where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, action="append", help="may be given several times; default: all")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each variant, at least 2; default: 15")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'model':<14} {'mode':<26} {'CPU s':>8} {'/ float':>7}  {'quartiles':<11} {'peak MiB':>8} {'/ float':>7}")
+    results = []
+    for name in arguments.model or MODELS:
+        for result in measure(name, arguments.rounds):
+            results.append(result)
+            print(line(result), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -156,7 +156,7 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """Move the running range towards that of `x`, alike on all ranks, and set the scale by it."""
-        high = x.amax()
+        high = x.amax().clamp_min(0.0)  # every range contains 0; behind a ReLU that the clamp computes, none is below
         # Codes from 0 on say nothing of what is below. Two reductions are faster than `aminmax` on a CPU.
         low = torch.zeros_like(high) if self.spec.symmetric and self.spec.qmin == 0 else x.amin()
         low, high = synchronized_range(low.float(), high.float())

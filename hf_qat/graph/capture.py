@@ -49,7 +49,7 @@ def capture(
     with evaluating(model):
         calls, exported = _export_all(model, inputs, excluded)
     # Only now, when nothing can fail any more, is the model changed.
-    probabilities = TrainingProbabilities(model, lambda: forward(model, inputs, BATCH_SIZES[0]))
+    probabilities = TrainingProbabilities(model, lambda module: forward(module, inputs, BATCH_SIZES[0]))
     graphs = [clean(item.graph_module, call.module, probabilities) for item, call in zip(exported, calls, strict=True)]
     for call, graph in zip(calls, graphs, strict=True):
         copy_outputs(graph, call.written)

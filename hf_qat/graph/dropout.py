@@ -13,6 +13,8 @@ from torch import fx, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
+from hf_qat.graph.training_run import in_training
+
 
 logger = logging.getLogger(__name__)
 
@@ -34,27 +36,34 @@ class TrainingProbabilities:
     They are read off one forward in training mode, which is made only if they are asked for.
 
     Args:
-        run: runs the model once on example inputs.
-        model: put into training mode for that, with its batch norms and random state untouched.
+        model: a module on which, as on a copy of it, `run` works.
+        run: runs a module once on example inputs.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[], Any]) -> None:
+    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
         self._model, self._run = model, run
 
     def of(self, module: nn.Module, ordinal: int) -> float:
         """Probability of the `ordinal`-th functional dropout in the forward of `module`; 0 if there is none."""
-        seen = self._table.get(id(module), [])
+        seen = self._table.get(module, [])
         return seen[ordinal] if ordinal < len(seen) else 0.0
 
     @cached_property
-    def _table(self) -> dict[int, list[float]]:
+    def _table(self) -> dict[nn.Module, list[float]]:
+        table = in_training(self._model, self._observe)
+        if table is None:
+            logger.warning(
+                "The model does not run in training mode on the example inputs; functional dropouts whose probability "
+                "depends on the mode stay off."
+            )
+        return table or {}
+
+    def _observe(self, model: nn.Module) -> dict[nn.Module, list[float]]:
         recorder = _Recorder()
-        with torch.no_grad(), torch.random.fork_rng(), training(self._model), recorder.watching_modules(), recorder:
-            try:
-                self._run()
-            except Exception as error:  # training-only code may want labels; dropout is then what evaluation shows
-                logger.warning("The model does not run in training mode on the example inputs (%s).", error)
-        return recorder.probabilities
+        with recorder.watching_modules(), recorder:
+            self._run(model)
+        pairs = zip(model.modules(), self._model.modules(), strict=True)
+        return {ours: recorder.probabilities.get(id(theirs), []) for theirs, ours in pairs}
 
 
 class _Recorder(TorchFunctionMode):
@@ -84,20 +93,6 @@ class _Recorder(TorchFunctionMode):
         finally:
             before.remove()
             after.remove()
-
-
-@contextmanager
-def training(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module, _ in modes:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def revive_dropout(graph: fx.Graph, child: nn.Module, probabilities: TrainingProbabilities) -> None:

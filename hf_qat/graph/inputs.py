@@ -17,7 +17,9 @@ from hf_qat.errors import CaptureError
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 #: Keyword arguments that make a model compute a loss; they are no part of its inference graph.
-LABEL_NAMES = frozenset({"labels", "label", "label_ids", "return_loss", "class_labels", "mask_labels"})
+LABEL_NAMES = frozenset(
+    {"labels", "label", "label_ids", "return_loss", "class_labels", "mask_labels", "target", "targets"}
+)
 
 
 def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

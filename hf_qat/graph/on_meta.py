@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -30,3 +31,10 @@ class MetaCapture(TorchFunctionMode):
             if torch.device(kwargs["device"]) == META and not isinstance(args[0], Tensor):
                 return func(*args, **{**kwargs, "device": "cpu"}).to(META)
         return func(*args, **kwargs)
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy on the meta device: it has the shapes of `model`, costs no memory, and computes nothing."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(META), p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): buffer.to(META) for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)

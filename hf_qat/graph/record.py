@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
 from hf_qat.graph.captured import CallSignature, flatten_call
-from hf_qat.graph.dropout import training
 from hf_qat.graph.inputs import Inputs, as_call, device_of, with_batch
+from hf_qat.graph.on_meta import MetaCapture, without_weights
+from hf_qat.graph.training_run import in_training
 
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,13 @@ class Calls:
         self.outputs.append([leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)])
         self._versions.append([leaf._version for leaf in self.outputs[-1]])
 
+    def extend(self, other: Calls) -> None:
+        """Append the records of another run of the same child."""
+        self.signatures += other.signatures
+        self.inputs += other.inputs
+        self.outputs += other.outputs
+        self.written |= other.written
+
     def compare_versions(self) -> None:
         """Fill `written`, after the run."""
         for outputs, versions in zip(self.outputs, self._versions, strict=True):
@@ -70,35 +78,73 @@ def dry_runs(
     Raises:
         CaptureError: the model does not run on the inputs.
     """
+    first, second = BATCH_SIZES
+    try:
+        recorded = _dry_run(model, inputs, first, excluded, opened)
+        repeated = _dry_run_on_meta(model, inputs, second, excluded, opened)
+        if repeated is None or not _same_calls(recorded, repeated):
+            repeated = _dry_run(model, inputs, second, excluded, opened)
+    except Exception as error:
+        leaves = pytree.tree_leaves(as_call(inputs))
+        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        raise CaptureError(
+            f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {error}. Pass "
+            "example_inputs= that its forward accepts."
+        ) from error
+    for path, calls in repeated.items():
+        if path in recorded:
+            recorded[path].extend(calls)
+        else:
+            recorded[path] = calls
+    return list(recorded.values())
+
+
+def _dry_run(
+    model: nn.Module, inputs: Inputs, size: int, excluded: Callable[[str], bool], opened: Collection[str]
+) -> dict[str, Calls]:
     recorded: dict[str, Calls] = {}
-    for size in BATCH_SIZES:
-        with torch.no_grad(), _recording(list(_candidates(model, excluded, opened)), recorded):
-            try:
-                forward(model, inputs, size)
-            except Exception as error:
-                leaves = pytree.tree_leaves(as_call(inputs))
-                shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-                raise CaptureError(
-                    f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {error}. Pass "
-                    "example_inputs= that its forward accepts."
-                ) from error
+    with torch.no_grad(), _recording(list(_candidates(model, excluded, opened)), recorded):
+        forward(model, inputs, size)
     for calls in recorded.values():
         calls.compare_versions()
-    return list(recorded.values())
+    return recorded
+
+
+def _dry_run_on_meta(
+    model: nn.Module, inputs: Inputs, size: int, excluded: Callable[[str], bool], opened: Collection[str]
+) -> dict[str, Calls] | None:
+    """The same on a copy without weights, which costs next to nothing; `None` where values are asked for."""
+    try:
+        with MetaCapture():
+            return _dry_run(without_weights(model), inputs, size, excluded, opened)
+    except Exception as error:
+        logger.debug("The model does not run on the meta device (%s).", error)
+        return None
+
+
+def _same_calls(recorded: dict[str, Calls], repeated: dict[str, Calls]) -> bool:
+    """Whether every part was called as often, and with the same arguments but for sizes."""
+    if recorded.keys() != repeated.keys():
+        return False
+    pairs = [(calls.signatures, repeated[path].signatures) for path, calls in recorded.items()]
+    return all(
+        len(ours) == len(theirs) and all(a.same_constants(b) for a, b in zip(ours, theirs, strict=True))
+        for ours, theirs in pairs
+    )
 
 
 def differs_in_training(
     model: nn.Module, inputs: Inputs, calls: list[Calls], excluded: Callable[[str], bool], opened: Collection[str]
 ) -> set[str]:
     """Paths of the parts that return other tensors in training than in evaluation (D-FINE's decoder does)."""
-    recorded: dict[str, Calls] = {}
-    candidates = list(_candidates(model, excluded, opened))
-    with torch.no_grad(), torch.random.fork_rng(), training(model), _recording(candidates, recorded):
-        try:
-            forward(model, inputs, BATCH_SIZES[0])
-        except Exception as error:  # training-only code may want labels; evaluation is then all there is to see
-            logger.debug("The model does not run in training mode on the example inputs (%s).", error)
-            return set()
+
+    def observe(candidate: nn.Module) -> dict[str, Calls]:
+        recorded: dict[str, Calls] = {}
+        with _recording(list(_candidates(candidate, excluded, opened)), recorded):
+            forward(candidate, inputs, BATCH_SIZES[0])
+        return recorded
+
+    recorded = in_training(model, observe) or {}
     return {call.path for call in calls if call.path in recorded and _shapes(call) != _shapes(recorded[call.path])}
 
 

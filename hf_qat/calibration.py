@@ -20,7 +20,7 @@ from hf_qat.graph.inputs import Inputs, as_call, device_of
 from hf_qat.graph.modes import evaluating
 from hf_qat.prepare import fake_quant_disabled, require_stage
 from hf_qat.quantization.layers import QATLayer, qat_layers
-from hf_qat.quantization.observers.distributed import rank_mean
+from hf_qat.quantization.observers.distributed import least_of_ranks, rank_mean
 from hf_qat.quantization.quantizer import fake_quantizers
 
 
@@ -126,8 +126,11 @@ def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
     One pass in float records the mean of every call; then every batch runs quantized, and each layer is corrected on
     the way, so that the next one sees corrected inputs. A layer that is called several times is shifted by the mean of
     what its calls need. Layers without a bias or a batch norm stay as they are.
+
+    Collective: all ranks correct by the means over all of them, on as many batches as the one that has fewest.
     """
     layers = qat_layers(model)
+    batches = batches[: least_of_ranks(len(batches))]
     means: dict[str, list[Tensor]] = {path: [] for path in layers}
 
     def record(path: str, layer: QATLayer, output: Tensor) -> None:
@@ -140,7 +143,7 @@ def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
     shifts: dict[str, Tensor] = {}
 
     def correct(path: str, layer: QATLayer, output: Tensor) -> Tensor:
-        shift = next(expected[path]) - channel_mean(output, layer)
+        shift = rank_mean(next(expected[path]) - channel_mean(output, layer))  # as of one batch of all ranks
         shifts[path] = shifts.get(path, torch.zeros_like(shift)) + shift / len(means[path])
         return output + _along_output(shift, output, layer)
 
@@ -148,7 +151,7 @@ def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
         for _ in _run(model, batches):
             pass
     for path, shift in shifts.items():
-        layers[path].shift_bias(rank_mean(shift))  # as if one rank had seen the batches of all
+        layers[path].shift_bias(shift)
 
 
 @contextmanager

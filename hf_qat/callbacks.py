@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.schedule import PHASES, QATSchedule
+from hf_qat.sharding import gathered
 
 
 def needs_calibration(model: nn.Module) -> bool:
@@ -80,7 +81,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         """
         if self.schedule is None:
             return {}
-        numbers = {"qat_clipped_weights": clipped_weights(model)}
+        with gathered(model):
+            numbers = {"qat_clipped_weights": clipped_weights(model)}
         scales = learned_scales(model)
         if scales is not None and self.initial_scales is not None:
             numbers["qat_scale_drift"] = (scales - self.initial_scales).abs().mean()

@@ -64,6 +64,12 @@ class Stored:
         tensor: Tensor = self.handle.get_tensor(self.key)
         return tensor
 
+    def read_large(self) -> Tensor:
+        """The same, by a handle of its own: what was read by the common one stays in memory until that is closed."""
+        with safe_open(self.file, framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(self.key)
+        return tensor
+
     def refuse(self, what: str) -> WeightsError:
         """The error that says `what` of this tensor."""
         return WeightsError(
@@ -237,7 +243,7 @@ def _check_zero_point(stored: Stored, spec: Any) -> None:
 
 def _check_codes(stored: Stored, spec: Any) -> None:
     spec, shape = spec
-    codes = stored.read().flatten()
+    codes = stored.read_large().flatten()
     if codes.dtype == torch.uint8:
         codes = unpack_nibbles(codes, shape.numel())
     low, high = (int(bound) for bound in torch.aminmax(codes))

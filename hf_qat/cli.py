@@ -33,6 +33,7 @@ class Command:
 COMMANDS = {
     "check": Command("hf_qat.tidl.command", "say what TI's TIDL takes of an ONNX file, layer by layer"),
     "demo": Command("hf_qat.demo", "train, quantize, export and verify a small net on real images"),
+    "push": Command("hf_qat.publish.command", "upload a directory to the Hub, with compiled TIDL artifacts if any"),
 }
 
 

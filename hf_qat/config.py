@@ -73,6 +73,8 @@ class QATConfig(QuantizationConfigMixin):
         distillation_temperature: above 1 softens both predictions before comparing, so that the teacher's second and
             third guesses count too.
         scale_lr_multiplier: learning rate of learned scales, relative to that of the weights.
+        sync_batch_norm: while batch norm follows the data, take the statistics over the batches of all processes of a
+            distributed training, not of each alone: for small batches per GPU.
         quant_method: always `"hf_qat"`; transformers finds the class by it.
         hf_qat_version: the version that wrote a saved config; `to_dict` puts it there.
         checkpoint: what `save_pretrained` adds to rebuild the model, a `CheckpointInfo` as a dict; no part of the
@@ -107,6 +109,7 @@ class QATConfig(QuantizationConfigMixin):
         distillation_weight: float = 0.5,
         distillation_temperature: float = 2.0,
         scale_lr_multiplier: float = 10.0,
+        sync_batch_norm: bool = False,
         quant_method: str = QUANT_METHOD,
         hf_qat_version: str | None = None,
         checkpoint: Mapping[str, Any] | None = None,
@@ -127,6 +130,7 @@ class QATConfig(QuantizationConfigMixin):
         self.distillation_weight = number("distillation_weight", distillation_weight, 0, 1)
         self.distillation_temperature = positive("distillation_temperature", distillation_temperature)
         self.scale_lr_multiplier = positive("scale_lr_multiplier", scale_lr_multiplier)
+        self.sync_batch_norm = flag("sync_batch_norm", sync_batch_norm)
         self.quant_method = quant_method
         self.checkpoint = None if checkpoint is None else CheckpointInfo.from_dict(checkpoint).to_dict()
         refuse_unknown("QATConfig", unknown, vars(self), hf_qat_version)

@@ -29,3 +29,7 @@ class WeightsError(HfQatError, ValueError):
 
 class ExportError(HfQatError, RuntimeError):
     """A model or a path that cannot be exported to."""
+
+
+class PublishError(HfQatError, RuntimeError):
+    """What could not be brought to the Hub; its message ends with the command to go on."""

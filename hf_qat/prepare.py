@@ -24,6 +24,7 @@ from hf_qat.pretrained import announce_prepared
 from hf_qat.quantization.layers import QATBatchNorm, QATLayer
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.quantization.spec import QuantizerSpec
+from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
 from hf_qat.state_dict import initialize_weight_scales, install_hooks
 
 
@@ -109,6 +110,8 @@ def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: I
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.inplace = False  # it would overwrite what a quantizer has saved for its backward pass
     found = operations(captured)
+    if config.sync_batch_norm:
+        synchronize_batch_norms(model)
     for module in captured.values():
         rewrite(module)
     _fuse_all(captured, config)

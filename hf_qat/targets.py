@@ -47,6 +47,7 @@ class Target:
         weights, activations: the schemes.
         edge_bits: width of the first convolution and of the last linear layer, where it differs from `weights.bits`.
         symmetric_matmul: both inputs of an activation × activation product must have zero_point 0.
+        one_sign_in_products: both inputs of such a product must be signed, or both unsigned.
         one_type_where_tensors_meet: all tensors that meet in an add or a concatenation share signedness, which is what
             lets ONNX Runtime use an integer kernel.
         description: one line for `hf-qat --help` and the documentation.
@@ -58,6 +59,7 @@ class Target:
     aliases: tuple[str, ...] = ()
     edge_bits: int | None = None
     symmetric_matmul: bool = False
+    one_sign_in_products: bool = False
     one_type_where_tensors_meet: bool = False
     description: str = ""
 
@@ -76,8 +78,8 @@ _AFFINE_4 = TensorScheme(bits=4, symmetric=False)
 #:
 #: The others are Texas Instruments' devices. Schemes: edgeai-tidl-tools, docs/tidl_fsg_quantization.md (TDA4VM has the
 #: first matrix accelerator, MMAv1: `quantization_scale_type` 1; the others MMAv2: 4). Products of two activations:
-#: edgeai-tidl-tools, docs/supported_ops_rts_versions.md (no mix of signed and unsigned inputs of a MatMul), and
-#: `adjust_matmul_inputs_qconfig` of edgeai-torchmodelopt, which makes both inputs symmetric.
+#: edgeai-tidl-tools, docs/supported_ops_rts_versions.md (on TDA4VM no mix of signed and unsigned inputs of a MatMul),
+#: and `adjust_matmul_inputs_qconfig` of edgeai-torchmodelopt, which makes both inputs symmetric.
 TARGETS: tuple[Target, ...] = (
     Target(
         "int8",
@@ -115,6 +117,7 @@ TARGETS: tuple[Target, ...] = (
         activations=_POWER_OF_TWO,
         aliases=("J721E",),
         symmetric_matmul=True,
+        one_sign_in_products=True,
         description="TI TDA4VM: 8 bits, power-of-two scales, one per tensor, no zero points",
     ),
     Target(

@@ -6,24 +6,25 @@ A subclass that adds to the hooks of `transformers.Trainer` and copies none of i
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from hf_qat.atomic_saving import AtomicSaving
 from hf_qat.calibration import calibrate
-from hf_qat.callbacks import CalibrationCallback, ScheduleCallback
+from hf_qat.callbacks import CalibrationCallback, ScheduleCallback, needs_calibration
 from hf_qat.config import QATConfig
-from hf_qat.conversion import convert
 from hf_qat.distillation import Distillation
 from hf_qat.errors import CalibrationError
-from hf_qat.graph.inputs import LABEL_NAMES
+from hf_qat.many_processes import ManyProcesses
 from hf_qat.optimizer import missing_from, scale_parameters, separate
 from hf_qat.prepare import prepare_qat, require_stage, state_of
+from hf_qat.publish.background import BackgroundPush
+from hf_qat.publish.publisher import Publisher
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.random_state import random_state_kept
 from hf_qat.trainer_checks import (
@@ -39,12 +40,12 @@ from hf_qat.trainer_checks import (
 logger = logging.get_logger(__name__)
 
 
-class QATTrainer(Trainer):
+class QATTrainer(Publisher, AtomicSaving, BackgroundPush, ManyProcesses):
     """A `transformers.Trainer` that makes a model ready for int8: exchange the class, keep the rest of the script.
 
     It prepares the model in place, calibrates it before the first step (batches of the train set; the order in which
     training then sees the data stays what it would have been), freezes batch norm and ranges on schedule, keeps scales
-    out of weight decay, and saves checkpoints that resume bit for bit. It logs what
+    out of weight decay, and saves checkpoints that are whole and resume bit for bit. It logs what
     `hf_qat.callbacks.ScheduleCallback.metrics` describes. Calibration alone is often enough: call `calibrate()` and
     `evaluate()` first.
 
@@ -75,7 +76,7 @@ class QATTrainer(Trainer):
         trainer.calibrate()
         print(trainer.evaluate())  # what calibration alone gives
         trainer.train()
-        quantized = trainer.convert()
+        trainer.export("digits-int8")  # or trainer.push_to_hub()
     """
 
     model: nn.Module  # from the constructor on, never None
@@ -124,17 +125,6 @@ class QATTrainer(Trainer):
             loader = self.get_train_dataloader() if dataset is None else self.get_test_dataloader(dataset)
             calibrate(self.model, self._inputs_of(loader), config.calibration_batches, config.bias_correction)
 
-    def convert(self) -> nn.Module:
-        """A converted copy of the model, for inference; `trainer.model` stays as it is, and can train on.
-
-        Raises:
-            StageError: neither calibrated nor trained.
-        """
-        model = copy.deepcopy(self.model)
-        for name in ("forward", "_original_forward"):  # the wrapper that mixed precision puts around forward
-            vars(model).pop(name, None)
-        return convert(model)
-
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As Trainer's; for `train()` also prepared."""
         model = super().call_model_init(trial)
@@ -152,6 +142,8 @@ class QATTrainer(Trainer):
 
         An optimizer that the user gave is left alone.
         """
+        if self.is_fsdp_enabled and self.state.global_step == 0 and needs_calibration(self.model):
+            self.calibrate()  # not when training begins: the weights are split by then
         given = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         scales = scale_parameters(self.model)
@@ -206,7 +198,10 @@ class QATTrainer(Trainer):
     def _prepare_model(self, model: nn.Module) -> None:
         """Prepare `model` in place if it is not yet, and set the teacher."""
         check_model(model, self._qat_config)
-        inputs = self._example_inputs()
+        self.note_model(model)
+        batch = self._example_batch()
+        self.start_alike(model, batch)
+        inputs = None if batch is None else self._without_labels(batch)
         teacher = copy.deepcopy(model) if self._teacher == "float" else self._teacher
         if state_of(model) is None:
             with random_state_kept(self.args.device):
@@ -217,24 +212,11 @@ class QATTrainer(Trainer):
             if inputs is not None:
                 self.distillation.check(model, inputs)
 
-    def _example_inputs(self) -> dict[str, Any] | None:
-        """The first batch of the data: the config of many models does not know the size of the images."""
+    def _example_batch(self) -> dict[str, Any] | None:
+        """The first one of the data: the config of many models does not know the size of the images."""
         with random_state_kept(self.args.device):
-            if self.train_dataset is not None:
-                loader = self.get_train_dataloader()
-            elif self.eval_dataset is not None:
-                named = isinstance(self.eval_dataset, dict)
-                loader = self.get_eval_dataloader(next(iter(self.eval_dataset)) if named else None)
-            else:
-                return None
-            return next(self._inputs_of(loader), None)
-
-    def _inputs_of(self, loader: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        for batch in loader:
-            yield self._without_labels(batch)
-
-    def _without_labels(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in batch.items() if name not in {*LABEL_NAMES, *self.label_names}}
+            loader = self._any_loader()
+            return None if loader is None else next(iter(loader), None)
 
     def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether `training_step` takes the loss as it is; else it divides by the number of accumulated batches."""

@@ -76,17 +76,40 @@ def check_train_set(dataset: object) -> None:
 
 
 def check_distribution(trainer: Trainer) -> None:
-    """Refuse what shards parameters: scales would be flattened or cast with the weights.
+    """Refuse ways of splitting a model that a fake-quantized one does not survive.
 
     Raises:
-        ConfigError: FSDP or DeepSpeed is on.
+        ConfigError: DeepSpeed is on; or FSDP of version 1, with activation checkpointing, with a state in pieces,
+            or on CPUs.
     """
-    for name, enabled in (("FSDP", trainer.is_fsdp_enabled), ("DeepSpeed", trainer.is_deepspeed_enabled)):
-        if enabled:
-            raise ConfigError(
-                f"{name} is on, and QATTrainer trains with a whole model in every process. Turn it off; "
-                "`accelerate launch --num_processes N` without it uses all GPUs."
-            )
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "DeepSpeed is on: it casts and flattens all parameters, scales included, and saves none of the buffers "
+            "that hold ranges. Turn it off; `accelerate launch --num_processes N` without it uses all GPUs, and "
+            "fsdp_version: 2 splits a model that is too large for one."
+        )
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "fsdp is asked for, and accelerate splits no model on CPUs: it would train whole copies without a word. "
+            "Leave fsdp out there."
+        )
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"fsdp_version is {plugin.fsdp_version}, which flattens scales together with weights. Set fsdp_version: 2 "
+            "in the file of `accelerate config`, or fsdp_config={'version': 2} in the TrainingArguments."
+        )
+    if plugin is not None and plugin.activation_checkpointing:
+        raise ConfigError(
+            "activation_checkpointing of FSDP is on, and a captured graph has no layers to recompute. Turn it off; "
+            "save memory by a smaller per_device_train_batch_size with more gradient_accumulation_steps."
+        )
+    if plugin is not None and "FULL" not in str(plugin.state_dict_type):
+        raise ConfigError(
+            f"FSDP is to save its state as {plugin.state_dict_type}, from which the optimizer does not resume, and "
+            "which from_pretrained cannot load. Set fsdp_state_dict_type: FULL_STATE_DICT in the file of `accelerate "
+            "config`; in the TrainingArguments it is the default."
+        )
 
 
 def check_model(model: nn.Module, config: QATConfig | None) -> None:

@@ -1,10 +1,19 @@
 """What all tests share: no network, and the same random numbers in every run."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+
+if TYPE_CHECKING:
+    from tests.hub.server import HubServer
 
 
 # Examples are the same in every run, and not timed: the first one pays for imports and warm-up.
@@ -21,3 +30,17 @@ def pytest_configure() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on this machine, to which `huggingface_hub` of this process is turned; its cache is in `tmp_path`."""
+    from huggingface_hub import close_session
+
+    from tests.hub.client import connect
+    from tests.hub.server import HubServer
+
+    with HubServer() as server:
+        connect(server, tmp_path / "hf_home", monkeypatch)
+        yield server
+        close_session()

@@ -38,6 +38,7 @@ def test_the_defaults_are_the_recipe_of_the_design():
     assert (config.calibration_batches, config.bias_correction) == (32, True)
     assert (config.distillation_weight, config.distillation_temperature) == (0.5, 2.0)
     assert config.scale_lr_multiplier == 10.0
+    assert config.sync_batch_norm is False
     assert config.exclude == []
     assert config.overrides == {}
 
@@ -185,6 +186,11 @@ def test_bias_correction_is_true_or_false(value):
     assert "bias_correction" in refused(bias_correction=value)
 
 
+@pytest.mark.parametrize("value", [0, 1, None, "yes"])
+def test_sync_batch_norm_is_true_or_false(value):
+    assert "sync_batch_norm" in refused(sync_batch_norm=value)
+
+
 # The schedule
 
 
@@ -322,6 +328,7 @@ configs = st.builds(
     distillation_weight=st.floats(0, 1),
     distillation_temperature=st.floats(0.1, 10),
     scale_lr_multiplier=st.floats(0.01, 100),
+    sync_batch_norm=st.booleans(),
 )
 
 
@@ -353,6 +360,7 @@ def test_the_dict_is_plain_json_and_complete():
         "distillation_weight": 0.5,
         "distillation_temperature": 2.0,
         "scale_lr_multiplier": 10.0,
+        "sync_batch_norm": False,
     }
     assert dict(config) == config.to_diff_dict() == config.to_dict()
 

@@ -282,7 +282,14 @@ def test_a_checkpoint_in_several_files_is_one_model(stage: str, saved: dict[str,
     assert same(outputs(load(tmp_path), CASES["resnet"]), torch.load(saved["resnet"] / f"{stage}.pt"))
 
 
-@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device_map": "auto"}], ids=["bfloat16", "auto"])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "auto": {"device_map": "auto"},
+    "low memory": {"low_cpu_mem_usage": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("stage", ["prepared", "converted"])
 def test_dtype_and_device_map_change_no_bit(
     stage: str, options: dict[str, Any], saved: dict[str, Path], caplog: pytest.LogCaptureFixture

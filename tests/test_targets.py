@@ -58,6 +58,10 @@ def test_onnx_runtime_targets_keep_one_type_where_tensors_meet():
     assert one_type == {"int8", "int8-symmetric", "w4a8", "w4a4"}
 
 
+def test_only_the_first_matrix_accelerator_multiplies_no_signed_by_unsigned_activations():
+    assert [target.name for target in TARGETS if target.one_sign_in_products] == ["TDA4VM"]
+
+
 @pytest.mark.parametrize(
     ("alias", "name"), [("J721E", "TDA4VM"), ("J722S", "AM67A"), ("J721S2", "AM68A"), ("J784S4", "AM69A")]
 )

@@ -61,11 +61,36 @@ def test_activation_checkpointing_is_refused(tmp_path: Path):
         check_arguments(args)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-def test_sharded_parameters_are_refused(name: str):
-    flags = {"is_fsdp_enabled": name == "fsdp", "is_deepspeed_enabled": name == "deepspeed"}
-    with pytest.raises(ConfigError, match=f"(?i){name} is on"):
-        check_distribution(SimpleNamespace(**flags))
+def distributed(asked: bool = False, deepspeed: bool = False, **plugin: object) -> SimpleNamespace:
+    """What `check_distribution` reads of a trainer; `plugin` is what accelerate knows of FSDP."""
+    defaults = {"fsdp_version": 2, "activation_checkpointing": False, "state_dict_type": "FULL_STATE_DICT"}
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**defaults, **plugin}))
+    return SimpleNamespace(
+        args=SimpleNamespace(fsdp=asked),
+        is_deepspeed_enabled=deepspeed,
+        is_fsdp_enabled=bool(plugin),
+        accelerator=SimpleNamespace(state=state),
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (distributed(deepspeed=True), "DeepSpeed is on"),
+        (distributed(asked=True), "splits no model on CPUs"),
+        (distributed(fsdp_version=1), "Set fsdp_version: 2"),
+        (distributed(activation_checkpointing=True), "no layers to recompute"),
+        (distributed(state_dict_type="SHARDED_STATE_DICT"), "Set fsdp_state_dict_type: FULL_STATE_DICT"),
+    ],
+    ids=["DeepSpeed", "CPUs", "version 1", "activation checkpointing", "in pieces"],
+)
+def test_splitting_that_a_model_does_not_survive_is_refused(trainer: SimpleNamespace, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_distribution(trainer)
+
+
+def test_fsdp2_passes():
+    check_distribution(distributed(asked=True, fsdp_version=2))
 
 
 def test_a_float_and_a_prepared_model_pass():

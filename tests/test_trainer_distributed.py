@@ -1,64 +1,158 @@
-"""Two processes on the CPU, started as `accelerate launch` starts them. This file is also the script that they run."""
+"""Two processes on the CPU, started as a user starts them; what they run is in `tests/distributed`."""
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForImageClassification
 
-from hf_qat.trainer import QATTrainer
-from tests.models import resnet
-from tests.training import arguments, images, recipe
+import hf_qat  # noqa: F401
+from hf_qat.quantization.synchronized_norm import SynchronizedBatchNorm, synchronize_batch_norms
+from hf_qat.ranks import without_gradient
+from tests.distributed import train
+from tests.training import values_in
 
 
-#: Ranges that do not depend on the order of the data.
-EXTREMES = {"activations": {"learned": False, "observer": "minmax"}}
+ROOT = Path(__file__).parents[1]
+
+#: Last parts of the keys of scales and ranges.
+RANGES = ("log2_scale", "offset", "range_min", "range_max")
+
+pytestmark = pytest.mark.slow
 
 
-def calibrated_and_trained(directory: Path, batch: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The model's state after `calibrate()` and after `train()`, on 16 images a calibration."""
-    args = arguments(directory, per_device_train_batch_size=batch)
-    trainer = QATTrainer(resnet(), args, qat_config=recipe(**EXTREMES), train_dataset=images(32), teacher="float")
-    trainer.calibrate()
-    states = {"calibrated": {key: value.clone() for key, value in trainer.model.state_dict().items()}}
-    trainer.train()
-    return {**states, "trained": trainer.model.state_dict()}
+def launched(launcher: list[str], *arguments: object) -> tuple[int, str, float]:
+    """Exit status, errors, and seconds of a script that a module of Python launches."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    start = time.monotonic()
+    command = [sys.executable, "-m", *launcher, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stderr, time.monotonic() - start
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left, and under `alone` what one left with twice the batch."""
     directory = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [*launcher, __file__, str(directory)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    (directory / "alone").mkdir()
+    train.main(directory / "alone", 8)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    status, errors, _ = launched([*torchrun, str(ROOT / "tests/distributed/train.py")], directory, 4)
+    assert (directory / "1.pt").exists(), errors[-3000:]
+    (directory / "status").write_text(str(status))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ranks(directory: Path) -> list[dict]:
     return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("when", ["calibrated", "trained"])
-def test_all_ranks_have_the_same_model(ranks: list, when: str):
-    one, other = (rank[when] for rank in ranks)
-    assert one.keys() == other.keys()
-    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+@pytest.fixture(scope="module")
+def alone(directory: Path) -> dict:
+    return torch.load(directory / "alone" / "0.pt")
 
 
-@pytest.mark.slow
-def test_two_ranks_find_the_ranges_of_one_that_sees_the_data_of_both(ranks: list, tmp_path: Path):
-    alone = calibrated_and_trained(tmp_path, batch=8)["calibrated"]
-    together = ranks[0]["calibrated"]
-    ranges = [key for key in together if key.endswith(("log2_scale", "offset"))]
-    assert ranges
-    for key in ranges:
-        torch.testing.assert_close(together[key], alone[key], rtol=1e-4, atol=1e-5, msg=key)
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_all_processes_have_the_same_model(ranks: list[dict], name: str):
+    for when in ("calibrated", "state"):
+        one, other = (rank[name][when] for rank in ranks)
+        assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    out = Path(sys.argv[1])
-    torch.save(calibrated_and_trained(out, batch=4), out / f"{os.environ['RANK']}.pt")
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_two_processes_calibrate_to_the_bits_of_one_with_twice_the_batch(ranks: list[dict], alone: dict, name: str):
+    expected, found = alone[name]["calibrated"], ranks[0][name]["calibrated"]
+    ranges = [key for key in expected if key.endswith(RANGES)]
+    assert len(ranges) > 20
+    assert [key for key in ranges if not torch.equal(expected[key], found[key])] == []
+
+
+def test_running_ranges_of_two_processes_have_the_bits_of_one(ranks: list[dict], alone: dict):
+    expected, found = alone["still"]["state"], ranks[0]["still"]["state"]
+    assert any(not torch.equal(expected[key], alone["still"]["calibrated"][key]) for key in expected)
+    assert [key for key in expected if key.endswith(RANGES) and not torch.equal(expected[key], found[key])] == []
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_two_processes_lose_what_one_loses_in_all_of_20_steps(ranks: list[dict], alone: dict, name: str):
+    assert len(ranks[0][name]["losses"]) == 20
+    assert ranks[0][name]["losses"] == pytest.approx(alone[name]["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_ddp_looks_for_no_unused_parameters_and_wraps_an_evaluated_model(ranks: list[dict], name: str):
+    assert ranks[0][name]["find_unused"] is False
+    assert ranks[0][name]["wrapped"] == "DistributedDataParallel"
+
+
+def test_the_first_process_alone_saves(directory: Path):
+    assert [path.name for path in (directory / "saved").glob("saved_by_*")] == ["saved_by_0"]
+
+
+#: The tenth batch is the uneven one, which accelerate fills up with the first images where there are two processes.
+EVEN = slice(0, 9)
+
+
+def test_what_one_process_saved_two_go_on_with(ranks: list[dict], alone: dict):
+    assert len(ranks[0]["resumed"]["losses"]) == 10
+    assert ranks[0]["resumed"]["losses"][EVEN] == pytest.approx(alone["saved"]["losses"][EVEN], abs=1e-5)
+
+
+def test_what_two_processes_saved_one_goes_on_with(directory: Path, ranks: list[dict], tmp_path: Path):
+    found = train.saved(tmp_path, 8, directory / "saved" / "checkpoint-5")
+    assert len(found["losses"]) == 10
+    assert found["losses"][EVEN] == pytest.approx(ranks[0]["saved"]["losses"][EVEN], abs=1e-5)
+
+
+def test_a_killed_process_ends_the_launch_and_leaves_a_checkpoint_that_loads(directory: Path):
+    assert (directory / "status").read_text() != "0"
+    checkpoints = sorted(path.name for path in (directory / "killed").glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-4"]
+    model = AutoModelForImageClassification.from_pretrained(directory / "killed" / "checkpoint-4")
+    stored = values_in(directory / "killed" / "checkpoint-4")
+    assert [key for key, value in model.state_dict().items() if not torch.equal(value, stored[key])] == []
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    directory = tmp_path_factory.mktemp("sharded")
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    status, errors, _ = launched([*launcher, str(ROOT / "tests/distributed/shard.py")], directory)
+    assert status == 0, errors[-3000:]
+    return directory, [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+
+
+def test_fsdp2_splits_the_weights_and_resumes_exactly(sharded: tuple[Path, list[dict]]):
+    one, other = sharded[1]
+    assert one["class"] == "FSDPResNetForImageClassification"
+    assert one["local"][0] + other["local"][0] == 5
+    assert len(one["losses"]) == 8
+    assert one["resumed"] == one["losses"] == other["losses"]
+    for kept in ("buffers", "scales"):
+        assert [key for key, value in one[kept].items() if not torch.equal(value, other[kept][key])] == []
+
+
+@pytest.mark.parametrize("name", [".", "checkpoint-4", "quantized"])
+def test_what_fsdp2_saves_loads_anywhere(sharded: tuple[Path, list[dict]], name: str):
+    model = AutoModelForImageClassification.from_pretrained(sharded[0] / name).eval()
+    assert model(torch.randn(2, 3, 32, 32)).logits.isfinite().all()
+
+
+def test_a_synchronized_batch_norm_computes_alone_what_it_did():
+    norm, x = nn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    expected = nn.BatchNorm2d(3)(x)
+    synchronize_batch_norms(norm)
+    assert isinstance(norm, SynchronizedBatchNorm) and isinstance(norm, nn.BatchNorm2d)
+    assert torch.equal(norm(x), expected)
+
+
+def test_parameters_that_a_loss_does_not_depend_on_are_named():
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "spare": nn.Linear(2, 2)})
+    assert without_gradient(model, model["used"](torch.ones(1, 2)).sum()) == ["spare.weight", "spare.bias"]

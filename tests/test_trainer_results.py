@@ -1,16 +1,28 @@
 """QATTrainer: what comes out of a training: checkpoints to resume from, and converted copies."""
 
 import json
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
+from torch import nn
 
 from hf_qat.errors import StageError, WeightsError
 from hf_qat.prepare import state_of
-from tests.models import LABELS, resnet, segformer
+from hf_qat.trainer import QATTrainer
+from tests.models import LABELS, resnet, segformer, spread, swin
 from tests.training import FOLLOWED, differing, images, trainer_of, values, values_in, vit
+
+
+def dinov2() -> nn.Module:
+    """One layer, 16 patches."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2}
+    config = transformers.Dinov2Config(**sizes, image_size=32, patch_size=8, num_labels=LABELS)
+    return spread(transformers.Dinov2ForImageClassification(config))
 
 
 class TestResuming:
@@ -47,6 +59,34 @@ class TestResuming:
         save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(WeightsError, match=r"missing keys \(classifier.bias\).* keys \(classifier.biases\)"):
             trainer_of(vit(), tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+    @pytest.mark.parametrize("make", [vit, swin, dinov2, segformer])
+    def test_no_weight_is_lost_where_transformers_has_other_names_in_files(
+        self, tmp_path: Path, make: Callable[[], nn.Module]
+    ):
+        make().save_pretrained(tmp_path / "float")
+        assert values_in(tmp_path / "float").keys() != make().state_dict().keys()
+
+        def train(place: Path, model: nn.Module, resume: Path | None) -> QATTrainer:
+            scores = count(0, -1)  # the first checkpoint is the best
+            changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+            best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+            more = {"compute_metrics": lambda prediction: {"score": next(scores)}, "train_dataset": data}
+            trainer = trainer_of(model, place, max_steps=2, eval_dataset=data[:2], **more, **changes, **best)
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            return trainer
+
+        pixels, mask = images(8)["pixel_values"][:], (torch.arange(32 * 32) % LABELS).view(32, 32)
+        data = [{"pixel_values": p, "labels": mask if make is segformer else k % LABELS} for k, p in enumerate(pixels)]
+        trainer = train(tmp_path / "straight", make(), None)
+        first = values_in(tmp_path / "straight" / "checkpoint-1")
+        assert differing(values(trainer.model), first) == []
+        other = make()
+        for parameter in other.parameters():
+            parameter.data += 1.0
+        train(tmp_path / "resumed", other, tmp_path / "straight" / "checkpoint-1")
+        second = [values_in(tmp_path / place / "checkpoint-2") for place in ("straight", "resumed")]
+        assert differing(*second) == [] and differing(first, second[0])
 
     def test_save_model_writes_what_the_model_is(self, tmp_path: Path):
         trainer = trainer_of(vit(), tmp_path)

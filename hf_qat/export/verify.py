@@ -118,6 +118,16 @@ class Session:
             self.options = {"session.qdqisint8allowed": "1"}
             self._session = _start(path, optimized, self.options)
 
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the inputs, in order."""
+        return [value.name for value in self._session.get_inputs()]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs, in order."""
+        return [value.name for value in self._session.get_outputs()]
+
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """All outputs, in order, for inputs in order, (N, …) each."""
         size = self._batch_size()
@@ -128,7 +138,7 @@ class Session:
         return [np.concatenate(outputs)[: len(inputs[0])] for outputs in zip(*parts, strict=True)]
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        names = [value.name for value in self._session.get_inputs()]
+        names = self.inputs
         if len(names) != len(inputs):
             raise ExportError(f"the file takes {len(names)} inputs ({', '.join(names)}), the batch has {len(inputs)}.")
         results: list[np.ndarray] = self._session.run(None, dict(zip(names, inputs, strict=True)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from hf_qat.graph.names import quantizer_names
 from hf_qat.graph.rules import Kind
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
-from hf_qat.targets import TensorScheme
+from hf_qat.targets import Target, TensorScheme
 
 
 #: Largest value of ReLU6; a quantizer that computes it must not reach further.
@@ -112,7 +112,7 @@ def _join(analysis: GraphAnalysis, sites: list[fx.Node]) -> dict[fx.Node, fx.Nod
 
 def _assign_specs(placement: Placement, config: QATConfig) -> None:
     analysis, target = placement.analysis, config.target_spec
-    signed = _must_be_signed(placement) if target.one_type_where_tensors_meet else set()
+    signed = _must_be_signed(placement, target)
     for group in placement.groups:
         owner = analysis.full_path(group.name.rpartition(".")[0])
         scheme = config.schemes_for(owner)[1]
@@ -123,7 +123,11 @@ def _assign_specs(placement: Placement, config: QATConfig) -> None:
 
 
 def activation_spec(scheme: TensorScheme, non_negative: bool, unit_range: bool, signed: bool) -> QuantizerSpec:
-    """The spec of an activation: zero_point 0 where nothing is negative, unsigned unless it must be signed."""
+    """The spec of an activation: zero_point 0 where nothing is negative, unsigned unless it must be signed.
+
+    A range of [0, 1] has a fixed scale only if unsigned: 1/128 would round most of a long softmax to 0, so that there
+    calibration chooses.
+    """
     symmetric = scheme.symmetric or non_negative
     return QuantizerSpec(
         bits=scheme.bits,
@@ -149,22 +153,32 @@ def weight_spec(scheme: TensorScheme, channel_axis: int) -> QuantizerSpec:
     )
 
 
-def _must_be_signed(placement: Placement) -> set[str]:
-    """Names of the groups that meet a signed one in an addition or a concatenation (and must be signed then too)."""
-    analysis = placement.analysis
+def _must_be_signed(placement: Placement, target: Target) -> set[str]:
+    """Names of the groups that are signed, or meet a signed one where the target wants one signedness."""
     signed = {group.name for group in placement.groups if not group.non_negative}
+    meetings = list(_meetings(placement, target))
     changed = True
     while changed:
         changed = False
-        for node in analysis.nodes:
-            if analysis.rules[node].name != "add" or not analysis.is_quantized(node) or node in analysis.prelude:
-                continue
-            result = next(iter(node.users)) if analysis.fuses_into_next(node) else node
-            meeting = {group.name for n in (*analysis.demands(node), result) if (group := placement.at(n)) is not None}
+        for meeting in meetings:
             if meeting & signed and not meeting <= signed:
                 signed |= meeting
                 changed = True
     return signed
+
+
+def _meetings(placement: Placement, target: Target) -> Iterator[set[str]]:
+    """Names of the groups that must share signedness: an addition with its result; the two inputs of a product."""
+    analysis = placement.analysis
+    for node in analysis.nodes:
+        if not analysis.is_quantized(node) or node in analysis.prelude:
+            continue
+        together = analysis.demands(node)
+        if target.one_type_where_tensors_meet and analysis.rules[node].name == "add":
+            together = [*together, next(iter(node.users)) if analysis.fuses_into_next(node) else node]
+        elif not (target.one_sign_in_products and analysis.rules[node].symmetric_inputs):
+            continue
+        yield {group.name for n in together if (group := placement.at(n)) is not None}
 
 
 def _set_edges(placements: dict[str, Placement], config: QATConfig) -> None:

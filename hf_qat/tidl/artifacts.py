@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,31 @@ PARAM = "param.yaml"
 WORKING_FILES = "tempDir"
 
 
-def pack_artifacts(bundle: str | os.PathLike[str], artifacts: str | os.PathLike[str]) -> Path:
-    """Put what TI's compiler made into the bundle that it was made from.
+def pack_artifacts(bundle: str | os.PathLike[str], artifacts: str | os.PathLike[str] | None = None) -> Path:
+    """Put what TI's compiler made into the bundle that it was made from, with `param.yaml` and a new manifest.
+
+    Nothing is changed unless everything is in order. Packing the same artifacts again changes nothing.
 
     Args:
         bundle: a directory that `export_tidl` wrote.
-        artifacts: the directory that `compile.py` wrote; the bundle's own `artifacts/` is fine.
+        artifacts: the directory that `compile.py` wrote; the bundle's own `artifacts/` if left out.
 
     Returns:
         The bundle.
 
     Raises:
-        ExportError: one of the four parts is missing, or they are of another model or device.
+        ExportError: `bundle` is none; one of the four parts is missing or empty; they are of another model or device;
+            the bundle holds other artifacts already.
     """
-    bundle, artifacts = Path(bundle), Path(artifacts)
+    bundle = Path(bundle)
+    own = bundle / ARTIFACTS
+    artifacts = own if artifacts is None else Path(artifacts)
     settings = bundle / "runtime_options.json"
     if not settings.is_file():
         raise ExportError(f"{bundle} is no bundle of export_tidl: it has no {settings.name}.")
     check_artifacts(artifacts, bundle, json.loads(settings.read_text(encoding="utf-8")))
-    if artifacts.resolve() != (bundle / ARTIFACTS).resolve():
-        if (bundle / ARTIFACTS).exists():
-            raise ExportError(f"{bundle / ARTIFACTS} exists already: move it away first.")
-        shutil.copytree(artifacts, bundle / ARTIFACTS, ignore=shutil.ignore_patterns(WORKING_FILES))
+    if artifacts.resolve() != own.resolve():
+        _copy(artifacts, own)
     if (bundle / "config.yaml").is_file():
         content = _param(yaml.safe_load((bundle / "config.yaml").read_text(encoding="utf-8")))
         (bundle / PARAM).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -53,10 +57,30 @@ def pack_artifacts(bundle: str | os.PathLike[str], artifacts: str | os.PathLike[
     return bundle
 
 
+def _copy(artifacts: Path, own: Path) -> None:
+    """All of them or none, but for what is not needed to run."""
+    if own.exists() and any(own.iterdir()):
+        if _contents(own) != _contents(artifacts):
+            raise ExportError(f"{own} holds other artifacts than {artifacts} already: move it away first.")
+        return
+    temporary = Path(tempfile.mkdtemp(dir=own.parent, prefix=f".{ARTIFACTS}-"))
+    try:
+        shutil.copytree(artifacts, temporary / ARTIFACTS, ignore=shutil.ignore_patterns(WORKING_FILES))
+        (temporary / ARTIFACTS).replace(own)
+    finally:
+        shutil.rmtree(temporary)
+
+
+def _contents(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file by its path, but for what is not needed to run."""
+    files = {file.relative_to(directory): file for file in directory.rglob("*") if file.is_file()}
+    return {path.as_posix(): digest(file) for path, file in files.items() if WORKING_FILES not in path.parts}
+
+
 def check_artifacts(artifacts: Path, bundle: Path, settings: dict[str, Any]) -> None:
     """Raise `ExportError` unless all parts are there, not empty, and of this model."""
     if not artifacts.is_dir():
-        raise ExportError(f"{artifacts} is no directory: give the artifacts/ that compile.py wrote.")
+        raise ExportError(f"{artifacts} is no directory: give the artifacts/ that compile.py writes.")
     for part in compile_script.PARTS:
         found = list(artifacts.glob(part))
         if not found:

@@ -29,11 +29,11 @@ from hf_qat.tidl.adapt import adapt, attention_like, drop_unused
 from hf_qat.tidl.artifacts import ARTIFACTS, pack_artifacts
 from hf_qat.tidl.check import check_tidl
 from hf_qat.tidl.clip import clips_for_quantizers
-from hf_qat.tidl.config_yaml import config, dataset, task_of
+from hf_qat.tidl.config_yaml import Described, config, dataset, task_of
 from hf_qat.tidl.devices import Device, find_device
 from hf_qat.tidl.files import digest, whole_directory, write_manifest
 from hf_qat.tidl.frames import Frame, as_batch, frames_of, write_frames
-from hf_qat.tidl.preprocess import check_size, recipe_of
+from hf_qat.tidl.preprocess import Recipe, check_size, recipe_of
 from hf_qat.tidl.report import TidlReport
 from hf_qat.tidl.runtime_options import PREQUANTIZED, Ranges, runtime_options
 from hf_qat.version import __version__
@@ -64,7 +64,7 @@ class _Content:
     labels: dict[int, str]
     frames: list[Frame]
     metrics: dict[str, float]
-    recipe: tuple[dict[str, Any], dict[str, Any]] | None
+    recipe: Recipe | None
 
 
 def export_tidl(
@@ -81,10 +81,9 @@ def export_tidl(
     metrics: Mapping[str, float] | None = None,
     artifacts: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Write everything that can be made without TI's compiler, and the scripts that run it.
+    """Write everything that can be made without TI's compiler, and the scripts that run it: all of it, or nothing.
 
-    The directory appears as a whole or not at all. It never holds a `param.yaml`, which would tell TI's tools that the
-    model is compiled, unless `artifacts` are given.
+    There is no `param.yaml`, which would tell TI's tools that the model is compiled, unless `artifacts` are given.
 
     Args:
         model: converted, trained for `target`.
@@ -104,20 +103,15 @@ def export_tidl(
 
     Raises:
         StageError: the model is not converted.
-        ConfigError: no such device, or a form of ranges that it does not have.
+        ConfigError: no such device, no such form of ranges on it, or `name` is no file name.
         CalibrationError: no frames, or NaN in one.
         ExportError: TIDL would refuse the model; the processor cannot be expressed; the directory holds something
             else; the artifacts are of another model.
     """
     require_stage(model, "converted", "export")
-    device, directory = find_device(target), Path(directory)
-    if ranges not in PREQUANTIZED or (ranges == "clip" and not device.power_of_two.value):
-        raise ConfigError(f'ranges={ranges!r} for {device.name}: choose "qdq", or "clip" for TDA4VM.')
-    name = _name(model) if name is None else name
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ConfigError(f"name={name!r} is to be the name of a file: use letters, digits, '-', '_' and '.' only.")
+    device = _device(target, ranges)
     content = _Content(
-        name=name,
+        name=_name(model, name),
         device=device,
         ranges=ranges,
         task=task_of(model),
@@ -127,18 +121,29 @@ def export_tidl(
         recipe=None if processor is None else recipe_of(processor),
     )
     if content.recipe is not None:
-        check_size(content.recipe[0], next(iter(content.frames[0].values())).shape)
-    with whole_directory(directory, ARTIFACTS) as made:
+        check_size(content.recipe.preprocess, next(iter(content.frames[0].values())).shape)
+    with whole_directory(Path(directory), ARTIFACTS) as made:
         _write_model(model, made, content)
         if artifacts is not None:
             pack_artifacts(made, artifacts)
     logger.info("%s: ready for TI's compiler; README.md has the commands", directory)
-    return directory
+    return Path(directory)
 
 
-def _name(model: nn.Module) -> str:
+def _device(target: str, ranges: Ranges) -> Device:
+    """The device, if it takes that form of ranges."""
+    device = find_device(target)
+    if ranges not in PREQUANTIZED or (ranges == "clip" and not device.power_of_two.value):
+        raise ConfigError(f'ranges={ranges!r} for {device.name}: choose "qdq", or "clip" for TDA4VM.')
+    return device
+
+
+def _name(model: nn.Module, given: str | None) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    return str(kind or type(model).__name__).lower()
+    name = str(kind or type(model).__name__).lower() if given is None else given
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ConfigError(f"name={name!r} is to be the name of a file: use letters, digits, '-', '_' and '.' only.")
+    return name
 
 
 def _labels(model: nn.Module, labels: Mapping[int, str] | Sequence[str] | None) -> dict[int, str]:
@@ -214,27 +219,27 @@ def _write_config(made: Path, file: ModelProto, content: _Content, options: dict
     """Write `dataset.yaml`, and `config.yaml` if it can be complete; else return why not."""
     if content.labels:
         colours = content.task is not None and content.task[0] == "segmentation"
-        _write_yaml(made / "dataset.yaml", dataset(content.name, content.labels, colours))
+        offset = 0 if content.recipe is None else content.recipe.label_offset
+        _write_yaml(made / "dataset.yaml", dataset(content.name, content.labels, colours, offset))
     if content.recipe is None:
         return "`config.yaml` is left out: export_tidl got no processor, so how images are prepared is not known"
     if content.task is None:
         return "`config.yaml` is left out: edgeai-benchmark cannot read the outputs of this kind of model"
     if attention_like(file):  # edgeai-benchmark, core/onnxrt_runtime.py: any value switches optimizations off
         options = {**options, "onnxruntime:graph_optimization_level": 0}
-    entries = config(
+    described = Described(
         name=content.name,
         file=file,
         digest=sha256,
         task=content.task,
-        preprocess=content.recipe[0],
-        session=content.recipe[1],
+        recipe=content.recipe,
         options=options,
         target=content.device.name,
         ranges=content.ranges,
         classes=len(content.labels),
         metrics=content.metrics,
     )
-    _write_yaml(made / "config.yaml", entries)
+    _write_yaml(made / "config.yaml", config(described))
     return None
 
 

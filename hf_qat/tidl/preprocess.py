@@ -7,6 +7,7 @@ Schema: edgeai-benchmark, edgeai_benchmark/preprocess/__init__.py, `get_transfor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,24 @@ TEST_SIZE = (331, 487)
 BILINEAR = int(Image.Resampling.BILINEAR)
 
 
-def recipe_of(processor: BaseImageProcessor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The entries `preprocess`, and those of `session` that concern the input, of `config.yaml`.
+@dataclass(frozen=True)
+class Recipe:
+    """A processor in the words of `config.yaml`.
+
+    Attributes:
+        preprocess: the entries of that name.
+        session: those of `session` that concern the input.
+        label_offset: what the data call class 0 of the model: 1 where the processor takes 1 off all labels, and leaves
+            0 out of training (`do_reduce_labels`); edgeai-benchmark adds it to predictions (`label_offset_pred`).
+    """
+
+    preprocess: dict[str, Any]
+    session: dict[str, Any]
+    label_offset: int = 0
+
+
+def recipe_of(processor: BaseImageProcessor) -> Recipe:
+    """What a processor does to an image, and to labels.
 
     Raises:
         ExportError: the processor does something that the schema has no words for; its result and the recipe's differ.
@@ -50,14 +67,14 @@ def recipe_of(processor: BaseImageProcessor) -> tuple[dict[str, Any], dict[str, 
     mean, scale = _normalization(settings)
     session = {"input_data_layout": "NCHW", "input_mean": mean, "input_scale": scale, "input_optimization": False}
     _check(processor, preprocess, session)
-    return preprocess, session
+    return Recipe(preprocess, session, label_offset=int(bool(settings.get("do_reduce_labels"))))
 
 
 def check_size(preprocess: Mapping[str, Any], shape: Sequence[int]) -> None:
     """The recipe must end in images of the size that the model takes.
 
     Args:
-        preprocess: from `recipe_of`.
+        preprocess: of a `Recipe`.
         shape: of the model's input, (N, C, H, W).
 
     Raises:
@@ -101,12 +118,19 @@ def _size(size: Any, name: str) -> int | list[int]:
 
 
 def _normalization(settings: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """`input_mean` and `input_scale`, for pixels from 0 to 255: `(pixel − mean) · scale`."""
-    factor = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale") else 1.0
+    """`input_mean` and `input_scale`, for pixels from 0 to 255: `(pixel − mean) · scale`.
+
+    EfficientNet's processor can take 1 off rescaled pixels (`rescale_offset`), and divides by the standard deviation a
+    second time (`include_top`).
+    """
+    rescaled = bool(settings.get("do_rescale"))
+    factor = float(settings.get("rescale_factor", 1 / 255)) if rescaled else 1.0
+    offset = 1.0 if rescaled and settings.get("rescale_offset") else 0.0
+    mean, std = (_triple(settings.get(key) or default) for key, default in (("image_mean", 0.0), ("image_std", 1.0)))
+    divisions = bool(settings.get("do_normalize")) + bool(settings.get("include_top"))
     if not settings.get("do_normalize"):
-        return [0.0, 0.0, 0.0], [factor] * 3
-    mean, std = (_triple(settings.get(key, default)) for key, default in (("image_mean", 0.0), ("image_std", 1.0)))
-    return [value / factor for value in mean], [factor / value for value in std]
+        mean = [0.0] * 3
+    return [(value + offset) / factor for value in mean], [factor / value**divisions for value in std]
 
 
 def _triple(value: float | Sequence[float]) -> list[float]:

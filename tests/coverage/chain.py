@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabled, prepare_qat
+from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabled, load_weights, prepare_qat
 from hf_qat import prepare as prepare_module
 from hf_qat.errors import CaptureError
 from hf_qat.export.inspect import output_steps
@@ -62,6 +62,7 @@ class Row:
         quantizers, layers: fake quantizers, and convolutions and linear layers with int8 weights.
         float_operations: (module path, operation, reason) of what stays float.
         float_children: children that stay float.
+        unloaded: keys of the float model that its state dict did not fill again in the prepared one.
         capture_difference, loss_difference: captured against float, largest absolute difference.
         prepared_difference: prepared with quantizers off, relative to the largest output.
         losses: of the QAT steps.
@@ -78,6 +79,7 @@ class Row:
     quantizers: int = 0
     layers: int = 0
     float_operations: list[tuple[str, str, str]] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
     capture_difference: float = float("nan")
     loss_difference: float = float("nan")
     prepared_difference: float = float("nan")
@@ -106,6 +108,7 @@ def run(case: Case, exported: bool = True) -> Row:
         row.refusal = str(error)
         return row
     _describe(row, model)
+    row.unloaded = _reload(model, reference)
     with fake_quant_disabled(model):
         row.prepared_difference = relative_maximum(outputs(model, case.batch(3)), outputs(reference, case.batch(3)))
     calibrate(model, [case.batch(8, seed=1), case.batch(8, seed=2)], bias_correction=False)
@@ -163,6 +166,18 @@ def _describe(row: Row, model: nn.Module) -> None:
     row.captured = [path or type(model).__name__ for path in children]
     row.quantizers = len(fake_quantizers(model))
     row.float_operations = [operation for child in children.values() for operation in child.float_operations]
+
+
+@torch.no_grad()
+def _reload(model: nn.Module, reference: nn.Module) -> list[str]:
+    """Wipe the float values of the prepared model, and fill them again from the float model's state dict."""
+    state = reference.state_dict()
+    ours = model.state_dict()
+    for key in state.keys() & ours.keys():
+        if state[key].is_floating_point():
+            ours[key].zero_()
+    report = load_weights(model, state, verbose=False)
+    return sorted(state.keys() - set(report.matched))
 
 
 def _train(row: Row, case: Case, model: nn.Module, reference: nn.Module) -> None:

@@ -41,6 +41,7 @@ def test_a_model_goes_from_float_to_int8_and_computes_there_what_it_learned(titl
     assert row.captured and row.quantizers
     assert row.layers or title.startswith(STANDARDIZED)
     assert row.capture_difference == 0.0 and row.loss_difference == 0.0
+    assert not row.unloaded
     assert row.prepared_difference <= PREPARED
     assert len(row.losses) == 2 and all(map(math.isfinite, row.losses))
     assert not row.missing_gradients

@@ -146,15 +146,69 @@ def test_the_sign_of_a_result_of_two_relus(function, non_negative):
 
 
 @pytest.mark.parametrize(
-    ("target", "signed"),
-    [("int8", {"uint8+"}), ("int8-symmetric", {"int8"}), ("AM62A", {"int8"}), ("TDA4VM", {"int8"})],
+    ("target", "signed", "softmax"),
+    [
+        ("int8", {"uint8+"}, "uint8"),
+        ("int8-symmetric", {"int8"}, "uint8"),
+        ("AM62A", {"int8"}, "uint8"),
+        ("TDA4VM", {"int8"}, "int8"),
+    ],
 )
-def test_the_inputs_of_a_product_of_activations_have_no_zero_point_where_the_target_demands_it(target, signed):
+def test_the_inputs_of_a_product_of_activations_have_the_zero_point_and_the_sign_that_the_target_demands(
+    target, signed, softmax
+):
     model = prepare_qat(spread(Attention()), QATConfig(target), torch.randn(2, 6, 16))
     found = kinds(model)
     assert {found["query.activation"], found["key.activation"], found["value.activation"]} == signed
-    assert found["softmax_0"] == "uint8"
+    assert found["softmax_0"] == softmax
     assert found["x"] == ("uint8+" if target in ("int8", "AM62A") else "int8")
+
+
+#: a product of the outputs of two layers → their types on TDA4VM, and that of the result.
+PRODUCTS = {
+    "both signed": (lambda a, b: a @ b, ["int8", "int8", "int8"]),
+    "both from ReLU": (lambda a, b: torch.relu(a) @ torch.relu(b), ["uint8", "uint8", "int8"]),
+    "first from ReLU": (lambda a, b: torch.relu(a) @ b, ["int8", "int8", "int8"]),
+    "second from ReLU, moved": (
+        lambda a, b: a.flatten(2) @ torch.relu(b).flatten(2).transpose(1, 2),
+        ["int8", "int8", "int8"],
+    ),
+    "no product": (lambda a, b: torch.relu(a) * b, ["uint8", "int8", "int8"]),
+}
+
+
+@pytest.mark.parametrize(("function", "expected"), PRODUCTS.values(), ids=PRODUCTS)
+def test_tda4vm_multiplies_two_activations_of_one_signedness(function, expected):
+    model = prepared(lambda part, x: function(part[0](x), part[1](x)), conv(), conv(), target="TDA4VM")
+    found = kinds(model)
+    assert [found.pop("part.0.activation"), found.pop("part.1.activation")] == expected[:2]
+    assert found.pop("x") == "int8" and list(found.values()) == expected[2:]
+
+
+def test_a_sign_spreads_along_a_chain_of_products():
+    def forward(part, x):
+        a, b, c = (torch.relu(part[k](x)) for k in range(3))
+        return (a @ b) + (b @ c) + (c @ part[3](x))
+
+    found = kinds(prepared(forward, conv(), conv(), conv(), conv(), target="TDA4VM"))
+    assert {found[f"part.{k}.activation"] for k in range(4)} == {"int8"}
+
+
+@pytest.mark.parametrize(("tokens", "size", "largest"), [(6, 1.0, 1 / 128), (200, 0.2, 1 / 1024)])
+def test_signed_probabilities_have_a_calibrated_power_of_two_scale_and_convert_to_the_same_bits(tokens, size, largest):
+    x = size * torch.randn(4, tokens, 16, generator=torch.Generator().manual_seed(0))
+    float_model = spread(Attention()).eval()
+    model = prepare_qat(copy.deepcopy(float_model), QATConfig("TDA4VM"), x)
+    calibrate(model, [x])
+    quantizer = model.softmax_0_quantizer
+    mantissa, _ = torch.frexp(quantizer.scale.detach())
+    assert (quantizer.spec.fixed_scale, quantizer.spec.qmin, quantizer.spec.qmax) == (None, 0, 127)
+    assert mantissa == 0.5 and quantizer.spec.symmetric
+    assert quantizer.scale <= largest
+    with torch.no_grad():
+        wanted = model.eval()(x)
+        assert (wanted - float_model(x)).norm() / float_model(x).norm() < 0.1
+        assert torch.equal(convert(model)(x), wanted)
 
 
 def test_an_attention_mask_belongs_to_the_softmax():

@@ -12,16 +12,10 @@ import pytest
 from torch import nn
 from transformers import ViTImageProcessorPil
 
-from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
+from hf_qat import export_onnx
 from hf_qat.tidl import bundle, export_tidl
-from tests.models import HUGGING_FACE
+from tests.tidl.cases import FRAMES, MODELS, SCHEMES, scenes, trained
 from tests.tidl.stand_in import StandIn
-
-
-#: The devices and the one whose scheme they share: a model is exported once for each scheme.
-SCHEMES = {"TDA4VM": "TDA4VM", "AM62A": "AM68A", "AM67A": "AM68A", "AM68A": "AM68A", "AM69A": "AM68A"}
-
-FRAMES = 8
 
 
 @pytest.fixture
@@ -37,13 +31,8 @@ def saved(tmp_path: Path) -> Callable[[onnx.ModelProto], Path]:
 
 @pytest.fixture(scope="session")
 def converted() -> Callable[[str, str], nn.Module]:
-    """`converted(name, device)`: a model of `tests.models` in the device's scheme; made once, not to be changed."""
-
-    @cache
-    def make(name: str, scheme: str) -> nn.Module:
-        batch = {"pixel_values": HUGGING_FACE[name].pixels(FRAMES)}
-        return convert(calibrate(prepare_qat(HUGGING_FACE[name].make(), QATConfig(scheme), batch), [batch]))
-
+    """`converted(name, device)`: a trained model in the device's scheme; made once, not to be changed."""
+    make = cache(trained)
     return lambda name, device: make(name, SCHEMES[device])
 
 
@@ -72,11 +61,13 @@ def bundled(
 
     @cache
     def make(name: str, device: str, ranges: str = "qdq") -> Path:
-        case = HUGGING_FACE[name]
-        processor = ViTImageProcessorPil(size={"height": case.size, "width": case.size})
+        size = MODELS[name].size
+        processor = ViTImageProcessorPil(size={"height": size, "width": size})
         directory = tmp_path_factory.mktemp(f"{name}-{device}") / "bundle"
-        batches = [{"pixel_values": case.pixels(FRAMES, seed=1)}]
-        return export_tidl(converted(name, device), directory, device, batches, processor, frames=5, ranges=ranges)
+        batches = [{"pixel_values": scenes(name, FRAMES + 3, seed=1)[0]}]
+        return export_tidl(
+            converted(name, device), directory, device, batches, processor, frames=FRAMES, ranges=ranges
+        )
 
     return make
 

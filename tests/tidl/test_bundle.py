@@ -11,20 +11,15 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from transformers import ViTImageProcessorPil
+from transformers import SegformerImageProcessorPil, ViTImageProcessorPil
 
 from hf_qat import QATConfig, calibrate, convert, export_tidl, prepare_qat
 from hf_qat.errors import CalibrationError, ConfigError, ExportError, StageError
 from hf_qat.tidl.config_yaml import dataset
 from tests.models import HUGGING_FACE, LABELS, hand_written
+from tests.tidl.cases import DEVICES, FRAMES, MODELS, TRANSFORMERS, scenes
 
 
-DEVICES = ["TDA4VM", "AM62A", "AM67A", "AM68A", "AM69A"]
-SLOW = {"mobilenet_v2", "segformer"}
-MODELS = [
-    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-    for name in ("resnet", "regnet", "convnext", "vit", "mobilenet_v2", "segformer")
-]
 FILES = {
     "README.md",
     "SHA256SUMS",
@@ -61,15 +56,17 @@ def test_every_bundle_is_complete_accepted_and_in_the_documented_schema(name, de
     assert {path.name for path in directory.iterdir()} == FILES
     check = json.loads((directory / "check.json").read_text())
     assert check["ok"] and check["target"] == device
-    assert check["accelerated_macs"] > 0.9 * check["macs"] > 0
-    assert check["onnxruntime"]["frames"] == 5
+    assert not {issue["rule"] for issue in check["issues"]} & {"matmul-mixed-signs", "no-range", "no-quantizers"}
+    assert check["accelerated_macs"] == check["macs"] > 0 and check["subgraphs"] == 1
+    assert {layer["runs_on"] for layer in check["layers"]} == {"accelerator"}
+    assert check["onnxruntime"]["frames"] == FRAMES
     config = yaml.safe_load((directory / "config.yaml").read_text())
     for section, keys in KEYS.items():
         assert set(config[section] if section else config) == set(keys.split())
     options = config["session"]["runtime_options"]
     assert options["advanced_options:quantization_scale_type"] == (1 if device == "TDA4VM" else 4)
     assert options["info"] == {"prequantized_model_type": 1}
-    assert ("onnxruntime:graph_optimization_level" in options) == (name in ("convnext", "vit", "segformer"))
+    assert ("onnxruntime:graph_optimization_level" in options) == (name in TRANSFORMERS)
     assert (directory / config["session"]["model_path"]).is_file()
     assert config["task_type"] == ("segmentation" if name == "segformer" else "classification")
     categories = yaml.safe_load((directory / "dataset.yaml").read_text())["categories"]
@@ -84,15 +81,16 @@ def test_the_file_gives_the_trained_models_top_1_on_all_frames(name, device, bun
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     frames = sorted((path.parent.parent / "calibration").iterdir())
-    assert len(frames) == 5
-    for position, frame in enumerate(frames):
-        pixels = np.load(frame)["pixel_values"]
-        np.testing.assert_array_equal(pixels[0], HUGGING_FACE[name].pixels(8, seed=1)[position])
-        got = session.run(None, {"pixel_values": pixels})[0]
+    assert len(frames) == FRAMES
+    logits = []
+    for pixels, frame in zip(scenes(name, FRAMES + 3, seed=1)[0], frames, strict=False):
+        np.testing.assert_array_equal(np.load(frame)["pixel_values"][0], pixels)
+        got = session.run(None, {"pixel_values": pixels[None].numpy()})[0]
         with torch.no_grad():
-            wanted = converted(name, device)(pixel_values=torch.from_numpy(pixels)).logits.numpy()
-        agreement = (got.argmax(1) == wanted.argmax(1)).mean()
-        assert agreement == 1.0 if name != "segformer" else agreement >= 0.97  # pixels of a random net have ties
+            wanted = converted(name, device)(pixel_values=pixels[None]).logits.numpy()
+        np.testing.assert_array_equal(got.argmax(1), wanted.argmax(1))  # of every pixel, where it has one
+        logits.append(wanted)
+    assert (np.ptp(logits, axis=0) > 0).any()  # a model that always says the same would agree with anything
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,19 +106,39 @@ def test_files_for_tda4vm_have_power_of_two_scales_no_zero_points_and_one_scale_
         assert zero.dtype in (np.int8, np.uint8, np.int32)
 
 
+@pytest.mark.parametrize("name", ["vit", "deit", "segformer"])
+def test_files_for_tda4vm_multiply_no_signed_by_unsigned_activations(name, bundled):
+    graph = onnx.load(bundled(name, "TDA4VM") / "model" / f"{name}.onnx").graph
+    tensors, makers = tensors_of(graph), {output: node for node in graph.node for output in node.output}
+
+    def quantizer(value: str) -> onnx.NodeProto:
+        while makers[value].op_type in ("Transpose", "Reshape"):
+            value = makers[value].input[0]
+        return makers[value]
+
+    pairs = [[quantizer(value) for value in node.input] for node in graph.node if node.op_type == "MatMul"]
+    products = [pair for pair in pairs if not any(node.input[0] in tensors for node in pair)]  # of no weights
+    assert len(products) >= 2
+    for pair in products:
+        assert [node.op_type for node in pair] == ["DequantizeLinear"] * 2
+        assert {tensors[node.input[2]].dtype for node in pair} == {np.dtype(np.int8)}
+
+
 @pytest.mark.parametrize("device", DEVICES[1:])
 @pytest.mark.parametrize("name", MODELS)
 def test_files_for_the_other_devices_have_one_scale_per_output_channel(name, device, bundled):
     graph = onnx.load(bundled(name, device) / "model" / f"{name}.onnx").graph
-    tensors = tensors_of(graph)
-    makers = {node.output[0]: node for node in graph.node}
-    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
-    assert layers
-    for node in layers:
-        weights = makers[node.input[1]]
+    tensors, makers = tensors_of(graph), {output: node for node in graph.node for output in node.output}
+    layers = 0
+    for node in graph.node:
+        weights = makers[node.input[1]] if node.op_type in ("Conv", "Gemm", "MatMul") else None
+        if weights is None or weights.input[0] not in tensors:
+            continue  # a product of two activations
+        layers += 1
         scale, codes = tensors[weights.input[1]], tensors[weights.input[0]]
-        assert scale.shape == (codes.shape[0],) and codes.dtype == np.int8
+        assert scale.shape == (codes.shape[-1 if node.op_type == "MatMul" else 0],) and codes.dtype == np.int8
         assert not tensors[weights.input[2]].any()
+    assert layers > 5
     activations = [tensors[node.input[1]].size for node in graph.node if node.op_type == "QuantizeLinear"]
     assert set(activations) == {1}
 
@@ -132,12 +150,6 @@ def test_the_model_is_static_of_opset_17_and_every_value_has_a_shape(bundled):
     for name in {name for node in model.graph.node for name in node.output}:
         assert all(dim.dim_value > 0 for dim in known[name].type.tensor_type.shape.dim)
     assert {node.op_type for node in model.graph.node} & {"Expand", "Identity", "Shape"} == set()
-
-
-@pytest.mark.parametrize("name", ["resnet", "vit"])
-def test_nothing_of_a_vit_or_resnet_falls_to_the_arm_core_on_am68a(name, bundled):
-    check = json.loads((bundled(name, "AM68A") / "check.json").read_text())
-    assert check["subgraphs"] == 1 and check["accelerated_macs"] == check["macs"]
 
 
 def test_sums_are_those_of_sha256sum_and_cover_every_file(bundled):
@@ -253,6 +265,17 @@ def test_an_earlier_bundle_is_replaced_as_a_whole(converted, copied, exported_on
     assert "export_tidl got no processor" in (directory / "README.md").read_text()
     assert yaml.safe_load((directory / "dataset.yaml").read_text())["categories"][1]["name"] == "b"
     assert [path.name for path in directory.parent.iterdir()] == ["copy"]
+
+
+def test_labels_that_a_processor_shifts_are_named_as_the_data_name_them(converted, exported_once, tmp_path):
+    processor = SegformerImageProcessorPil(size={"height": 64, "width": 64}, do_reduce_labels=True)
+    batch = [scenes("segformer", 2, seed=1)[0]]
+    directory = export_tidl(converted("segformer", "AM68A"), tmp_path / "b", "AM68A", batch, processor)
+    config, data = (yaml.safe_load((directory / f"{name}.yaml").read_text()) for name in ("config", "dataset"))
+    assert config["metric"] == {"label_offset_pred": 1}
+    assert config["input_dataset"]["num_classes"] == len(data["color_map"]) == LABELS + 1
+    assert [category["id"] for category in data["categories"]] == [1, 2, 3, 4, 5]
+    assert [category["name"] for category in data["categories"]] == [f"LABEL_{k}" for k in range(LABELS)]
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ def test_models_are_trained_with_what_the_device_computes():
         assert trained.activations.symmetric != device.asymmetric.value
         assert trained.weights.per_channel == device.per_channel.value
         assert trained.weights.power_of_two == trained.activations.power_of_two == device.power_of_two.value
+        assert trained.one_sign_in_products != device.mixed_sign_matmul.value
         assert trained.weights.bits == trained.activations.bits == 8
 
 

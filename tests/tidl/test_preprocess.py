@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from hf_qat.errors import ExportError
 from hf_qat.tidl.preprocess import check_size, recipe_of
+from hf_qat.tidl.templates.infer import preprocess_image
 
 
 PROCESSORS = {
@@ -25,7 +27,62 @@ PROCESSORS = {
     "without normalization": transformers.ViTImageProcessorPil(do_normalize=False),
     "without rescaling": transformers.ViTImageProcessorPil(do_rescale=False, do_normalize=False),
     "nearest": transformers.ViTImageProcessorPil(resample=0),
+    "lanczos": transformers.ViTImageProcessorPil(resample=1),
+    "box": transformers.ViTImageProcessorPil(resample=4),
+    "hamming": transformers.ViTImageProcessorPil(resample=5),
+    "one mean for all": transformers.ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3),
+    "other rescaling": transformers.ViTImageProcessorPil(rescale_factor=1 / 127.5),
+    "oblong crop": transformers.DeiTImageProcessorPil(
+        size={"height": 250, "width": 300}, crop_size={"height": 192, "width": 255}
+    ),
+    "efficientnet": transformers.EfficientNetImageProcessorPil(),
+    "efficientnet with an offset": transformers.EfficientNetImageProcessorPil(
+        rescale_factor=1 / 127.5, rescale_offset=True, do_normalize=False, include_top=False
+    ),
+    "efficientnet with everything": transformers.EfficientNetImageProcessorPil(
+        rescale_factor=1 / 127.5, rescale_offset=True, do_center_crop=True
+    ),
 }
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+ALL = {"do_normalize": True, "do_resize": True}
+
+#: `preprocessor_config.json` as Hub repositories of the models that TI's devices take hold it: many are years old.
+PUBLISHED = {
+    "resnet": {"crop_pct": 0.875, **ALL, **IMAGENET, "resample": 3, "size": 224},
+    "resnet, new": {"crop_pct": 0.95, **ALL, **IMAGENET, "resample": 3, "size": {"shortest_edge": 224}},
+    "regnet": {"crop_pct": 0.875, **ALL, **IMAGENET, "resample": 3, "size": 224},
+    "regnet of 384": {"crop_pct": 1.0, **ALL, **IMAGENET, "resample": 3, "size": 384},
+    "mobilenet_v2": {
+        **ALL,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 2,
+        "rescale_factor": 0.00392156862745098,
+        "size": {"shortest_edge": 256},
+    },
+    "mobilenet_v2 of 96": {"do_center_crop": True, "crop_size": 96, "size": {"shortest_edge": 128}},
+    "convnext": {"crop_pct": 0.875, **ALL, **IMAGENET, "resample": 3, "size": 224},
+    "convnext of 384": {"crop_pct": 1.0, **ALL, **IMAGENET, "resample": 3, "size": 384},
+    "vit": {**ALL, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "size": 224},
+    "vit of 384": {**ALL, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "size": 384},
+    "deit": {**ALL, **IMAGENET, "do_center_crop": True, "crop_size": 224, "resample": 3, "size": 256},
+    "deit of 384": {**ALL, **IMAGENET, "do_center_crop": True, "crop_size": 384, "resample": 3, "size": 438},
+    "segformer": {**ALL, **IMAGENET, "align": False, "do_reduce_labels": True, "resample": 2, "size": 512},
+    "segformer of 128": {**ALL, **IMAGENET, "do_reduce_labels": False, "resample": 2, "size": 128},
+}
+
+
+def published(name: str) -> transformers.BaseImageProcessor:
+    """The processor that `AutoImageProcessor` makes of it, without torchvision."""
+    classes = IMAGE_PROCESSOR_MAPPING_NAMES[name.split()[0].strip(",")]
+    return getattr(transformers, classes["pil"]).from_dict(PUBLISHED[name])
+
+
+PROCESSORS |= {f"{name} on the Hub": published(name) for name in PUBLISHED}
 
 
 @pytest.fixture(scope="module", params=[(300, 451), (451, 300), (256, 256)], ids=["wide", "high", "square"])
@@ -61,18 +118,27 @@ def follow(recipe: dict, session: dict, path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_recipe_and_processor_agree_within_one_step_of_8_bits(name, png):
-    recipe, session = recipe_of(PROCESSORS[name])
+    recipe = recipe_of(PROCESSORS[name])
     with Image.open(png) as image:
         wanted = PROCESSORS[name](images=image, return_tensors="np")["pixel_values"]
-    got = follow(recipe, session, png)
+    got = follow(recipe.preprocess, recipe.session, png)
     assert got.shape == wanted.shape
-    assert (abs(got - wanted).max(axis=(0, 2, 3)) <= 1.0001 * np.array(session["input_scale"])).all()
+    step = 1.0001 * np.array(recipe.session["input_scale"])
+    assert (abs(got - wanted).max(axis=(0, 2, 3)) <= step).all()
+    with Image.open(png) as image:
+        script = preprocess_image(image, recipe.preprocess, recipe.session)  # of infer.py
+    assert (abs(script - wanted).max(axis=(0, 2, 3)) <= step).all()
 
 
 def test_imagenets_figures_are_those_that_ti_writes():
-    session = recipe_of(transformers.SegformerImageProcessorPil())[1]
+    session = recipe_of(transformers.SegformerImageProcessorPil()).session
     np.testing.assert_allclose(session["input_mean"], [123.675, 116.28, 103.53])
     np.testing.assert_allclose(session["input_scale"], [0.017125, 0.017507, 0.017429], atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "offset"), [("segformer", 1), ("segformer of 128", 0), ("vit", 0)])
+def test_labels_that_the_processor_shifts_are_shifted_back(name, offset):
+    assert recipe_of(published(name)).label_offset == offset
 
 
 class Sharpening(transformers.ViTImageProcessorPil):

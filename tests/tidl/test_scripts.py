@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -14,25 +15,17 @@ from transformers import ViTImageProcessorPil
 from hf_qat import export_tidl
 from hf_qat.errors import ExportError
 from hf_qat.tidl import pack_artifacts
-from tests.models import HUGGING_FACE
+from tests.models import HUGGING_FACE, LABELS
+from tests.tidl.cases import DEVICES, FRAMES, MODELS, TRANSFORMERS, scenes
 
 
 LEVELS = onnxruntime.GraphOptimizationLevel
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "ranges"),
-    [
-        ("resnet", "AM62A", "qdq"),
-        ("regnet", "AM67A", "qdq"),
-        ("convnext", "AM69A", "qdq"),
-        ("vit", "AM68A", "qdq"),
-        ("resnet", "TDA4VM", "qdq"),
-        ("resnet", "TDA4VM", "clip"),
-        pytest.param("mobilenet_v2", "AM68A", "qdq", marks=pytest.mark.slow),
-        pytest.param("segformer", "AM68A", "qdq", marks=pytest.mark.slow),
-    ],
-)
+PAIRS = [(name, device, "qdq") for name in MODELS for device in DEVICES]
+
+
+@pytest.mark.parametrize(("name", "device", "ranges"), [*PAIRS, ("resnet", "TDA4VM", "clip")])
 def test_compiling_and_inferring_hand_over_options_and_frames_as_documented(
     name, device, ranges, copied, stand_in, tmp_path, capsys
 ):
@@ -52,7 +45,7 @@ def test_compiling_and_inferring_hand_over_options_and_frames_as_documented(
         "debug_level": 0,
         "max_num_subgraphs": 16,
         "advanced_options:quantization_scale_type": 1 if device == "TDA4VM" else 4,
-        "advanced_options:calibration_frames": 5,
+        "advanced_options:calibration_frames": FRAMES,
         "advanced_options:calibration_iterations": 1,
         "advanced_options:add_data_convert_ops": 3,
     }
@@ -60,16 +53,16 @@ def test_compiling_and_inferring_hand_over_options_and_frames_as_documented(
         expected["advanced_options:prequantized_model"] = 1
     assert options == expected and cpu == {}
     assert inferring["options"][0]["artifacts_folder"] == str(directory / "artifacts")
-    level = LEVELS.ORT_DISABLE_ALL if name in ("vit", "convnext", "segformer") else LEVELS.ORT_ENABLE_ALL
+    level = LEVELS.ORT_DISABLE_ALL if name in TRANSFORMERS else LEVELS.ORT_ENABLE_ALL
     assert {compiling["level"], inferring["level"]} == {level}
-    pixels = HUGGING_FACE[name].pixels(8, seed=1).numpy()[:5]
+    pixels = scenes(name, FRAMES + 3, seed=1)[0][:FRAMES].numpy()
     for session in stand_in.sessions:
         assert session["path"] == str(directory / "model" / f"{name}.onnx")
         np.testing.assert_array_equal(np.concatenate([frame["pixel_values"] for frame in session["frames"]]), pixels)
     outputs = np.load(tmp_path / "outputs" / "frame_004.npz")["logits"]
-    assert outputs.shape[:2] == (1, 5)
+    assert outputs.shape[:2] == (1, LABELS)
     printed = capsys.readouterr().out
-    assert "frame 5 of 5" in printed and ("LABEL_" in printed) == (name != "segformer")
+    assert f"frame {FRAMES} of {FRAMES}" in printed and ("LABEL_" in printed) == (name != "segformer")
 
 
 def test_an_image_is_prepared_as_the_processor_does(copied, stand_in, tmp_path):
@@ -148,7 +141,54 @@ class TestPacking:
         assert (new / "artifacts" / "allowedNode.txt").read_text() == "stand-in"
         assert not (new / "artifacts" / "tempDir").exists()
 
-    @pytest.mark.parametrize("part", ["subgraph_0_tidl_net.bin", "subgraph_0_tidl_io_1.bin", "allowedNode.txt"])
+    def test_a_bundle_packs_its_own_artifacts_and_packing_twice_changes_nothing(self, copied, stand_in, tmp_path):
+        directory = copied("resnet", "AM68A")
+        stand_in.run(directory / "compile.py")
+        elsewhere = shutil.copytree(directory / "artifacts", tmp_path / "brought back")
+        (directory / "artifacts" / "tempDir").mkdir()
+        (directory / "artifacts" / "tempDir" / "log.txt").write_text("")
+        pack_artifacts(directory)
+        first = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+        pack_artifacts(directory)
+        pack_artifacts(directory, elsewhere)
+        assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == first
+        assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+
+    def test_other_artifacts_of_the_same_model_do_not_replace_those_that_are_there(self, copied, stand_in, tmp_path):
+        directory = copied("resnet", "AM68A")
+        stand_in.run(directory / "compile.py")
+        other = shutil.copytree(directory / "artifacts", tmp_path / "other")
+        (other / "subgraph_0_tidl_net.bin").write_text("compiled again")
+        with pytest.raises(ExportError, match="holds other artifacts"):
+            pack_artifacts(directory, other)
+        assert (directory / "artifacts" / "subgraph_0_tidl_net.bin").read_text() == "stand-in"
+        shutil.rmtree(directory / "artifacts")
+        (directory / "artifacts").mkdir()
+        pack_artifacts(directory, other)
+        assert (directory / "artifacts" / "subgraph_0_tidl_net.bin").read_text() == "compiled again"
+
+    def test_nothing_is_packed_where_nothing_was_compiled(self, copied):
+        directory = copied("resnet", "AM68A")
+        before = sorted(path for path in directory.rglob("*"))
+        with pytest.raises(ExportError, match="is no directory"):
+            pack_artifacts(directory)
+        assert sorted(path for path in directory.rglob("*")) == before
+
+    def test_export_with_artifacts_of_another_model_leaves_nothing(
+        self, copied, stand_in, converted, exported_once, tmp_path
+    ):
+        directory = copied("resnet", "AM68A")
+        stand_in.run(directory / "compile.py")
+        batches = [HUGGING_FACE["resnet"].pixels(2)]
+        with pytest.raises(ExportError, match="another model or for another device"):
+            export_tidl(
+                converted("regnet", "AM68A"), tmp_path / "new", "AM68A", batches, artifacts=directory / "artifacts"
+            )
+        assert not (tmp_path / "new").exists()
+
+    @pytest.mark.parametrize(
+        "part", ["subgraph_0_tidl_net.bin", "subgraph_0_tidl_io_1.bin", "allowedNode.txt", "onnxrtMetaData.txt"]
+    )
     def test_a_missing_or_empty_part_is_named(self, part, copied, stand_in):
         directory = copied("resnet", "AM68A")
         stand_in.run(directory / "compile.py")

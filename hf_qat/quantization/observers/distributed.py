@@ -49,6 +49,11 @@ def all_maximum(number: int) -> int:
     return int(tensor)
 
 
+def least_of_ranks(number: int) -> int:
+    """Least of the numbers of all ranks; what was passed, without a process group."""
+    return -all_maximum(-number) if is_active() else number
+
+
 def all_sum(counts: Tensor) -> Tensor:
     """Sum over all ranks of an int64 tensor on the CPU, as a new tensor there."""
     total = counts.to(_device(), copy=True)

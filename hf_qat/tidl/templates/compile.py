@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -32,17 +33,10 @@ def main() -> None:
     arguments = parser.parse_args()
     here = Path(__file__).resolve().parent
     settings = json.loads((here / "runtime_options.json").read_text(encoding="utf-8"))
-    artifacts = here / "artifacts"
-    tools = os.environ.get("TIDL_TOOLS_PATH")
-    if not tools:
-        sys.exit("TIDL_TOOLS_PATH is not set: set up edgeai-tidl-tools for " + settings["soc"] + "; see README.md")
-    if PROVIDER not in onnxruntime.get_available_providers():
-        sys.exit("this is not TI's onnxruntime: it has no " + PROVIDER + "; see README.md")
-    if artifacts.exists() and any(artifacts.iterdir()):
-        sys.exit(str(artifacts) + " is not empty, and TIDL wants it so: move it away first")
-    artifacts.mkdir(exist_ok=True)
-
-    options = {"tidl_tools_path": tools, "artifacts_folder": str(artifacts), **settings["compile"]}
+    tools_path = tools(settings, onnxruntime)
+    artifacts = empty_folder(here / "artifacts")
+    options = {"tidl_tools_path": tools_path, "artifacts_folder": str(artifacts)}
+    options.update(settings["compile"])
     if arguments.debug_level is not None:
         options["debug_level"] = arguments.debug_level
     model = here / settings["model"]
@@ -70,6 +64,24 @@ def main() -> None:
     record["onnxruntime"] = onnxruntime.__version__
     (artifacts / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print("compiled to", artifacts)
+
+
+def tools(settings: dict, onnxruntime: ModuleType) -> str:
+    """Where TI's tools are."""
+    path = os.environ.get("TIDL_TOOLS_PATH")
+    if not path:
+        sys.exit("TIDL_TOOLS_PATH is not set: set up edgeai-tidl-tools for " + settings["soc"] + "; see README.md")
+    if PROVIDER not in onnxruntime.get_available_providers():
+        sys.exit("this is not TI's onnxruntime: it has no " + PROVIDER + "; see README.md")
+    return path
+
+
+def empty_folder(path: Path) -> Path:
+    """Made, unless it is there and empty."""
+    if path.exists() and any(path.iterdir()):
+        sys.exit(str(path) + " is not empty, and TIDL wants it so: move it away first")
+    path.mkdir(exist_ok=True)
+    return path
 
 
 if __name__ == "__main__":

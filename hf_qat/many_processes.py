@@ -1,0 +1,128 @@
+"""`ManyProcesses`: the part of `QATTrainer` that makes N processes train what one process would.
+
+accelerate starts them and wraps the model, as it does for any Trainer; see `hf_qat.ranks` and `hf_qat.sharding`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from hf_qat.optimizer import scale_parameters
+from hf_qat.random_state import random_state_kept
+from hf_qat.ranks import average_gradients, copy_from_first_rank, leave_out_of_ddp, without_gradient
+from hf_qat.sharding import is_sharded, shard
+
+
+logger = logging.get_logger(__name__)
+
+#: Names of parameters that a message gives.
+NAMED = 5
+
+
+class ManyProcesses(Trainer):
+    """A Trainer of a prepared model that DDP and FSDP2 can wrap."""
+
+    model: nn.Module
+    _example: Mapping[str, Any] | None = None
+    """A batch with labels, between the preparing of a model and its first step."""
+
+    def start_alike(self, model: nn.Module, batch: Mapping[str, Any] | None) -> None:
+        """Begin with a float or prepared model: where the training runs, and the same in all processes.
+
+        Args:
+            batch: any, with labels, to rehearse a step with before the training.
+        """
+        if self.is_fsdp_enabled:
+            model.to(self.args.device)  # Trainer leaves that to FSDP, which does not know of scales
+        copy_from_first_rank(model, self.args.device)
+        one_batch = self.args.world_size == 1 and self.args.gradient_accumulation_steps == 1
+        self._example = None if one_batch else batch
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's; before, the model is split, or what DDP is to expect of it is settled."""
+        batch, self._example = self._example, None
+        loss = None if batch is None else self._settle_scaling(batch)
+        if self.is_fsdp_enabled:
+            if not is_sharded(self.model):
+                shard(self.model, self.accelerator)
+        elif self.args.world_size > 1:
+            leave_out_of_ddp(self.model)
+            self._forget_evaluation()
+            if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
+                self.accelerator.ddp_handler.find_unused_parameters = loss is None or self._has_unused(loss)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def _forget_evaluation(self) -> None:
+        """Let accelerate wrap the model, which an `evaluate()` before `train()` has marked as done.
+
+        Without DDP each process would train on its own, and nobody would notice.
+        """
+        if self.model_wrapped is self.model and vars(self.model).pop("_is_accelerate_prepared", False):
+            self.accelerator._models[:] = [model for model in self.accelerator._models if model is not self.model]
+
+    def _settle_scaling(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Find out whether the model divides its loss by `num_items_in_batch`; returns a loss.
+
+        Trainer believes it of every model with `**kwargs`. Those that do not look at them, such as ResNet, would get
+        gradients N times as large from N processes, and from N accumulated batches.
+        """
+        loss = self._rehearse(batch, 1)
+        if self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            half_or_same = self._rehearse(batch, 2).detach()
+            self.model_accepts_loss_kwargs = bool(half_or_same < 0.75 * loss.detach())
+        return loss
+
+    def _rehearse(self, batch: Mapping[str, Any], num_items: int) -> torch.Tensor:
+        """The loss of a training step that leaves no trace."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            with random_state_kept(self.args.device), torch.enable_grad():
+                inputs = self._prepare_inputs(dict(batch))
+                self.model.train()
+                items = torch.tensor(num_items, device=self.args.device)
+                loss: torch.Tensor = Trainer.compute_loss(self, self.model, inputs, False, items)  # type: ignore[assignment]
+        finally:
+            for buffer, before in buffers:
+                buffer.data.copy_(before)  # by `data`: the graph of the loss is looked at, and not run
+            for module, training in modes:
+                module.training = training
+        return loss
+
+    def _has_unused(self, loss: torch.Tensor) -> bool:
+        """Whether the loss leaves any parameter without a gradient, which DDP must then look for in every step."""
+        names = without_gradient(self.model, loss)
+        if names:
+            logger.warning(
+                f"The loss does not depend on {len(names)} parameters of {type(self.model).__name__} "
+                f"({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}), so DDP looks for them in every "
+                "step. To save that time, freeze them by requires_grad_(False); or, if training does use them, say "
+                "ddp_find_unused_parameters=False."
+            )
+        return bool(names)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's; with the last batch of an optimizer step, the gradients of scales are averaged."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            average_gradients(scale_parameters(self.model))
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a split model is not wrapped for mixed precision, and gets it here."""
+        with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, also before training: accelerate takes no model for FSDP2 that has no optimizer yet."""
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            self.accelerator._models.append(self.model)  # so Trainer takes it as prepared; it is whole still
+        return super().evaluation_loop(*args, **kwargs)

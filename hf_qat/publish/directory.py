@@ -1,0 +1,113 @@
+"""The directory of one repository: int8 safetensors at its root, `onnx/`, `tidl/<device>/`, and the model card.
+
+It appears as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from hf_qat.errors import CalibrationError, ConfigError, ExportError
+from hf_qat.export import ExportReport, export_onnx, verify_onnx
+from hf_qat.prepare import require_stage
+from hf_qat.tidl.bundle import export_tidl
+from hf_qat.tidl.check import check_tidl
+from hf_qat.tidl.devices import DEVICES
+from hf_qat.tidl.report import TidlReport
+
+
+logger = logging.getLogger(__name__)
+
+#: Where things lie in a repository.
+ONNX, TIDL, CARD = "onnx/model.onnx", "tidl", "README.md"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a repository holds beside its card.
+
+    Attributes:
+        onnx: the file `onnx/model.onnx`, and how far ONNX Runtime agrees with torch on it.
+        tidl: TIDL's part, and what it will take of it; `None` if there is none.
+        why_no_tidl: the reason then; empty for a target that TIDL does not run on.
+        processor: whether an image processor is there.
+        real_inputs: whether the comparison was on real inputs; else on random ones.
+    """
+
+    onnx: ExportReport
+    tidl: TidlReport | None
+    why_no_tidl: str
+    processor: bool
+    real_inputs: bool
+
+
+def save_model(model: nn.Module, directory: Path, processor: Any | None) -> None:
+    """Write a converted model as `from_pretrained` takes it: `config.json`, `model.safetensors`, processor files.
+
+    Raises:
+        ExportError: no Hugging Face model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ExportError(
+            f"{type(model).__name__} is no Hugging Face model, so from_pretrained could not load it again. Export it "
+            "alone: export_onnx(trainer.convert(), path)."
+        )
+    model.save_pretrained(directory)
+    if processor is not None:
+        processor.save_pretrained(directory)
+
+
+def write_contents(
+    model: nn.Module, directory: Path, processor: Any | None, batches: Sequence[Mapping[str, Any]]
+) -> Contents:
+    """Write everything but the card.
+
+    Args:
+        model: converted; a Hugging Face one.
+        directory: there, and empty.
+        processor: whatever prepares the images; with `save_pretrained`.
+        batches: real inputs, as forward takes them, without labels: what the file is verified on, and TIDL's frames.
+            Without any, the file is verified on random numbers, and there is nothing for TIDL.
+
+    Raises:
+        ExportError: the model cannot be expressed as ONNX, or is no Hugging Face one.
+    """
+    save_model(model, directory, processor)
+    path = directory / ONNX
+    example = dict(batches[0]) if batches else None
+    report = export_onnx(model, path, example, dynamic_batch=True, verify=not batches)
+    if batches:
+        report = verify_onnx(model, path, [dict(batch) for batch in batches])
+    tidl, why_not = _write_tidl(model, directory / TIDL, processor, batches)
+    return Contents(report, tidl, why_not, processor is not None, bool(batches))
+
+
+def _write_tidl(
+    model: nn.Module, directory: Path, processor: Any | None, batches: Sequence[Mapping[str, Any]]
+) -> tuple[TidlReport | None, str]:
+    """The bundle for the device of the recipe, or the reason why there is none."""
+    target = require_stage(model, "converted", "export").config.target
+    if target not in {device.name for device in DEVICES}:
+        return None, ""
+    if not batches:
+        return None, "there was no data set to take calibration frames from."
+    images = isinstance(getattr(processor, "image_processor", processor), BaseImageProcessor)
+    try:
+        export_tidl(
+            model, directory / target, target, [dict(batch) for batch in batches], processor if images else None
+        )
+    except (ExportError, ConfigError, CalibrationError) as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        # All else is of use without it, perhaps after days of training: so it is said, and not raised.
+        logger.warning("No bundle for TIDL on %s: %s", target, error)
+        return None, str(error)
+    (file,) = (directory / target / "model").glob("*.onnx")
+    return check_tidl(file, target), ""

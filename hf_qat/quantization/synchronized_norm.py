@@ -1,0 +1,76 @@
+"""Batch norm whose batch is that of all processes (Peng et al. 2018, §3.2: cross-GPU batch normalization).
+
+`torch.nn.SyncBatchNorm` runs on GPUs only. This one runs wherever `torch.distributed` does, folded or not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_qat.quantization.mixed_class import mix_in
+from hf_qat.quantization.observers.distributed import is_active
+
+
+class SynchronizedBatchNorm(nn.Module):
+    """Mixed into the class of a batch norm by `synchronize_batch_norms`; one process alone computes as before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, …) → the same shape, normalised by the statistics of all N of all processes; these may differ."""
+        frozen = not self.training or getattr(self, "batch_norm_frozen", False)
+        if frozen or not is_active():
+            out: Tensor = super().forward(x)
+            return out
+        bn: Any = self
+        axes = [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        values = x.float()
+        sums = torch.cat([values.sum(axes), values.new_tensor([values.numel() / values.shape[1]])])
+        sums = _SumOfRanks.apply(sums)
+        mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+        centred = values - mean.view(shape)
+        # Not from a sum of squares: their difference from the squared mean would lose digits.
+        variance = _SumOfRanks.apply(centred.square().sum(axes)) / count
+        _remember(bn, mean.detach(), variance.detach() * (count / (count - 1)))
+        factor = torch.rsqrt(variance + bn.eps)
+        factor = factor if bn.weight is None else factor * bn.weight
+        normalised = centred * factor.view(shape)
+        return (normalised if bn.bias is None else normalised + bn.bias.view(shape)).to(x.dtype)
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """Every process adds to the sum that all have, so the gradient of what it added is the sum of all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+@torch.no_grad()
+def _remember(bn: Any, mean: Tensor, variance: Tensor) -> None:
+    """Move the running statistics, as `nn.BatchNorm2d` does; no momentum means the average of all batches."""
+    if bn.running_mean is None:
+        return
+    bn.num_batches_tracked.add_(1)
+    momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    bn.running_mean.lerp_(mean, momentum)
+    bn.running_var.lerp_(variance, momentum)
+
+
+def synchronize_batch_norms(model: nn.Module) -> None:
+    """Make all batch norms of `model` use the statistics of all processes, in place; a `nn.SyncBatchNorm` does."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if not isinstance(module, (nn.SyncBatchNorm, SynchronizedBatchNorm)):
+                mix_in(module, SynchronizedBatchNorm)

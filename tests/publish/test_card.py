@@ -1,0 +1,103 @@
+"""The model card: what the Hub reads of it, and what a reader is told."""
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_qat.config import QATConfig
+from hf_qat.publish.card import CardFacts, CardOptions, render
+from tests.publish.conftest import BASE, Exported, tiny_resnet
+
+
+@pytest.fixture(scope="module")
+def card(exported: Exported) -> ModelCard:
+    return ModelCard.load(exported.directory / "README.md")
+
+
+def described(name_or_path: str = "", **options: object) -> ModelCard:
+    """The card of a training checkpoint that nothing was measured of."""
+    model = tiny_resnet()
+    model.config._name_or_path = name_or_path
+    facts = CardFacts(
+        model=model,
+        repo_id="user/tiny",
+        config=QATConfig("TDA4VM"),
+        schedule={},
+        stage="quantized",
+        accuracy={},
+        images=0,
+        dataset=None,
+    )
+    return ModelCard(str(render(facts, CardOptions(**options))))
+
+
+def test_the_metadata_is_what_the_hub_looks_for(card: ModelCard):
+    data = card.data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "transformers",
+        "image-classification",
+        "apache-2.0",
+    )
+    assert (data.base_model, data.base_model_relation) == (BASE, "quantized")
+    assert data.tags == ["hf_qat", "qat", "int8", "onnx", "tidl", "tests"]
+    assert data.metrics == ["accuracy"]
+
+
+def test_the_table_has_the_figures_of_the_metadata(card: ModelCard):
+    rows = re.findall(r"^\| (?!\||-)(.*) \| ([\d.]+) \|$", card.text.split("## Usage")[0], re.MULTILINE)
+    table = {f"accuracy, {label.replace('`', '')}": float(value) for label, value in rows}
+    assert table == {result.metric_name: pytest.approx(result.metric_value, 1e-3) for result in card.data.eval_results}
+    assert len(table) == 4 and "On the 50 images" in card.text
+
+
+def test_the_code_in_it_is_python(card: ModelCard):
+    blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block, "card", "exec")
+    assert 'pipeline("image-classification", "tiny")' in blocks[0]
+
+
+def test_recipe_schedule_layers_verification_check_and_versions_are_there(card: ModelCard):
+    for text in (
+        "target: AM68A",
+        "| Steps | 24 of 24 |",
+        "| int8, per channel | 4 |",
+        "| `resnet.embedder.embedder.convolution` | Conv2d 7×7 | int8, per channel | 1176 | uint8 |",
+        "Nothing is computed in float.",
+        "on 16 real inputs",
+        "| off | 100.00% |",
+        "model/resnet.onnx on AM68A (J721S2): TIDL takes it",
+        "transformers 5.",
+    ):
+        assert text in card.text, text
+
+
+def test_it_names_no_place_on_this_machine(exported: Exported, card: ModelCard):
+    assert str(exported.directory.parent) not in str(card)
+
+
+@pytest.mark.parametrize("name", ["", "/home/somebody/model", "./runs/float", "hf_qat/publish", "resnet"])
+def test_a_base_model_that_is_not_on_the_hub_is_not_claimed(name: str):
+    data = described(name).data
+    assert data.base_model is None and "base_model_relation" not in data.to_dict()
+
+
+def test_what_the_user_says_goes_into_the_metadata():
+    data = described(
+        BASE,
+        language="en",
+        tags=["mine", "hf_qat"],
+        finetuned_from="other/model",
+        tasks="image-feature-extraction",
+        dataset_tags="somebody/squares",
+    ).data
+    assert (data.language, data.base_model, data.pipeline_tag) == ("en", "other/model", "image-feature-extraction")
+    assert data.tags == ["hf_qat", "mine"] and data.datasets == ["somebody/squares"]
+
+
+def test_nothing_is_said_of_what_was_not_measured():
+    text = described().text
+    assert "Not measured" in text and "It was not trained." in text
+    assert "Verification" not in text and "onnxruntime" not in text.split("## Versions")[0]

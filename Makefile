@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,quality,plots
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo notebook test lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ install: $(STAMP) ## make .venv and install everything that the other targets ne
 
 demo: $(STAMP) ## train, quantize, export and verify a small net on real images
 	@$(BIN)/python -m hf_qat demo $(ARGS)
+
+notebook: $(STAMP) ## run the notebook on a local Hub and keep its outputs
+	$(BIN)/python -W ignore -m tests.notebook
 
 test: $(STAMP) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

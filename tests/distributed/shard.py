@@ -72,3 +72,5 @@ def main(directory: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits with them

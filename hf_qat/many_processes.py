@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from hf_qat.graph.modes import modes_kept
 from hf_qat.optimizer import scale_parameters
 from hf_qat.random_state import random_state_kept
 from hf_qat.ranks import average_gradients, copy_from_first_rank, leave_out_of_ddp, without_gradient
@@ -83,9 +84,8 @@ class ManyProcesses(Trainer):
     def _rehearse(self, batch: Mapping[str, Any], num_items: int) -> torch.Tensor:
         """The loss of a training step that leaves no trace."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        modes = [(module, module.training) for module in self.model.modules()]
         try:
-            with random_state_kept(self.args.device), torch.enable_grad():
+            with random_state_kept(self.args.device), modes_kept(self.model), torch.enable_grad():
                 inputs = self._prepare_inputs(dict(batch))
                 self.model.train()
                 items = torch.tensor(num_items, device=self.args.device)
@@ -93,8 +93,6 @@ class ManyProcesses(Trainer):
         finally:
             for buffer, before in buffers:
                 buffer.data.copy_(before)  # by `data`: the graph of the loss is looked at, and not run
-            for module, training in modes:
-                module.training = training
         return loss
 
     def _has_unused(self, loss: torch.Tensor) -> bool:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from hf_qat.graph.on_meta import without_weights
 from hf_qat.optimizer import scale_parameters
 from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
 
@@ -40,16 +40,10 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     else:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
-    skeleton = _without_weights(model)
+    skeleton = without_weights(model, keep_buffers=True)
     offload = accelerator.state.fsdp_plugin.cpu_offload
     fully_shard(model, mesh=mesh, offload_policy=offload, ignored_params=set(scale_parameters(model)))
     vars(model)["__deepcopy__"] = partial(_whole_copy, model, skeleton)
-
-
-def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy with buffers, and parameters on the meta device, where they take no memory."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, empty)  # a memo: id of the original → its copy
 
 
 def _whole_copy(model: nn.Module, skeleton: nn.Module, memo: object) -> nn.Module:

@@ -33,8 +33,13 @@ class MetaCapture(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def without_weights(model: nn.Module) -> nn.Module:
-    """A copy on the meta device: it has the shapes of `model`, costs no memory, and computes nothing."""
+def without_weights(model: nn.Module, keep_buffers: bool = False) -> nn.Module:
+    """A copy on the meta device: it has the shapes of `model`, costs no memory, and computes nothing.
+
+    Args:
+        keep_buffers: copy these with their values.
+    """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(META), p.requires_grad) for p in model.parameters()}
-    memo |= {id(buffer): buffer.to(META) for buffer in model.buffers()}
+    if not keep_buffers:
+        memo |= {id(buffer): buffer.to(META) for buffer in model.buffers()}
     return copy.deepcopy(model, memo)

@@ -153,6 +153,7 @@ def _shapes(calls: Calls) -> list[torch.Size]:
 
 
 def forward(model: nn.Module, inputs: Inputs, size: int) -> Any:
+    """Call the model on `inputs`, repeated or cut to a batch of `size`."""
     args, kwargs = with_batch(inputs, size, device_of(model))
     return model(*args, **kwargs)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from hf_qat.graph.modes import modes_kept
 from hf_qat.graph.on_meta import MetaCapture, without_weights
 
 
@@ -42,19 +42,9 @@ def in_training(model: nn.Module, observe: Callable[[nn.Module], T]) -> T | None
 
 
 def _observe(model: nn.Module, observe: Callable[[nn.Module], T]) -> T:
-    with torch.no_grad(), torch.random.fork_rng(), _training(model):
+    with torch.no_grad(), torch.random.fork_rng(), modes_kept(model):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
         return observe(model)
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    for module, _ in modes:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

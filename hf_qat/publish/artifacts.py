@@ -6,13 +6,9 @@ import json
 from pathlib import Path
 
 from hf_qat.errors import PublishError
-from hf_qat.tidl.artifacts import pack_artifacts
+from hf_qat.tidl.artifacts import SETTINGS, pack_artifacts
 from hf_qat.tidl.files import MANIFEST, write_manifest
 from hf_qat.tidl.templates.compile import RECORD
-
-
-#: Says that a directory is a bundle of `export_tidl`, and for which device.
-SETTINGS = "runtime_options.json"
 
 
 def add_artifacts(directory: Path, artifacts: Path) -> Path:

@@ -37,7 +37,6 @@ EXPORT_DIRECTORY = "export"
 #: An exported file is compared with its model on at least so many inputs, or on all there are.
 VERIFIED_INPUTS = 128
 
-
 #: Names that the `datasets` library gives to what it has read from files, or made of a generator.
 FILE_KINDS = frozenset({"csv", "json", "pandas", "parquet", "text", "imagefolder", "generator"})
 
@@ -249,6 +248,4 @@ def _card_options(given: Mapping[str, Any]) -> CardOptions:
 def _dataset_of(dataset: object) -> str | None:
     """The name that a data set of the `datasets` library has of itself, if it is not that of a kind of file."""
     name = getattr(dataset, "builder_name", None)
-    return (
-        None if name in (None, "csv", "json", "pandas", "parquet", "text", "imagefolder", "generator") else str(name)
-    )
+    return None if name is None or name in FILE_KINDS else str(name)

@@ -18,6 +18,9 @@ from hf_qat.tidl.templates import compile as compile_script
 
 ARTIFACTS = "artifacts"
 
+#: Says that a directory is a bundle of `export_tidl`, and for which device.
+SETTINGS = "runtime_options.json"
+
 #: Its existence tells TI's tools that a model is compiled (edgeai-benchmark, docs/usage.md); so it comes last.
 PARAM = "param.yaml"
 
@@ -44,7 +47,7 @@ def pack_artifacts(bundle: str | os.PathLike[str], artifacts: str | os.PathLike[
     bundle = Path(bundle)
     own = bundle / ARTIFACTS
     artifacts = own if artifacts is None else Path(artifacts)
-    settings = bundle / "runtime_options.json"
+    settings = bundle / SETTINGS
     if not settings.is_file():
         raise ExportError(f"{bundle} is no bundle of export_tidl: it has no {settings.name}.")
     check_artifacts(artifacts, bundle, json.loads(settings.read_text(encoding="utf-8")))

@@ -26,7 +26,7 @@ from hf_qat.graph.inputs import Inputs
 from hf_qat.prepare import require_stage
 from hf_qat.tidl import templates
 from hf_qat.tidl.adapt import adapt, attention_like, drop_unused
-from hf_qat.tidl.artifacts import ARTIFACTS, pack_artifacts
+from hf_qat.tidl.artifacts import ARTIFACTS, SETTINGS, pack_artifacts
 from hf_qat.tidl.check import check_tidl
 from hf_qat.tidl.clip import clips_for_quantizers
 from hf_qat.tidl.config_yaml import Described, config, dataset, task_of
@@ -179,7 +179,7 @@ def _write_files(made: Path, file: ModelProto, content: _Content, check: TidlRep
     path = f"model/{content.name}.onnx"
     write_frames(content.frames, made / "calibration")
     options = runtime_options(content.device, len(content.frames), content.ranges)
-    _write_json(made / "runtime_options.json", _settings(file, path, content, options))
+    _write_json(made / SETTINGS, _settings(file, path, content, options))
     _write_json(made / "check.json", {**check.to_dict(), "onnxruntime": _agreement(verified)})
     why_not = _write_config(made, file, content, options, digest(made / path))
     for script in ("compile.py", "infer.py"):

@@ -18,7 +18,7 @@ from hf_qat.graph.modes import modes_kept
 from hf_qat.optimizer import scale_parameters
 from hf_qat.random_state import random_state_kept
 from hf_qat.ranks import average_gradients, copy_from_first_rank, leave_out_of_ddp, without_gradient
-from hf_qat.sharding import is_sharded, shard
+from hf_qat.sharding import is_sharded, saved_whole, shard
 
 
 logger = logging.get_logger(__name__)
@@ -118,6 +118,11 @@ class ManyProcesses(Trainer):
         """As Trainer's; a split model is not wrapped for mixed precision, and gets it here."""
         with self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; of a split model, too, what `from_pretrained` loads."""
+        with saved_whole(self.accelerator) if self.is_fsdp_enabled else nullcontext():
+            super().save_model(output_dir, _internal_call)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, also before training: accelerate takes no model for FSDP2 that has no optimizer yet."""

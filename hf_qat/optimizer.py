@@ -23,7 +23,8 @@ def separate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], l
     """Move those of `parameters` that the optimizer has into a new last group, in place, before its first step.
 
     The group has no weight decay, and `lr_multiplier` times the learning rate of the first one; schedulers scale the
-    rate that each group starts with.
+    rate that each group starts with. Groups that are left without parameters go: torch 2.13 gives the settings of an
+    empty group to another one when it loads the state of a split optimizer.
     """
     wanted = {id(parameter) for parameter in parameters}
     moved: list[nn.Parameter] = []
@@ -34,4 +35,5 @@ def separate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], l
         rate = optimizer.param_groups[0]["lr"]
         # Some optimizers find their own rate, and have `None` here.
         rate = None if rate is None else rate * lr_multiplier
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": rate})

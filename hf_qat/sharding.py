@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 
 from hf_qat.graph.on_meta import without_weights
 from hf_qat.optimizer import scale_parameters
@@ -51,6 +51,17 @@ def _whole_copy(model: nn.Module, skeleton: nn.Module, memo: object) -> nn.Modul
     whole = copy.deepcopy(skeleton)
     whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), assign=True)
     return whole.train(model.training)
+
+
+@contextmanager
+def saved_whole(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, `Trainer.save_model` gathers a split model: with `SHARDED_STATE_DICT` it would write nothing at all."""
+    plugin = accelerator.state.fsdp_plugin
+    chosen, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+    try:
+        yield
+    finally:
+        plugin.state_dict_type = chosen
 
 
 @contextmanager

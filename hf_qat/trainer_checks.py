@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence, Sized
@@ -79,8 +80,7 @@ def check_distribution(trainer: Trainer) -> None:
     """Refuse ways of splitting a model that a fake-quantized one does not survive.
 
     Raises:
-        ConfigError: DeepSpeed is on; or FSDP of version 1, with activation checkpointing, with a state in pieces,
-            or on CPUs.
+        ConfigError: DeepSpeed is on; or FSDP of version 1, with activation checkpointing, or on CPUs.
     """
     if trainer.is_deepspeed_enabled:
         raise ConfigError(
@@ -88,10 +88,11 @@ def check_distribution(trainer: Trainer) -> None:
             "that hold ranges. Turn it off; `accelerate launch --num_processes N` without it uses all GPUs, and "
             "fsdp_version: 2 splits a model that is too large for one."
         )
-    if trainer.args.fsdp and not trainer.is_fsdp_enabled:
+    by_launcher = trainer.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if (trainer.args.fsdp or by_launcher) and not trainer.is_fsdp_enabled:
         raise ConfigError(
             "fsdp is asked for, and accelerate splits no model on CPUs: it would train whole copies without a word. "
-            "Leave fsdp out there."
+            "Leave it out of the TrainingArguments and of the file of `accelerate config`."
         )
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and plugin.fsdp_version != 2:
@@ -103,12 +104,6 @@ def check_distribution(trainer: Trainer) -> None:
         raise ConfigError(
             "activation_checkpointing of FSDP is on, and a captured graph has no layers to recompute. Turn it off; "
             "save memory by a smaller per_device_train_batch_size with more gradient_accumulation_steps."
-        )
-    if plugin is not None and "FULL" not in str(plugin.state_dict_type):
-        raise ConfigError(
-            f"FSDP is to save its state as {plugin.state_dict_type}, from which the optimizer does not resume, and "
-            "which from_pretrained cannot load. Set fsdp_state_dict_type: FULL_STATE_DICT in the file of `accelerate "
-            "config`; in the TrainingArguments it is the default."
         )
 
 

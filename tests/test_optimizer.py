@@ -37,6 +37,14 @@ def test_every_parameter_stays_in_exactly_one_group(model: nn.Module):
     assert (separated["lr"], separated["weight_decay"]) == (5.0, 0.0)
 
 
+def test_a_group_that_is_left_without_parameters_goes(model: nn.Module):
+    scales = scale_parameters(model)
+    optimizer = torch.optim.SGD([{"params": scales}, {"params": [torch.nn.Parameter(torch.ones(3))]}], lr=0.5)
+    separate(optimizer, scales, 10.0)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, len(scales)]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 5.0]
+
+
 def test_one_step_of_sgd_moves_scales_by_the_multiplied_rate_without_decay(model: nn.Module):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.5)
     scale = scale_parameters(model)[0]

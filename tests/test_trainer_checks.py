@@ -63,10 +63,10 @@ def test_activation_checkpointing_is_refused(tmp_path: Path):
 
 def distributed(asked: bool = False, deepspeed: bool = False, **plugin: object) -> SimpleNamespace:
     """What `check_distribution` reads of a trainer; `plugin` is what accelerate knows of FSDP."""
-    defaults = {"fsdp_version": 2, "activation_checkpointing": False, "state_dict_type": "FULL_STATE_DICT"}
+    defaults = {"fsdp_version": 2, "activation_checkpointing": False}
     state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**defaults, **plugin}))
     return SimpleNamespace(
-        args=SimpleNamespace(fsdp=asked),
+        args=SimpleNamespace(fsdp=asked, world_size=2),
         is_deepspeed_enabled=deepspeed,
         is_fsdp_enabled=bool(plugin),
         accelerator=SimpleNamespace(state=state),
@@ -80,13 +80,19 @@ def distributed(asked: bool = False, deepspeed: bool = False, **plugin: object) 
         (distributed(asked=True), "splits no model on CPUs"),
         (distributed(fsdp_version=1), "Set fsdp_version: 2"),
         (distributed(activation_checkpointing=True), "no layers to recompute"),
-        (distributed(state_dict_type="SHARDED_STATE_DICT"), "Set fsdp_state_dict_type: FULL_STATE_DICT"),
     ],
-    ids=["DeepSpeed", "CPUs", "version 1", "activation checkpointing", "in pieces"],
+    ids=["DeepSpeed", "CPUs", "version 1", "activation checkpointing"],
 )
 def test_splitting_that_a_model_does_not_survive_is_refused(trainer: SimpleNamespace, message: str):
     with pytest.raises(ConfigError, match=message):
         check_distribution(trainer)
+
+
+def test_fsdp_of_the_launcher_on_cpus_is_refused(monkeypatch: pytest.MonkeyPatch):
+    check_distribution(distributed())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="splits no model on CPUs"):
+        check_distribution(distributed())
 
 
 def test_fsdp2_passes():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoModelForImageClassification
 
@@ -15,6 +16,7 @@ import hf_qat  # noqa: F401
 from hf_qat.quantization.synchronized_norm import SynchronizedBatchNorm, synchronize_batch_norms
 from hf_qat.ranks import without_gradient
 from tests.distributed import train
+from tests.hub.server import HubServer
 from tests.training import values_in
 
 
@@ -23,12 +25,16 @@ ROOT = Path(__file__).parents[1]
 #: Last parts of the keys of scales and ranges.
 RANGES = ("log2_scale", "offset", "range_min", "range_max")
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
 pytestmark = pytest.mark.slow
 
 
-def launched(launcher: list[str], *arguments: object) -> tuple[int, str, float]:
+def launched(
+    launcher: list[str], *arguments: object, environment: dict[str, str] | None = None
+) -> tuple[int, str, float]:
     """Exit status, errors, and seconds of a script that a module of Python launches."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
     start = time.monotonic()
     command = [sys.executable, "-m", *launcher, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -41,8 +47,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
     (directory / "alone").mkdir()
     train.main(directory / "alone", 8)
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    status, errors, _ = launched([*torchrun, str(ROOT / "tests/distributed/train.py")], directory, 4)
+    status, errors, _ = launched([*TORCHRUN, str(ROOT / "tests/distributed/train.py")], directory, 4)
     assert (directory / "1.pt").exists(), errors[-3000:]
     (directory / "status").write_text(str(status))
     return directory
@@ -119,12 +124,28 @@ def test_a_killed_process_ends_the_launch_and_leaves_a_checkpoint_that_loads(dir
     assert [key for key, value in model.state_dict().items() if not torch.equal(value, stored[key])] == []
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+def test_two_processes_push_and_export_once(tmp_path: Path):
+    with HubServer() as hub:
+        script = str(ROOT / "tests/distributed/publish.py")
+        status, errors, _ = launched([*TORCHRUN, script], tmp_path, environment=hub.environment(tmp_path / "home"))
+        assert status == 0, errors[-3000:]
+        repository = hub.repository("user/trained")
+    titles = [commit.title for commit in repository.commits()]
+    assert titles == ["Training in progress, step 12", "Training in progress, step 24", "End of training"]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert one["commit"] is not None and other["commit"] is None
+    assert repository.files()["model.safetensors"] == (tmp_path / "export" / "model.safetensors").read_bytes()
+    card = ModelCard.load(tmp_path / "export" / "README.md")
+    written = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert written["accuracy, quantized, after training (QAT)"] == one["accuracy"] == other["accuracy"] > 0.4
+
+
+@pytest.fixture(scope="module", params=["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     directory = tmp_path_factory.mktemp("sharded")
     launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    status, errors, _ = launched([*launcher, str(ROOT / "tests/distributed/shard.py")], directory)
+    status, errors, _ = launched([*launcher, str(ROOT / "tests/distributed/shard.py")], directory, request.param)
     assert status == 0, errors[-3000:]
     return directory, [torch.load(directory / f"{rank}.pt") for rank in range(2)]
 
@@ -139,10 +160,19 @@ def test_fsdp2_splits_the_weights_and_resumes_exactly(sharded: tuple[Path, list[
         assert [key for key, value in one[kept].items() if not torch.equal(value, other[kept][key])] == []
 
 
-@pytest.mark.parametrize("name", [".", "checkpoint-4", "quantized"])
+@pytest.mark.parametrize("name", [".", "checkpoint-4", "checkpoint-8"])
 def test_what_fsdp2_saves_loads_anywhere(sharded: tuple[Path, list[dict]], name: str):
     model = AutoModelForImageClassification.from_pretrained(sharded[0] / name).eval()
     assert model(torch.randn(2, 3, 32, 32)).logits.isfinite().all()
+
+
+def test_what_fsdp2_exports_is_the_best_model_which_it_has_loaded(sharded: tuple[Path, list[dict]]):
+    directory, pixels = sharded[0], torch.randn(2, 3, 32, 32)
+    best = AutoModelForImageClassification.from_pretrained(directory)
+    quantized = AutoModelForImageClassification.from_pretrained(directory / "quantized")
+    exported = AutoModelForImageClassification.from_pretrained(directory / "exported")
+    expected = hf_qat.convert(best.eval())(pixels).logits
+    assert torch.equal(quantized(pixels).logits, expected) and torch.equal(exported(pixels).logits, expected)
 
 
 def test_a_synchronized_batch_norm_computes_alone_what_it_did():

@@ -1,6 +1,6 @@
 """A user's script that trains with FSDP2, saves, and resumes; on CPUs, where accelerate would not split a model.
 
-accelerate launch --multi_gpu --num_processes 2 shard.py DIRECTORY
+accelerate launch --multi_gpu --num_processes 2 shard.py DIRECTORY STATE_DICT_TYPE
 """
 
 import os
@@ -31,11 +31,11 @@ class OnCPU(QATTrainer):
         self.is_fsdp_enabled = True
 
 
-def trainer_of(directory: Path) -> OnCPU:
+def trainer_of(directory: Path, saved_as: str) -> OnCPU:
     """Eight steps, batch norm live for two, with a checkpoint after the fourth."""
     torch.manual_seed(RANK)
     changes = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
-    sharding = {"fsdp": True, "fsdp_config": {"version": 2}}
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": saved_as}}
     args = arguments(directory, max_steps=8, load_best_model_at_end=True, **changes, **sharding)
     data = {"train_dataset": images(80), "eval_dataset": images(16, seed=1)}
     return OnCPU(resnet(), args, qat_config=recipe(freeze_bn_at=0.25), **data)
@@ -46,15 +46,16 @@ def losses(trainer: OnCPU) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, saved_as: str) -> None:
     """Calibrate, evaluate, train, save, and train the second half again."""
-    trainer = trainer_of(directory)
+    trainer = trainer_of(directory, saved_as)
     trainer.calibrate()
     trainer.evaluate()
     trainer.train()
     trainer.save_model()
     trainer.save_quantized(directory / "quantized")
-    again = trainer_of(directory)
+    trainer.export(directory / "exported")
+    again = trainer_of(directory, saved_as)
     again.train(resume_from_checkpoint=str(directory / "checkpoint-4"))
     trainer.model.reshard()  # an evaluation leaves the weights gathered
     weight = trainer.model.classifier[1].weight
@@ -71,6 +72,6 @@ def main(directory: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits with them

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_qat.quantization.fake_quantize import fake_quantize, quantize
+from hf_qat.quantization.fake_quantize import quantize
+from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.mixed_class import mix_in, rebased, unmixed
 from hf_qat.quantization.quantizer import FakeQuantize
@@ -56,7 +57,7 @@ class QATAffine(QATLayer):
         """The weight, (C, 1, …), quantized at `scale` if enabled, and the bias, (C,)."""
         weight, spec = self.fold_factor(), self.weight_quantizer.spec
         if self.weight_quantizer.enabled:
-            weight = fake_quantize(weight, scale, None, spec.qmin, spec.qmax, spec.axis)
+            weight = fold_fake_quantize(weight, None, scale, spec.qmin, spec.qmax, 0)
         return weight.view(self.weight_shape), self.float_bias()
 
     def float_bias(self) -> Tensor:

@@ -1,7 +1,7 @@
 """The fake-quantize operation and its gradients, bit-compatible with ONNX `QuantizeLinear` / `DequantizeLinear`.
 
 Straight-through estimator: Bengio et al. 2013. Learned scale: LSQ, Esser et al. 2020, eq. 3 and §2.2. Learned offset:
-LSQ+, Bhalgat et al. 2020, eq. 4-6. Folded weights: Krishnamoorthi 2018, §3.2.2.
+LSQ+, Bhalgat et al. 2020, eq. 4-6.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def quantize(
     Returns:
         int32, the shape of `x`.
     """
-    codes = torch.div(x, _along(scale, x, axis)).round_()
+    codes = torch.div(x, along(scale, x, axis)).round_()
     if zero_point is not None:
-        codes.add_(_along(zero_point, x, axis))
+        codes.add_(along(zero_point, x, axis))
     return codes.clamp_(qmin, qmax).to(torch.int32)
 
 
@@ -40,8 +40,8 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: in
     """Real numbers `(codes - zero_point) * scale`, float32, the shape of `codes`."""
     centred = codes.to(torch.float32)
     if zero_point is not None:
-        centred = centred - _along(zero_point, codes, axis)
-    return centred * _along(scale, codes, axis)
+        centred = centred - along(zero_point, codes, axis)
+    return centred * along(scale, codes, axis)
 
 
 def fake_quantize(
@@ -69,28 +69,18 @@ def fake_quantize(
     Returns:
         Same shape and dtype as `x`; computed in float32.
     """
-    dtype = x.dtype
-    out: Tensor = _FakeQuantize.apply(x.float(), scale, zero_point, qmin, qmax, axis, gradient_scale)
-    return out.to(dtype)
+    low, high = code_bounds(zero_point, x, qmin, qmax, axis)
+    out: Tensor
+    if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
+        out = _LearnedFakeQuantize.apply(x.float(), scale, zero_point, low, high, axis, gradient_scale)
+    elif x.requires_grad and torch.is_grad_enabled():
+        out = _FakeQuantize.apply(x.float(), along(scale, x, axis), low, high)
+    else:
+        out = round_to_codes(x.float(), along(scale, x, axis), low, high)
+    return out.to(x.dtype)
 
 
-def fold_fake_quantize(weight: Tensor, multiplier: Tensor, step: Tensor, qmin: int, qmax: int, axis: int) -> Tensor:
-    """Fold a factor per channel into a weight and quantize it, in one expression.
-
-    `clamp(round(weight * multiplier), qmin, qmax) * step`: with `multiplier = factor / scale` and `step = scale` this
-    is the fake-quantized folded weight; with `step = scale / factor` it is that weight with the factor divided out
-    again, for a convolution that a live batch norm follows. Gradients reach `weight` (straight through, inside the
-    range), `multiplier` and `step`, so scale and factor get theirs by the chain rule.
-
-    Args:
-        weight: any shape, float32.
-        multiplier, step: () or (C,), float32; C is the size of `weight` along `axis`.
-    """
-    out: Tensor = _FoldFakeQuantize.apply(weight, multiplier, step, qmin, qmax, axis)
-    return out
-
-
-def _along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """View a (C,) tensor so that it broadcasts along `axis` of `x`."""
     if parameter.dim() == 0 or axis is None:
         return parameter
@@ -99,30 +89,31 @@ def _along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return parameter.view(shape)
 
 
-def _sum_to(x: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
+def sum_to(x: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
     """Sum `x` over all axes that `parameter` does not have."""
     if parameter.dim() == 0 or axis is None:
         return x.sum()
-    return x.sum([d for d in range(x.dim()) if d != axis % x.dim()])
+    others = [d for d in range(x.dim()) if d != axis % x.dim()]
+    return x.sum(others) if others else x.clone()
 
 
-def _inner(a: Tensor, b: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
+def inner(a: Tensor, b: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
     """`sum(a * b)` over all axes that `parameter` does not have."""
     if parameter.dim() == 0 or axis is None:
         return torch.dot(a.reshape(-1), b.reshape(-1))
     # Not a batched product of rows with rows: that takes three times as long on a CPU.
-    return _sum_to(a * b, parameter, axis)
+    return sum_to(a * b, parameter, axis)
 
 
-def _bounds(zero_point: Tensor | None, x: Tensor, qmin: int, qmax: int, axis: int | None) -> tuple[Bound, Bound]:
+def code_bounds(zero_point: Tensor | None, x: Tensor, qmin: int, qmax: int, axis: int | None) -> tuple[Bound, Bound]:
     """`qmin - zero_point` and `qmax - zero_point`: numbers where reading them costs nothing, else tensors."""
     if zero_point is None:
         return float(qmin), float(qmax)
-    zero = zero_point.detach().round()
-    if _is_cheap(zero):
-        return qmin - float(zero), qmax - float(zero)
-    zero = _along(zero, x, axis)
-    return qmin - zero, qmax - zero
+    if _is_cheap(zero_point):
+        zero = float(round(float(zero_point.detach())))  # half to even, as torch does
+        return qmin - zero, qmax - zero
+    zeros = along(zero_point.detach().round(), x, axis)
+    return qmin - zeros, qmax - zeros
 
 
 def _is_cheap(parameter: Tensor) -> bool:
@@ -130,7 +121,15 @@ def _is_cheap(parameter: Tensor) -> bool:
     return parameter.dim() == 0 and parameter.device.type == "cpu"
 
 
-def _inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+def round_to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+    """`clamp(round(x / step), low, high) * step`.
+
+    One new tensor and three passes over it while it is in cache: to fill a second one would cost as much again.
+    """
+    return torch.div(x, step).round_().clamp_(low, high).mul_(step)
+
+
+def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
     """`grad` where `low * step < x < high * step`, else 0, as a new tensor; one pass where the bounds are numbers."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         y = torch.div(x, step)
@@ -138,17 +137,32 @@ def _inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound) -> T
     if _is_cheap(step):
         unit = float(step)
         return torch.ops.aten.hardtanh_backward(grad, x, low * unit, high * unit)
-    return _pass_between(grad, torch.div(x, step), low, high)
+    return pass_between(grad, torch.div(x, step), low, high)
 
 
-def _pass_between(grad: Tensor, y: Tensor, low: float, high: float) -> Tensor:
+def pass_between(grad: Tensor, y: Tensor, low: float, high: float) -> Tensor:
     """`grad` where `low < y < high`, else 0, written over `y`: no mask, and no other tensor, is made."""
     passed: Tensor = torch.ops.aten.hardtanh_backward.grad_input(grad, y, low, high, grad_input=y)
     return passed
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves its input, and the output only where a scale is learned; which values pass is found out again."""
+    """Saves its input; which values pass is found out again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+        ctx.save_for_backward(x, step)
+        ctx.bounds = low, high
+        return round_to_codes(x, step, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, step = ctx.saved_tensors
+        return pass_inside(grad, x, step, *ctx.bounds), None, None, None
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """Saves its output too, which a layer behind it saves as well."""
 
     @staticmethod
     def forward(
@@ -156,61 +170,25 @@ class _FakeQuantize(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         zero_point: Tensor | None,
-        qmin: int,
-        qmax: int,
+        low: Bound,
+        high: Bound,
         axis: int | None,
         gradient_scale: float,
     ) -> Tensor:
-        low, high = _bounds(zero_point, x, qmin, qmax, axis)
-        step = _along(scale, x, axis)
-        # One new tensor and three passes over it while it is in cache: filling a second one would cost as much again.
-        out = torch.div(x, step).round_().clamp_(low, high).mul_(step)
-        learned = scale.requires_grad or (zero_point is not None and zero_point.requires_grad)
-        needed = learned or x.requires_grad
-        ctx.save_for_backward(x if needed else None, out if learned else None, scale, zero_point)
-        ctx.low, ctx.high, ctx.axis, ctx.gradient_scale = low, high, axis, gradient_scale
+        out = round_to_codes(x, along(scale, x, axis), low, high)
+        ctx.save_for_backward(x, out, scale, zero_point)
+        ctx.bounds, ctx.axis, ctx.gradient_scale = (low, high), axis, gradient_scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, out, scale, zero_point = ctx.saved_tensors
-        axis = ctx.axis
-        dx = _inside(grad, x, _along(scale, x, axis), ctx.low, ctx.high)
+        axis, factor = ctx.axis, ctx.gradient_scale
+        dx = pass_inside(grad, x, along(scale, x, axis), *ctx.bounds)
         dscale = dzero = None
         if ctx.needs_input_grad[1]:
             # <g, out> - <dx, x> is the scale times the code where saturated, times (code - x / scale) inside.
-            dscale = (_inner(grad, out, scale, axis) - _inner(dx, x, scale, axis)) / scale * ctx.gradient_scale
+            dscale = (inner(grad, out, scale, axis) - inner(dx, x, scale, axis)) * (factor / scale)
         if ctx.needs_input_grad[2]:
-            saturated = _sum_to(grad, zero_point, axis) - _sum_to(dx, zero_point, axis)
-            dzero = saturated * scale * -ctx.gradient_scale
+            dzero = (sum_to(dx, zero_point, axis) - sum_to(grad, zero_point, axis)) * (factor * scale)
         return (dx if ctx.needs_input_grad[0] else None), dscale, dzero, None, None, None, None
-
-
-class _FoldFakeQuantize(torch.autograd.Function):
-    """Saves the weight, which is kept anyway, and the output, which the convolution behind it saves, too."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, multiplier: Tensor, step: Tensor, qmin: int, qmax: int, axis: int) -> Tensor:
-        out = torch.mul(weight, _along(multiplier, weight, axis))
-        out.round_().clamp_(qmin, qmax).mul_(_along(step, weight, axis))
-        ctx.save_for_backward(weight, out if step.requires_grad else None, multiplier, step)
-        ctx.low, ctx.high, ctx.axis = float(qmin), float(qmax), axis
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, out, multiplier, step = ctx.saved_tensors
-        axis = ctx.axis
-        inside = _pass_between(grad, torch.mul(weight, _along(multiplier, weight, axis)), ctx.low, ctx.high)
-        dmultiplier = dstep = None
-        if ctx.needs_input_grad[1]:
-            per_channel = _inner(inside, weight, _per_channel(multiplier, weight, axis), axis) * step
-            dmultiplier = per_channel if multiplier.dim() else per_channel.sum()
-        if ctx.needs_input_grad[2]:
-            dstep = _inner(grad, out, step, axis) / step
-        dweight = inside.mul_(_along(multiplier * step, weight, axis)) if ctx.needs_input_grad[0] else None
-        return dweight, dmultiplier, dstep, None, None, None
-
-
-def _per_channel(parameter: Tensor, weight: Tensor, axis: int) -> Tensor:
-    return parameter.expand(weight.shape[axis])

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_qat.quantization.fake_quantize import fake_quantize, fold_fake_quantize, quantize
+from hf_qat.quantization.fake_quantize import quantize
+from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.mixed_class import mix_in, unmixed
 from hf_qat.quantization.packing import bias_scale, fit_weight_scale, quantize_bias
 from hf_qat.quantization.quantizer import FakeQuantize
@@ -125,7 +126,7 @@ class QATLayer(nn.Module):
         if factor is None:
             if not quantizer.enabled:
                 return self.weight, self.bias
-            return fake_quantize(self.weight, scale, None, qmin, qmax, quantizer.spec.axis), self.bias
+            return fold_fake_quantize(self.weight, None, scale, qmin, qmax, axis), self.bias
         if quantizer.enabled:
             weight = fold_fake_quantize(self.weight, factor / scale, scale, qmin, qmax, axis)
         else:
@@ -140,8 +141,7 @@ class QATLayer(nn.Module):
     def _folded_bias(self, factor: Tensor) -> Tensor:
         bn: Any = self.batch_norm
         mean = bn.running_mean if self.bias is None else bn.running_mean - self.bias
-        bias = -mean * factor
-        return bias if bn.bias is None else bn.bias + bias
+        return -mean * factor if bn.bias is None else torch.addcmul(bn.bias, mean, factor, value=-1.0)
 
     def _scale(self) -> Tensor:
         scale = self.weight_quantizer.scale

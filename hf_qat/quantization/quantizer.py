@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
 from hf_qat.quantization.fake_quantize import fake_quantize
+from hf_qat.quantization.learned import Levels, learned_fake_quantize, levels
 from hf_qat.quantization.observers import AVERAGING_CONSTANT, Observer, make_observer, synchronized_range
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
@@ -75,24 +76,26 @@ class FakeQuantize(nn.Module):
     @property
     def scale(self) -> Tensor:
         """() or (C,) float32, positive; differentiable where learned."""
+        scale = self._unlimited_scale()
+        if self.scale_limit is None:
+            return scale
+        if not scale.requires_grad:
+            return scale.clamp(max=self.scale_limit)
+        # Straight through: above the limit the gradient must still be able to lead back.
+        return scale + (scale.detach().clamp(max=self.scale_limit) - scale.detach())
+
+    def _unlimited_scale(self) -> Tensor:
         exponent = self.log2_scale
         if self.spec.power_of_two:
             exponent = exponent + (exponent.detach().round() - exponent.detach())
-        scale = torch.exp2(exponent)
-        if self.scale_limit is not None and not self.learned:
-            scale.clamp_(max=self.scale_limit)
-        elif self.scale_limit is not None:
-            # Straight through: above the limit the gradient must still be able to lead back.
-            scale = scale + (scale.detach().clamp(max=self.scale_limit) - scale.detach())
-        return scale
+        return torch.exp2(exponent)
 
     @property
     def zero_point(self) -> Tensor | None:
         """() float32, rounded where used; `None` for 0."""
         if self.spec.symmetric:
             return None
-        span = self.spec.qmax - self.spec.qmin
-        return self.offset.clamp(0.0, 1.0) * span + self.spec.qmin
+        return torch.rsub(self.offset.clamp(0.0, 1.0), self.spec.qmin, alpha=self.spec.qmin - self.spec.qmax)
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
@@ -143,10 +146,20 @@ class FakeQuantize(nn.Module):
             x = ACTIVATIONS[activation](x)
         if self.training and not self.frozen and self.tracks_range:
             self._follow(x.detach())
+        if self.learned and not self.frozen and torch.is_grad_enabled():
+            offset = None if self.spec.symmetric else self.offset
+            return learned_fake_quantize(x, self.log2_scale, offset, self._levels())
         scale, zero_point = self.scale, self.zero_point
         if self.frozen:
             scale, zero_point = scale.detach(), None if zero_point is None else zero_point.detach()
         return fake_quantize(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
+
+    @torch.no_grad()
+    def _levels(self) -> Levels:
+        scale = unlimited = self._unlimited_scale()
+        if self.scale_limit is not None:
+            scale = unlimited.clamp(max=self.scale_limit)
+        return levels(scale, unlimited, self.zero_point, self.spec.qmin, self.spec.qmax)
 
     def absorbs(self, activation: str) -> bool:
         """Whether clamping the codes at 0 (and at `scale_limit`) is the activation, in value and gradient."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from hf_qat.quantization.fake_quantize import dequantize, fake_quantize, fold_fake_quantize, quantize
+from hf_qat.quantization.fake_quantize import dequantize, fake_quantize, quantize
 
 
 RANGES = {
@@ -341,72 +341,3 @@ def test_a_million_values_sum_up_to_the_float64_gradient_of_the_scale(mean, axis
     # What float32 may lose, against the spread of the sum itself: sqrt(n) times the root mean square of a term.
     spread = np.sqrt((terms**2).sum(None if axis is None else 1))
     assert (np.abs(scale.grad.numpy() - expected) < 0.01 * spread).all()
-
-
-# --- Folded weights --------------------------------------------------------------------------------------------------
-
-FOLDS = {
-    "per channel": ((6,), (6,), 0),
-    "transposed convolution": ((5,), (5,), 1),
-    "one scale for the folded weight": ((6,), (), 0),
-    "one multiplier": ((), (5,), 1),
-    "one of each": ((), (), 0),
-}
-
-
-def fold_case(fold: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Weight, multiplier (of either sign), step and incoming gradient."""
-    multipliers, steps, _ = FOLDS[fold]
-    rng = np.random.default_rng(3)
-    weight = rng.standard_normal(SHAPE)
-    multiplier = rng.uniform(2, 5, multipliers) * rng.choice([-1, 1], multipliers)
-    step = rng.uniform(0.1, 0.4, steps)
-    return tuple(np.asarray(v, dtype=np.float32) for v in (weight, multiplier, step, rng.standard_normal(SHAPE)))
-
-
-@pytest.mark.parametrize("fold", FOLDS)
-def test_the_folded_weight_is_that_of_numpy(fold):
-    weight, multiplier, step, _ = fold_case(fold)
-    axis = FOLDS[fold][2]
-    ours = fold_fake_quantize(*map(torch.tensor, (weight, multiplier, step)), -7, 7, axis).numpy()
-    codes = np.clip(np.rint(weight * along(multiplier, weight, axis)), -7, 7)
-    np.testing.assert_array_equal(bits(ours), bits(codes * along(step, weight, axis)))
-    assert 0.02 < (np.abs(codes) == 7).mean() < 0.6
-
-
-@pytest.mark.parametrize("fold", FOLDS)
-def test_gradients_of_the_folded_weight_are_those_of_the_formula(fold):
-    weight, multiplier, step, g = fold_case(fold)
-    axis = FOLDS[fold][2]
-    ours = [torch.tensor(v, requires_grad=True) for v in (weight, multiplier, step)]
-    fold_fake_quantize(*ours, -7, 7, axis).backward(torch.tensor(g))
-    y = (weight * along(multiplier, weight, axis)).astype(np.float64)
-    inside = np.abs(y) < 7
-    weight, multiplier, step, g = (v.astype(np.float64) for v in (weight, multiplier, step, g))
-    m, s = along(multiplier, weight, axis), along(step, weight, axis)
-    close(ours[0].grad, np.where(inside, g * m * s, 0))
-    close(ours[1].grad, sum_to(np.where(inside, g * weight * s, 0), multiplier, axis))
-    close(ours[2].grad, sum_to(g * np.clip(np.rint(y), -7, 7), step, axis))
-
-
-def test_scale_and_factor_of_a_folded_weight_get_the_gradients_of_lsq_on_the_product():
-    weight, factor, scale, g = fold_case("per channel")
-    factor, scale = factor / 10, scale / 4
-    ours = [torch.tensor(v, requires_grad=True) for v in (weight, factor, scale)]
-    fold_fake_quantize(ours[0], ours[1] / ours[2], ours[2], -7, 7, 0).backward(torch.tensor(g))
-    weight, factor, scale, g = (v.astype(np.float64) for v in (weight, factor, scale, g))
-    f, s = along(factor, weight, 0), along(scale, weight, 0)
-    ratio = weight * f / s
-    inside = np.abs(ratio) < 7
-    close(ours[0].grad, np.where(inside, g * f, 0))
-    close(ours[1].grad, sum_to(np.where(inside, g * weight, 0), factor, 0))
-    close(ours[2].grad, sum_to(g * np.where(inside, np.rint(ratio) - ratio, np.sign(ratio) * 7), scale, 0))
-
-
-def test_a_folded_weight_with_its_factor_divided_out_again_is_near_the_weight():
-    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    factor = torch.tensor([0.5, -2.0, 1e-3, 30.0])
-    scale = (weight.flatten(1).abs().amax(1) * factor.abs()) / 127
-    out = fold_fake_quantize(weight, factor / scale, scale / factor, -127, 127, 0)
-    step = (scale / factor.abs()).view(4, 1, 1, 1)
-    assert ((out - weight).abs() <= step * 0.5001).all()

@@ -1,0 +1,96 @@
+"""Fake quantization of a weight with one scale per channel, and with a batch norm folded in.
+
+Folding: Krishnamoorthi 2018, §3.2.2. Learned scales: LSQ, Esser et al. 2020, eq. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_qat.quantization.fake_quantize import along, pass_between, sum_to
+
+
+#: Elements that a CPU works on together. More than a few megabytes of new memory come from the system, page by page,
+#: and go back at once: that takes several times as long as the arithmetic.
+BLOCK = 2**18
+
+
+def fold_fake_quantize(
+    weight: Tensor, multiplier: Tensor | None, step: Tensor, qmin: int, qmax: int, axis: int
+) -> Tensor:
+    """Fold a factor per channel into a weight and quantize it, in one expression.
+
+    `clamp(round(weight * multiplier), qmin, qmax) * step`: with `multiplier = factor / scale` and `step = scale` this
+    is the fake-quantized folded weight; with `step = scale / factor` it is that weight with the factor divided out
+    again, for a convolution that a live batch norm follows. Without a multiplier the weight is divided by `step`.
+    Gradients reach `weight` (straight through, inside the range), `multiplier` and `step`, so scale and factor get
+    theirs by the chain rule.
+
+    Args:
+        weight: any shape, float32.
+        multiplier, step: () or (C,), float32; C is the size of `weight` along `axis`.
+    """
+    out: Tensor = _FoldFakeQuantize.apply(weight, multiplier, step, qmin, qmax, axis)
+    return out
+
+
+class _FoldFakeQuantize(torch.autograd.Function):
+    """Saves the weight, which is kept anyway, and the output, which the convolution behind it saves, too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, multiplier: Tensor | None, step: Tensor, qmin: int, qmax: int, axis: int
+    ) -> Tensor:
+        size = along(step, weight, axis)
+        out = torch.div(weight, size) if multiplier is None else torch.mul(weight, along(multiplier, weight, axis))
+        out.round_().clamp_(qmin, qmax).mul_(size)
+        ctx.save_for_backward(weight, out if step.requires_grad else None, multiplier, step)
+        ctx.low, ctx.high, ctx.axis = float(qmin), float(qmax), axis
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, out, multiplier, step = ctx.saved_tensors
+        axis, (_, by_multiplier, by_step, *_) = ctx.axis, ctx.needs_input_grad
+        channels = torch.ones(weight.shape[axis], device=weight.device)
+        size = along(step * channels, weight, axis)
+        factor = None if multiplier is None else along(multiplier * channels, weight, axis)
+        dweight = torch.empty_like(weight)
+        scratch: Tensor | None = None
+        passed: list[Tensor] = []
+        rounded: list[Tensor] = []
+        for rows in _blocks(weight, axis):
+            w, g, dw, s = weight[rows], grad[rows], dweight[rows], size[rows]
+            torch.div(w, s, out=dw) if factor is None else torch.mul(w, factor[rows], out=dw)
+            pass_between(g, dw, ctx.low, ctx.high)
+            scratch = torch.empty_like(dw) if scratch is None else scratch[: len(dw)]
+            if by_multiplier or (factor is None and by_step):
+                passed.append(sum_to(torch.mul(dw, w, out=scratch), channels, axis))
+            if by_step:
+                rounded.append(sum_to(torch.mul(g, out[rows], out=scratch), channels, axis))
+            if factor is not None:
+                dw.mul_(factor[rows] * s)
+        dmultiplier = torch.cat(passed) * step if by_multiplier else None
+        dstep = None
+        if by_step:
+            dstep = (torch.cat(rounded) - (torch.cat(passed) if factor is None else 0.0)) / step
+        return (
+            dweight if ctx.needs_input_grad[0] else None,
+            dmultiplier if dmultiplier is None or multiplier.dim() else dmultiplier.sum(),
+            dstep if dstep is None or step.dim() else dstep.sum(),
+            None,
+            None,
+            None,
+        )
+
+
+def _blocks(weight: Tensor, axis: int) -> Iterator[slice]:
+    """Parts of a weight along its first axis; one part on a GPU, and where the channels are another axis."""
+    count = weight.shape[0]
+    together = axis == 0 and weight.device.type == "cpu"
+    rows = max(1, BLOCK * count // weight.numel()) if together else count
+    return (slice(start, start + rows) for start in range(0, count, rows))

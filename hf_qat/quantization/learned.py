@@ -1,0 +1,88 @@
+"""Fake quantization by what an optimizer trains: the logarithm of a scale, and an offset in units of the whole range.
+
+LSQ (Esser et al. 2020, eq. 3) and LSQ+ (Bhalgat et al. 2020, eq. 4-6) by the chain rule, in one operation: spread over
+the graph, the arithmetic on single numbers takes longer than the quantizing of a small tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_qat.quantization.fake_quantize import Bound, code_bounds, inner, pass_inside, round_to_codes
+
+
+class Levels(NamedTuple):
+    """What the parameters of a quantizer come to.
+
+    Attributes:
+        scale: () float32.
+        unlimited_scale: `2**log2_scale`, which an upper limit of the scale may have cut to `scale`.
+        low, high: lowest and highest code, less the rounded zero point.
+        span: highest code less lowest code.
+    """
+
+    scale: Tensor
+    unlimited_scale: Tensor
+    low: Bound
+    high: Bound
+    span: int
+
+
+def levels(scale: Tensor, unlimited_scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Levels:
+    """`Levels` of a quantizer with one scale; `zero_point` is (), `None` for 0, and need not be whole."""
+    low, high = code_bounds(zero_point, scale, qmin, qmax, None)
+    return Levels(scale, unlimited_scale, low, high, qmax - qmin)
+
+
+def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: Levels) -> Tensor:
+    """`clamp(round(x / scale), low, high) * scale`, with gradients for `x` and for the parameters of a quantizer.
+
+    With `g` incoming, `dx = g` where `x` lies between the lowest and the highest value and 0 elsewhere, the gradients
+    of the parameters are
+
+        d log2_scale = ln 2 * unlimited_scale / scale * (<g, out> - <dx, x>)
+        d offset     = scale * span * (sum(dx) - sum(g))         where 0 <= offset <= 1, else 0
+
+    The first passes straight through a limit of the scale and the rounding of its exponent.
+
+    Args:
+        x: any shape, any float type; computed in float32.
+        log2_scale: () float32, trained.
+        offset: () float32, trained, in [0, 1] from the lowest to the highest code; `None` for a zero point of 0.
+        values: what these two come to.
+
+    Returns:
+        The shape and dtype of `x`.
+    """
+    out: Tensor = _Learned.apply(x.float(), log2_scale, offset, values)
+    return out.to(x.dtype)
+
+
+class _Learned(torch.autograd.Function):
+    """Saves its input, and its output, which a layer behind it saves as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: Levels) -> Tensor:
+        out = round_to_codes(x, values.scale, values.low, values.high)
+        ctx.save_for_backward(x, out, offset)
+        ctx.values = values
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, out, offset = ctx.saved_tensors
+        scale, unlimited_scale, low, high, span = ctx.values
+        dx = pass_inside(grad, x, scale, low, high)
+        dlog2 = doffset = None
+        if ctx.needs_input_grad[1]:
+            dlog2 = (inner(grad, out, scale, None) - inner(dx, x, scale, None)) * math.log(2.0)
+            if unlimited_scale is not scale:
+                dlog2 *= unlimited_scale / scale
+        if offset is not None and ctx.needs_input_grad[2]:
+            held = offset != offset.clamp(0.0, 1.0)
+            doffset = ((dx.sum() - grad.sum()) * scale * span).masked_fill_(held, 0.0)
+        return (dx if ctx.needs_input_grad[0] else None), dlog2, doffset, None

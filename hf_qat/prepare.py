@@ -149,6 +149,10 @@ def _fuse_all(captured: dict[str, CapturedModule], config: QATConfig) -> None:
     """Fuse every graph; the first and the last layer get `edge_bits`, where the target has them."""
     order = [(child, path) for child, module in captured.items() for _, path in layer_calls(module)]
     edges = {order[0], order[-1]} if order else set()
+    callers: dict[nn.Module, set[str]] = {}
+    for child, path in order:
+        callers.setdefault(captured[child].get_submodule(path), set()).add(child)
+    shared = {layer for layer, children in callers.items() if len(children) > 1}
 
     def spec_in(child: str) -> Callable[[str, int], QuantizerSpec]:
         def spec(path: str, axis: int) -> QuantizerSpec:
@@ -162,7 +166,7 @@ def _fuse_all(captured: dict[str, CapturedModule], config: QATConfig) -> None:
         return spec
 
     for child, module in captured.items():
-        fuse(module, lambda path, child=child: config.excludes(join_path(child, path)), spec_in(child))  # type: ignore[misc]
+        fuse(module, lambda path, child=child: config.excludes(join_path(child, path)), spec_in(child), shared)  # type: ignore[misc]
 
 
 def join_path(*parts: str) -> str:

@@ -261,6 +261,6 @@ BLOCKS = {
     "norm_gelu_mlp": Block(NormMlp, (6, 16), pairs=6, weights=2, biases=2, narrow_pairs=3),
     # image, convolution (narrow), resize
     "bilinear_resize": Block(Resize, (3, 6, 6), pairs=3, weights=1, biases=1, narrow_pairs=1),
-    # image, ReLU of the first call, second call; one weight
-    "shared_conv": Block(Shared, (3, 8, 8), pairs=3, weights=1, biases=1),
+    # image, ReLU of the first call, second call; one weight, and one bias that stays float
+    "shared_conv": Block(Shared, (3, 8, 8), pairs=3, weights=1, biases=0),
 }

@@ -13,8 +13,9 @@ from hf_qat.quantization.quantizer import FakeQuantize
 def connect(captured: dict[str, CapturedModule]) -> None:
     """Tell every layer its input quantizer, following each input back through all that passes values on.
 
-    A layer that is called twice keeps the quantizer of its first call.
+    A layer whose calls have different ones gets none, and keeps a float bias: its codes cannot have two scales.
     """
+    sources: dict[QATLayer, set[FakeQuantize | None]] = {}
     for module in captured.values():
         carried: dict[fx.Node, FakeQuantize] = {}
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -26,10 +27,12 @@ def connect(captured: dict[str, CapturedModule]) -> None:
             if isinstance(called, FakeQuantize):
                 carried[node] = called
             elif isinstance(called, QATLayer):
-                if source in carried and called.source_quantizer is None:
-                    called.set_source_quantizer(carried[source])
+                sources.setdefault(called, set()).add(None if source is None else carried.get(source))
             elif rule_of(node).kind is Kind.PASS and source in carried:
                 carried[node] = carried[source]
+    for layer, quantizers in sources.items():
+        if len(quantizers) == 1 and (quantizer := quantizers.pop()) is not None:
+            layer.set_source_quantizer(quantizer)
 
 
 def _called(module: CapturedModule, node: fx.Node) -> object:

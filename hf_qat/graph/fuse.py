@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.functional import MODULE_PATH, eliminate_dead_code
 from hf_qat.graph.rules import Kind, rule_of
 from hf_qat.quantization.affine import QATAffine, install_affine
-from hf_qat.quantization.layers import install_batch_norm, install_layer
+from hf_qat.quantization.layers import QATLayer, install_batch_norm, install_layer
 from hf_qat.quantization.spec import QuantizerSpec
 
 
@@ -50,13 +50,19 @@ def _weight(node: fx.Node) -> fx.Node:
     return weight
 
 
-def fuse(captured: CapturedModule, excluded: Callable[[str], bool], weight_spec: WeightSpec) -> list[str]:
+def fuse(
+    captured: CapturedModule,
+    excluded: Callable[[str], bool],
+    weight_spec: WeightSpec,
+    shared: Collection[nn.Module] = (),
+) -> list[str]:
     """Replace layer calls, and batch norms that follow them, in the graph of `captured`, in place.
 
     Args:
         captured: its graph and submodules are changed.
         excluded: says of a path below the child whether it stays float.
         weight_spec: gives the spec of each weight.
+        shared: layers that other graphs call, too; a batch norm that follows here does not follow there.
 
     Returns:
         Paths of the layers below the captured child, in order of first call.
@@ -69,9 +75,11 @@ def fuse(captured: CapturedModule, excluded: Callable[[str], bool], weight_spec:
     standing_alone = _standing_alone(captured, foldable)
     for path, nodes in calls.items():
         norms = [None if norm in standing_alone else norm for norm in map(foldable.get, nodes)]
-        if len({_norm_module(captured, norm) for norm in norms}) > 1:
-            norms = [None] * len(nodes)  # a shared layer whose calls end in different batch norms
-        _install(captured, path, nodes[0], norms[0], weight_spec)
+        layer = captured.get_submodule(path)
+        if layer in shared or len({_norm_module(captured, norm) for norm in norms}) > 1:
+            norms = [None] * len(nodes)  # its calls end in different batch norms
+        if not isinstance(layer, QATLayer):
+            _install(captured, path, nodes[0], norms[0], weight_spec)
         for node, norm in zip(nodes, norms, strict=True):
             _replace(captured.graph, node, norm, path)
     _install_batch_norms(captured, excluded, weight_spec)

@@ -47,12 +47,12 @@ class Rebuilt:
     """What the rebuilding of a model before its weights are read leaves to be done afterwards.
 
     Attributes:
-        codes: key of the codes of each quantized layer → their true shape.
+        codes: keys of the codes of the quantized layers.
         constants: path → value of the tensors that the graphs hold, which transformers overwrites as not stored.
         new_heads: key → shape of the tensors that the file has for another number of labels.
     """
 
-    codes: dict[str, torch.Size]
+    codes: set[str]
     constants: dict[str, Tensor]
     new_heads: dict[str, torch.Size]
 
@@ -83,9 +83,9 @@ def _flat(layer: QuantizedLayer) -> Tensor:
     return stored.reshape(stored_shape(layer))
 
 
-def _restore(layer: QuantizedLayer, shape: torch.Size) -> None:
+def _restore(layer: QuantizedLayer) -> None:
     """The inverse of `_flat`, in place."""
-    flat = layer.codes.flatten()
+    flat, shape = layer.codes.flatten(), layer.weight_shape
     codes = unpack_nibbles(flat, shape.numel()) if layer.weight_spec.bits <= PACKED_BITS else flat
     layer._buffers["weight"] = codes.reshape(shape)
 
@@ -126,12 +126,9 @@ def rebuild(model: PreTrainedModel, config: QATConfig, files: list[str] | None) 
                 exchange_modules(model)
         layers = {_weight_key(path): layer for path, layer in quantized_layers(model).items()}
         shapes = {key: stored_shape(layer) for key, layer in layers.items()}
-        for layer in layers.values():
-            # transformers initializes what it has no values for, and would ask for the float weight behind flat codes.
-            vars(layer)["_is_hf_initialized"] = True
         other_labels = saved.stage == "prepared" and saved.num_labels != _info(model).num_labels
         new_heads = check_tensors(model, stored, shapes, other_labels)
-    return Rebuilt({key: layer.codes.shape for key, layer in layers.items()}, _constants(model), new_heads)
+    return Rebuilt(set(layers), _constants(model), new_heads)
 
 
 def _constants(model: nn.Module) -> dict[str, Tensor]:
@@ -175,9 +172,8 @@ def finish(model: PreTrainedModel, rebuilt: Rebuilt) -> None:
         buffers = model.get_submodule(owner)._buffers
         present = buffers[name]
         buffers[name] = value if present is None else value.to(present.device)
-    layers = {layer: rebuilt.codes[_weight_key(path)] for path, layer in quantized_layers(model).items()}
-    for layer, shape in layers.items():
-        _restore(layer, shape)
+    for layer in set(quantized_layers(model).values()):
+        _restore(layer)
     if rebuilt.new_heads:
         _start_heads(model, rebuilt.new_heads)
     keep_names(model)

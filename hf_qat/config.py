@@ -27,6 +27,7 @@ from hf_qat.config_checks import (
     flag,
     globs_on_paths,
     module_changes,
+    named_values,
     number,
     positive,
     refuse_unknown,
@@ -96,6 +97,7 @@ class QATConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         target: str = "int8",
         *,
         weights: SchemeChanges | None = None,
@@ -237,9 +239,9 @@ class QATConfig(QuantizationConfigMixin):
                 error otherwise.
 
         Raises:
-            ConfigError: as the constructor; also for a dict that a newer major version wrote.
+            ConfigError: as the constructor; also for a dict that a newer major version wrote, and for no dict.
         """
-        config = cls(**config_dict)
+        config = cls(**named_values("QATConfig", config_dict))
         unused = config.update(**kwargs)
         if return_unused_kwargs:
             return config, unused

@@ -58,6 +58,13 @@ def refuse_unknown(where: str, keys: Iterable[object], known: Iterable[str], wri
             )
 
 
+def named_values(where: str, data: object) -> dict[str, Any]:
+    """Refuse what is no dict with strings as keys: it may come from any file."""
+    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"{where} must be made from a dict of names and values, not {data!r}.")
+    return dict(data)
+
+
 def scheme_changes(where: str, changes: SchemeChanges | None) -> dict[str, Any]:
     """The changed fields of a scheme as a plain dict, each checked by itself."""
     if isinstance(changes, TensorScheme):

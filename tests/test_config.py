@@ -403,6 +403,12 @@ def test_from_dict_takes_changes_and_gives_back_what_is_no_argument():
     assert (config.target, config.calibration_batches, unused) == ("w4a8", 4, {"device_map": "cpu"})
 
 
+@pytest.mark.parametrize("data", [None, ["int8"], "int8", {1: 2}, {"self": 1}, {"cls": 1}], ids=repr)
+def test_from_dict_refuses_what_is_no_config(data):
+    with pytest.raises(ConfigError, match="QATConfig"):
+        QATConfig.from_dict(data)
+
+
 def test_from_dict_refuses_what_nobody_would_use():
     with pytest.raises(ConfigError, match="'calibration_batch'.*'calibration_batches'"):
         QATConfig.from_dict({}, calibration_batch=4)

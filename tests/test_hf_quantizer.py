@@ -50,6 +50,7 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "dinov2": partial(_model, "Dinov2ForImageClassification", "Dinov2Config", **DINO, **IMAGE),
     "deit": partial(_model, "DeiTForImageClassification", "DeiTConfig", **TRANSFORMER, **IMAGE, num_labels=LABELS),
     "beit": partial(_model, "BeitForImageClassification", "BeitConfig", **TRANSFORMER, **IMAGE, num_labels=LABELS),
+    "clip": partial(_model, "CLIPForImageClassification", "CLIPConfig", vision_config={**TRANSFORMER, **IMAGE}),
     "resnet backbone": partial(_model, "ResNetBackbone", "ResNetConfig", **STAGES, out_features=["stage1", "stage2"]),
     "vit for masked images": partial(
         _model, "ViTForMaskedImageModeling", "ViTConfig", **TRANSFORMER, **IMAGE, encoder_stride=8
@@ -270,6 +271,14 @@ def test_another_number_of_labels_gets_a_new_head_and_asks_for_calibration(saved
 def test_a_quantized_checkpoint_takes_no_new_head(saved: dict[str, Path]) -> None:
     with pytest.raises(WeightsError, match=r"classifier\.1"):
         load(saved["resnet"] / "converted", num_labels=7, ignore_mismatched_sizes=True)
+
+
+def test_initializing_finds_a_weight_that_takes_no_memory_while_codes_are_flat(saved: dict[str, Path]) -> None:
+    """CLIP's blocks initialize the weights of their layers, also of those that were read."""
+    model = load(saved["vit"] / "converted")
+    layer = next(module for module in model.modules() if isinstance(module, QuantizedLayer))
+    shape, layer._buffers["weight"] = layer.weight.shape, layer.codes.reshape(1, -1)
+    assert layer.weight.is_meta and layer.weight.shape == shape
 
 
 # Ways to load and to save

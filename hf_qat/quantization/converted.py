@@ -66,7 +66,8 @@ class QuantizedLayer(nn.Module):
     """Mixed into the class of a converted convolution or linear layer.
 
     Attributes:
-        codes: int8 or int16, the shape of the weight; under the name `weight` in the state dict.
+        codes: int8 or int16, of `weight_shape`; under the name `weight` in the state dict. While `from_pretrained`
+            reads a checkpoint they have the shape under which they are stored.
         weight_scale (parameter without gradient): () or (C,) float32.
         bias (buffer): (C,) int32, or `None`; `bias_scale` (buffer): (C,) float32, scale of the input times
             `weight_scale`. Without a quantized input the bias is float32 and has no scale.
@@ -76,6 +77,7 @@ class QuantizedLayer(nn.Module):
     weight_scale: Tensor
     bias_scale: Tensor | None
     weight_spec: QuantizerSpec
+    weight_shape: torch.Size
     channel_axis: int
     folded_norm: str | None
     operation: Any
@@ -90,7 +92,9 @@ class QuantizedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in float32, dequantized: outer code reads its dtype and its shape."""
+        """The weight in float32, dequantized: outer code reads its dtype and its shape, and may fill it with noise."""
+        if self.codes.shape != self.weight_shape:
+            return torch.empty(self.weight_shape, device="meta")
         return dequantize(self.codes, self.weight_scale, None, self._axis(self.weight_scale))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,6 +144,7 @@ def convert_layer(layer: QATLayer) -> QuantizedLayer:
     converted.weight_spec = spec
     converted.folded_norm = None
     converted._buffers["weight"] = codes.to(code_dtype(spec))
+    converted.weight_shape = codes.shape
     # A parameter, because a Hugging Face model reads its own dtype and device off the first one that it has.
     converted.weight_scale = nn.Parameter(scale, requires_grad=False)
     _set_bias(converted, bias, None if input_scale is None else bias_scale(input_scale, scale))

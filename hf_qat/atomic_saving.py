@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 #: Where things lie until they are complete. The underscore keeps it out of what `Trainer.push_to_hub` uploads.
 INCOMPLETE = "_incomplete"
 
-#: Files of weights; in the order of names, the index of several comes after them.
-WEIGHTS = "model*.safetensors*"
+#: Names of the files of weights that transformers writes; in their order, the index of several comes after them.
+WEIGHTS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin)(\.index\.json)?")
+
+#: How the name of a checkpoint begins, in `INCOMPLETE`, whose place a new one is about to take.
+REPLACED = "replaced-"
 
 
 class AtomicSaving(Trainer):
@@ -35,6 +39,13 @@ class AtomicSaving(Trainer):
 
     _aside: str | None = None
     """The directory in which a checkpoint is being made, `None` between checkpoints."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; a checkpoint that a killed training was about to replace is there again before."""
+        if self.args.should_save:
+            put_back(str(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        return super().train(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._aside is None else self._aside
@@ -120,7 +131,7 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
         sync(aside)
         files = [file.relative_to(aside) for file in sorted(aside.rglob("*")) if file.is_file()]
         if any(_is_weights(file) for file in files):
-            for old in sorted(target.glob(WEIGHTS), reverse=True):  # the index before what it names
+            for old in sorted(filter(_is_weights, target.iterdir()), reverse=True):  # the index before what it names
                 old.unlink()
         for file in sorted(files, key=lambda file: (_is_weights(file), file)):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +142,7 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
 
 
 def _is_weights(file: Path) -> bool:
-    return file.match(WEIGHTS)
+    return WEIGHTS.fullmatch(file.name) is not None
 
 
 def put_in_place(source: str | Path, target: str | Path) -> None:
@@ -144,9 +155,21 @@ def put_in_place(source: str | Path, target: str | Path) -> None:
     source, target = Path(source), Path(target)
     sync(source)
     if target.exists():
-        os.rename(target, source.with_name(f"replaced-{target.name}"))
+        os.rename(target, source.with_name(f"{REPLACED}{target.name}"))
     os.rename(source, target)
     sync_directory(target.parent)
+
+
+def put_back(run: str | Path) -> None:
+    """Undo the first half of a `put_in_place` that was killed between its two halves.
+
+    Args:
+        run: directory of the checkpoints.
+    """
+    for old in (Path(run) / INCOMPLETE).glob(f"{REPLACED}*"):
+        target = Path(run) / old.name.removeprefix(REPLACED)
+        if not target.exists():
+            os.rename(old, target)
 
 
 def discard(directory: str | Path) -> None:
@@ -155,6 +178,7 @@ def discard(directory: str | Path) -> None:
     if not directory.exists():
         return
     doomed = directory if directory.name == INCOMPLETE else directory.with_name(INCOMPLETE)
+    put_back(doomed.parent)
     if doomed != directory:
         discard(doomed)
         os.rename(directory, doomed)
@@ -165,7 +189,7 @@ def sync(directory: Path) -> None:
     """Wait until all files in it, at any depth, are on the disk: a rename may come to be there before its content."""
     for path in directory.rglob("*"):
         if path.is_file():
-            with open(path, "rb+") as file:
+            with open(path, "rb+" if os.access(path, os.W_OK) else "rb") as file:
                 os.fsync(file.fileno())
         else:
             sync_directory(path)

@@ -34,6 +34,7 @@ FILE_NAMES = (
 CONTAINERS = ("state_dict", "model")
 
 #: A source that ends so is a file and not the name of a Hub repository.
+SHARD_SUFFIXES = (".safetensors", ".bin")
 FILE_SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".bin")
 
 
@@ -110,10 +111,15 @@ def _read(file: Path, find: Callable[[str], Path | None]) -> dict[str, Tensor]:
 
 
 def _shard_names(index: Path) -> list[str]:
+    """Names of files beside the index: it may come from anywhere, and could name any file of this machine."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is no index of weights: it has no weight_map ({error}).") from error
+    for name in names:
+        if not isinstance(name, str) or {"/", "\\"} & set(name) or not name.endswith(SHARD_SUFFIXES):
+            raise WeightsError(f"{index} lists {name!r}, which is no name of a file of weights beside it.")
+    return sorted(names)
 
 
 def _named_tensors(content: object, name: str) -> dict[str, Tensor]:

@@ -89,6 +89,16 @@ class TestCheckpoints:
         assert "old" not in files_in(tmp_path / "checkpoint-2")
         assert differing(values(trainer.model), values_in(tmp_path / "checkpoint-2")) == []
 
+    def test_one_that_was_about_to_be_replaced_when_a_training_was_killed_is_there_again(self, tmp_path: Path):
+        changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        trainer_of(vit(), tmp_path, **changes).train()
+        before = values_in(tmp_path / "checkpoint-1")
+        (tmp_path / INCOMPLETE).mkdir()
+        (tmp_path / "checkpoint-1").rename(tmp_path / INCOMPLETE / "replaced-checkpoint-1")
+        trainer_of(vit(), tmp_path, **changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert differing(before, values_in(tmp_path / "checkpoint-1")) == []
+        assert not (tmp_path / INCOMPLETE).exists()
+
     def test_one_is_uploaded_under_its_final_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         pushed = []
         monkeypatch.setattr(
@@ -106,12 +116,13 @@ class TestModels:
     def test_other_files_stay_and_old_weights_go(self, tmp_path: Path):
         trainer = trainer_of(vit(), tmp_path)
         (tmp_path / "checkpoint-9").mkdir()
-        for name in ("notes.txt", "checkpoint-9/kept", "model-00001-of-00002.safetensors"):
+        for name in ("notes.txt", "checkpoint-9/kept", "model-00001-of-00002.safetensors", "model_ema.safetensors"):
             (tmp_path / name).touch()
         trainer.save_model()
         assert files_in(tmp_path) == {
             "notes.txt",
             "checkpoint-9/kept",
+            "model_ema.safetensors",
             "config.json",
             "model.safetensors",
             "training_args.bin",

@@ -240,6 +240,13 @@ def test_a_missing_shard_is_named(donor: nn.Module, tmp_path: Path) -> None:
         load_weights(hand_written(), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../model-2.safetensors", "/etc/passwd", "model.safetensors.index.json", 3, None])
+def test_an_index_that_names_anything_but_weights_beside_it_is_refused(name: object, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"conv.weight": name}}))
+    with pytest.raises(WeightsError, match="no name of a file of weights beside it"):
+        load_weights(hand_written(), tmp_path)
+
+
 @pytest.mark.parametrize("write", [as_safetensors, as_torch_file])
 def test_a_file_that_was_cut_short_is_named(
     donor: nn.Module, tmp_path: Path, write: Callable[[dict[str, Tensor], Path], Path]

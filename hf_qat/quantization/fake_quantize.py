@@ -1,7 +1,6 @@
 """The fake-quantize operation and its gradients, bit-compatible with ONNX `QuantizeLinear` / `DequantizeLinear`.
 
-Straight-through estimator: Bengio et al. 2013. Learned scale: LSQ, Esser et al. 2020, eq. 3 and §2.2. Learned offset:
-LSQ+, Bhalgat et al. 2020, eq. 4-6.
+Straight-through estimator: Bengio et al. 2013.
 """
 
 from __future__ import annotations
@@ -45,39 +44,24 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: in
 
 
 def fake_quantize(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    qmin: int,
-    qmax: int,
-    axis: int | None = None,
-    gradient_scale: float = 1.0,
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int, axis: int | None = None
 ) -> Tensor:
-    """`dequantize(quantize(x))`, with gradients.
+    """`dequantize(quantize(x))`; the gradient passes straight through where `x` lies between the ends of the range.
 
-    With `y = x / scale`, `n = qmin - zero_point` and `p = qmax - zero_point`, the gradients for an incoming `g` are
-
-        dx     = g where n < y < p, else 0                                              (straight-through)
-        dscale = sum(g * (round(y) - y)) inside, sum(g * n or g * p) where saturated    (LSQ, eq. 3)
-        dzero  = sum(g * -scale) where saturated                                        (LSQ+)
+    Scale and zero point get no gradient here, see `learned.py`; a weight and its scale per channel, see `folding.py`.
 
     Args:
-        x, scale, zero_point, qmin, qmax, axis: as in `quantize`; `scale` and `zero_point` may require gradients, and
-            `zero_point` may be fractional: it is rounded, and the gradient passes straight through the rounding.
-        gradient_scale: factor on the gradients of `scale` and `zero_point`: LSQ §2.2 advises 1 / sqrt(numel * qmax).
+        x, scale, zero_point, qmin, qmax, axis: as in `quantize`; `zero_point` may be fractional, and is rounded.
 
     Returns:
         Same shape and dtype as `x`; computed in float32.
     """
     low, high = code_bounds(zero_point, x, qmin, qmax, axis)
-    out: Tensor
-    if scale.requires_grad or (zero_point is not None and zero_point.requires_grad):
-        out = _LearnedFakeQuantize.apply(x.float(), scale, zero_point, low, high, axis, gradient_scale)
-    elif x.requires_grad and torch.is_grad_enabled():
-        out = _FakeQuantize.apply(x.float(), along(scale, x, axis), low, high)
-    else:
-        out = round_to_codes(x.float(), along(scale, x, axis), low, high)
-    return out.to(x.dtype)
+    step = along(scale.detach(), x, axis)
+    if x.requires_grad and torch.is_grad_enabled():
+        out: Tensor = _FakeQuantize.apply(x, step, low, high)
+        return out
+    return round_to_codes(x, step, low, high).to(x.dtype)
 
 
 def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -87,22 +71,6 @@ def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
     shape = [1] * x.dim()
     shape[axis] = -1
     return parameter.view(shape)
-
-
-def sum_to(x: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
-    """Sum `x` over all axes that `parameter` does not have."""
-    if parameter.dim() == 0 or axis is None:
-        return x.sum()
-    others = [d for d in range(x.dim()) if d != axis % x.dim()]
-    return x.sum(others) if others else x.clone()
-
-
-def inner(a: Tensor, b: Tensor, parameter: Tensor, axis: int | None) -> Tensor:
-    """`sum(a * b)` over all axes that `parameter` does not have."""
-    if parameter.dim() == 0 or axis is None:
-        return torch.dot(a.reshape(-1), b.reshape(-1))
-    # Not a batched product of rows with rows: that takes three times as long on a CPU.
-    return sum_to(a * b, parameter, axis)
 
 
 def code_bounds(zero_point: Tensor | None, x: Tensor, qmin: int, qmax: int, axis: int | None) -> tuple[Bound, Bound]:
@@ -122,11 +90,11 @@ def _is_cheap(parameter: Tensor) -> bool:
 
 
 def round_to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
-    """`clamp(round(x / step), low, high) * step`.
+    """`clamp(round(x / step), low, high) * step`, in float32.
 
     One new tensor and three passes over it while it is in cache: to fill a second one would cost as much again.
     """
-    return torch.div(x, step).round_().clamp_(low, high).mul_(step)
+    return torch.div(x.float(), step).round_().clamp_(low, high).mul_(step)
 
 
 def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
@@ -147,48 +115,15 @@ def pass_between(grad: Tensor, y: Tensor, low: float, high: float) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Saves its input; which values pass is found out again."""
+    """Saves its input, as it came; which values pass is found out again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.bounds = low, high
-        return round_to_codes(x, step, low, high)
+        return round_to_codes(x, step, low, high).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step = ctx.saved_tensors
-        return pass_inside(grad, x, step, *ctx.bounds), None, None, None
-
-
-class _LearnedFakeQuantize(torch.autograd.Function):
-    """Saves its output too, which a layer behind it saves as well."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        low: Bound,
-        high: Bound,
-        axis: int | None,
-        gradient_scale: float,
-    ) -> Tensor:
-        out = round_to_codes(x, along(scale, x, axis), low, high)
-        ctx.save_for_backward(x, out, scale, zero_point)
-        ctx.bounds, ctx.axis, ctx.gradient_scale = (low, high), axis, gradient_scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, out, scale, zero_point = ctx.saved_tensors
-        axis, factor = ctx.axis, ctx.gradient_scale
-        dx = pass_inside(grad, x, along(scale, x, axis), *ctx.bounds)
-        dscale = dzero = None
-        if ctx.needs_input_grad[1]:
-            # <g, out> - <dx, x> is the scale times the code where saturated, times (code - x / scale) inside.
-            dscale = (inner(grad, out, scale, axis) - inner(dx, x, scale, axis)) * (factor / scale)
-        if ctx.needs_input_grad[2]:
-            dzero = (sum_to(dx, zero_point, axis) - sum_to(grad, zero_point, axis)) * (factor * scale)
-        return (dx if ctx.needs_input_grad[0] else None), dscale, dzero, None, None, None, None
+        return pass_inside(grad.float(), x.float(), step, *ctx.bounds).to(x.dtype), None, None, None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.fake_quantize import along, pass_between, sum_to
+from hf_qat.quantization.fake_quantize import along, pass_between
 
 
 #: Elements that a CPU works on together. More than a few megabytes of new memory come from the system, page by page,
@@ -55,37 +55,41 @@ class _FoldFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, out, multiplier, step = ctx.saved_tensors
-        axis, (_, by_multiplier, by_step, *_) = ctx.axis, ctx.needs_input_grad
-        channels = torch.ones(weight.shape[axis], device=weight.device)
-        size = along(step * channels, weight, axis)
-        factor = None if multiplier is None else along(multiplier * channels, weight, axis)
+        _, by_multiplier, by_step, *_ = ctx.needs_input_grad
+        channels = torch.ones(weight.shape[ctx.axis], device=weight.device)
+        size = along(step * channels, weight, ctx.axis)
+        factor = None if multiplier is None else along(multiplier * channels, weight, ctx.axis)
         dweight = torch.empty_like(weight)
-        scratch: Tensor | None = None
-        passed: list[Tensor] = []
-        rounded: list[Tensor] = []
-        for rows in _blocks(weight, axis):
-            w, g, dw, s = weight[rows], grad[rows], dweight[rows], size[rows]
-            torch.div(w, s, out=dw) if factor is None else torch.mul(w, factor[rows], out=dw)
-            pass_between(g, dw, ctx.low, ctx.high)
-            scratch = torch.empty_like(dw) if scratch is None else scratch[: len(dw)]
-            if by_multiplier or (factor is None and by_step):
-                passed.append(sum_to(torch.mul(dw, w, out=scratch), channels, axis))
-            if by_step:
-                rounded.append(sum_to(torch.mul(g, out[rows], out=scratch), channels, axis))
+        passed, rounded = [], []  # sums per channel, of each block, for the multiplier and for the step
+        for rows in _blocks(weight, ctx.axis):
+            w, g, dy = weight[rows], grad[rows], dweight[rows]
+            torch.div(w, size[rows], out=dy) if factor is None else torch.mul(w, factor[rows], out=dy)
+            products = torch.empty_like(dy)
+            if by_step and factor is None:  # one sum of what rounding does: the difference of two sums would cancel
+                pass_between(w, products.copy_(dy), ctx.low, ctx.high)
+                rounded.append(_sum_to(torch.sub(out[rows], products, out=products).mul_(g), ctx.axis))
+            pass_between(g, dy, ctx.low, ctx.high)
+            if by_multiplier:
+                passed.append(_sum_to(torch.mul(dy, w, out=products), ctx.axis))
+            if by_step and factor is not None:
+                rounded.append(_sum_to(torch.mul(g, out[rows], out=products), ctx.axis))
             if factor is not None:
-                dw.mul_(factor[rows] * s)
+                dy.mul_(factor[rows] * size[rows])
         dmultiplier = torch.cat(passed) * step if by_multiplier else None
-        dstep = None
-        if by_step:
-            dstep = (torch.cat(rounded) - (torch.cat(passed) if factor is None else 0.0)) / step
-        return (
-            dweight if ctx.needs_input_grad[0] else None,
-            dmultiplier if dmultiplier is None or multiplier.dim() else dmultiplier.sum(),
-            dstep if dstep is None or step.dim() else dstep.sum(),
-            None,
-            None,
-            None,
-        )
+        dstep = torch.cat(rounded) / step if by_step else None
+        return dweight, _shaped(dmultiplier, multiplier), _shaped(dstep, step), None, None, None
+
+
+def _shaped(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """One gradient per channel, or their sum for a parameter that all channels share."""
+    shared = parameter is not None and parameter.dim() == 0
+    return gradient.sum() if gradient is not None and shared else gradient
+
+
+def _sum_to(x: Tensor, axis: int) -> Tensor:
+    """Sum over all axes but one."""
+    others = [d for d in range(x.dim()) if d != axis]
+    return x.sum(others) if others else x.clone()
 
 
 def _blocks(weight: Tensor, axis: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.fake_quantize import Bound, code_bounds, inner, pass_inside, round_to_codes
+from hf_qat.quantization.fake_quantize import Bound, code_bounds, pass_inside, round_to_codes
 
 
 class Levels(NamedTuple):
@@ -44,7 +44,7 @@ def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, 
     With `g` incoming, `dx = g` where `x` lies between the lowest and the highest value and 0 elsewhere, the gradients
     of the parameters are
 
-        d log2_scale = ln 2 * unlimited_scale / scale * (<g, out> - <dx, x>)
+        d log2_scale = ln 2 * unlimited_scale / scale * sum(g * (out - x inside, out elsewhere))
         d offset     = scale * span * (sum(dx) - sum(g))         where 0 <= offset <= 1, else 0
 
     The first passes straight through a limit of the scale and the rounding of its exponent.
@@ -58,31 +58,33 @@ def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, 
     Returns:
         The shape and dtype of `x`.
     """
-    out: Tensor = _Learned.apply(x.float(), log2_scale, offset, values)
-    return out.to(x.dtype)
+    out: Tensor = _Learned.apply(x, log2_scale, offset, values)
+    return out
 
 
 class _Learned(torch.autograd.Function):
-    """Saves its input, and its output, which a layer behind it saves as well."""
+    """Saves its input, as it came: its output is computed again, which takes no longer than to keep it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: Levels) -> Tensor:
-        out = round_to_codes(x, values.scale, values.low, values.high)
-        ctx.save_for_backward(x, out, offset)
+        ctx.save_for_backward(x, offset)
         ctx.values = values
-        return out
+        return round_to_codes(x, values.scale, values.low, values.high).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, out, offset = ctx.saved_tensors
+        saved, offset = ctx.saved_tensors
         scale, unlimited_scale, low, high, span = ctx.values
+        x, grad = saved.float(), grad.float()
         dx = pass_inside(grad, x, scale, low, high)
         dlog2 = doffset = None
         if ctx.needs_input_grad[1]:
-            dlog2 = (inner(grad, out, scale, None) - inner(dx, x, scale, None)) * math.log(2.0)
+            # One sum of what rounding does to each value: the difference of two sums would cancel.
+            change = round_to_codes(x, scale, low, high).sub_(pass_inside(x, x, scale, low, high))
+            dlog2 = torch.sum(change.mul_(grad)) * math.log(2.0)
             if unlimited_scale is not scale:
                 dlog2 *= unlimited_scale / scale
         if offset is not None and ctx.needs_input_grad[2]:
             held = offset != offset.clamp(0.0, 1.0)
             doffset = ((dx.sum() - grad.sum()) * scale * span).masked_fill_(held, 0.0)
-        return (dx if ctx.needs_input_grad[0] else None), dlog2, doffset, None
+        return (dx.to(saved.dtype) if ctx.needs_input_grad[0] else None), dlog2, doffset, None

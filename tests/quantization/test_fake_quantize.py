@@ -169,12 +169,13 @@ def test_a_fractional_zero_point_is_rounded():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_and_returned_as_it_came(dtype):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    scale = torch.tensor(0.013, requires_grad=True)
+    scale = torch.tensor(0.013)
     out = fake_quantize(x, scale, None, -128, 127)
     assert out.dtype == dtype
     assert torch.equal(out, fake_quantize(x.float(), scale, None, -128, 127).to(dtype))
     out.sum().backward()
-    assert x.grad.dtype == dtype and scale.grad.dtype == torch.float32
+    ratio = x.float() / scale
+    assert torch.equal(x.grad, ((-128 < ratio) & (ratio < 127)).to(dtype))
 
 
 # --- Gradients -------------------------------------------------------------------------------------------------------
@@ -201,13 +202,6 @@ def random_case(axis: int | None, low: int, high: int, affine: bool) -> dict[str
     }
 
 
-def our_gradients(case: dict[str, np.ndarray], low: int, high: int, axis: int | None, affine: bool, **options: float):
-    x, scale, zero = (torch.tensor(case[name], requires_grad=True) for name in ("x", "scale", "zero"))
-    out = fake_quantize(x, scale, zero if affine else None, low, high, axis, **options)
-    out.backward(torch.tensor(case["g"]))
-    return x.grad, scale.grad, zero.grad
-
-
 def sum_to(values: np.ndarray, parameter: np.ndarray, axis: int | None) -> np.ndarray:
     if parameter.ndim == 0:
         return values.sum()
@@ -218,126 +212,34 @@ def close(ours: torch.Tensor, expected: np.ndarray) -> None:
     np.testing.assert_allclose(ours.numpy(), expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
 @pytest.mark.parametrize("axis", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("kind", ["narrow int8", "uint8", "uint4", "int2"])
-def test_gradients_without_zero_point_are_those_of_lsq(kind, axis):
+def test_the_gradient_passes_straight_through_inside_the_range_only(kind, axis, affine):
     low, high = RANGES[kind]
-    case = random_case(axis, low, high, affine=False)
-    dx, dscale, dzero = our_gradients(case, low, high, axis, affine=False)
-    # Esser et al. 2020, eq. 3 (d v_hat / d s) and eq. 5 (d v_hat / d v), with -Q_N = low and Q_P = high.
-    ratio = (case["x"] / along(case["scale"], case["x"], axis)).astype(np.float64)
+    case = random_case(axis, low, high, affine)
+    x, scale, zero = (
+        torch.tensor(case["x"], requires_grad=True),
+        torch.tensor(case["scale"]),
+        torch.tensor(case["zero"]),
+    )
+    fake_quantize(x, scale, zero if affine else None, low, high, axis).backward(torch.tensor(case["g"]))
+    # Esser et al. 2020, eq. 5.
+    ratio = case["x"] / along(case["scale"], case["x"], axis) + along(case["zero"], case["x"], axis)
     inside = (low < ratio) & (ratio < high)
-    eq3 = np.where(inside, np.rint(ratio) - ratio, np.where(ratio <= low, low, high))
-    g = case["g"].astype(np.float64)
     assert 0.1 < inside.mean() < 0.9
-    np.testing.assert_array_equal(dx.numpy(), np.where(inside, case["g"], 0))
-    close(dscale, sum_to(g * eq3, case["scale"], axis))
-    assert dzero is None
-
-
-@pytest.mark.parametrize("axis", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("kind", ["int8", "uint8", "uint4"])
-def test_gradients_with_zero_point_are_those_of_lsq_plus_by_the_chain_rule(kind, axis):
-    low, high = RANGES[kind]
-    case = random_case(axis, low, high, affine=True)
-    dx, dscale, dzero = our_gradients(case, low, high, axis, affine=True)
-    # Bhalgat et al. 2020: x_hat = clamp(round((x - beta) / s), n, p) * s + beta has, inside the range,
-    # d/ds = round(u) - u with u = (x - beta) / s and d/dbeta = 0; where it saturates d/ds = n or p and d/dbeta = 1.
-    # Here beta = -zero_point * s.
-    s, z = (along(case[name].astype(np.float64), case["x"], axis) for name in ("scale", "zero"))
-    u = (case["x"] / along(case["scale"], case["x"], axis)).astype(np.float64) + z
-    inside = (low < u) & (u < high)
-    g = case["g"].astype(np.float64)
-    by_scale = g * np.where(inside, np.rint(u) - u, np.where(u <= low, low, high))
-    by_beta = g * np.where(inside, 0.0, 1.0)
-    np.testing.assert_array_equal(dx.numpy(), np.where(inside, case["g"], 0))
-    close(dscale, sum_to(by_scale - z * by_beta, case["scale"], axis))
-    close(dzero, sum_to(-s * by_beta, case["zero"], axis))
-
-
-def central_difference(function, parameter: np.ndarray, step: float) -> np.ndarray:
-    gradient = np.zeros_like(parameter)
-    for index in np.ndindex(parameter.shape):
-        shifted = [parameter.copy(), parameter.copy()]
-        shifted[0][index] += step
-        shifted[1][index] -= step
-        gradient[index] = (function(shifted[0]) - function(shifted[1])) / (2 * step)
-    return gradient
-
-
-@pytest.mark.parametrize("axis", PLACES.values(), ids=PLACES)
-def test_gradients_are_finite_differences_once_the_rounding_is_held_still(axis):
-    """Straight-through means: a rounding adds a constant. With those constants frozen the op has true derivatives."""
-    low, high = RANGES["uint8"]
-    case = random_case(axis, low, high, affine=True)
-    x, scale, zero, g = (case[name].astype(np.float64) for name in ("x", "scale", "zero", "g"))
-    ratio = x / along(scale, x, axis)
-    rounding = np.rint(ratio) - ratio
-
-    def loss(x: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> float:
-        s, z = along(scale, x, axis), along(zero, x, axis)
-        y = x / s
-        inside = (low - z < y) & (y < high - z)
-        return float((g * np.where(inside, y + rounding, np.clip(y, low - z, high - z)) * s).sum())
-
-    # No value may cross an end of the range on the way.
-    edge = np.minimum(np.abs(ratio - (low - along(zero, x, axis))), np.abs(ratio - (high - along(zero, x, axis))))
-    assert edge.min() > 1e-4
-    dx, dscale, dzero = our_gradients(case, low, high, axis, affine=True)
-    close(dscale, central_difference(lambda s: loss(x, s, zero), scale, 1e-8))
-    close(dzero, central_difference(lambda z: loss(x, scale, z), zero, 1e-5))
-    close(dx, central_difference(lambda v: loss(v, scale, zero), x, 1e-7))
-
-
-def test_the_gradient_scale_multiplies_the_gradients_of_scale_and_zero_point_only():
-    case = random_case(None, 0, 255, affine=True)
-    plain = our_gradients(case, 0, 255, None, affine=True)
-    scaled = our_gradients(case, 0, 255, None, affine=True, gradient_scale=0.125)
-    assert torch.equal(scaled[0], plain[0])
-    torch.testing.assert_close(scaled[1], plain[1] / 8)
-    torch.testing.assert_close(scaled[2], plain[2] / 8)
+    np.testing.assert_array_equal(x.grad.numpy(), np.where(inside, case["g"], 0))
 
 
 def test_the_gradient_is_zero_from_the_ends_of_the_range_on():
     x = torch.tensor([-1.5, -1.0, -0.99, 0.0, 0.99, 1.0, 1.5], requires_grad=True)
-    scale = torch.tensor(0.5, requires_grad=True)
-    fake_quantize(x, scale, None, -2, 2).sum().backward()
+    fake_quantize(x, torch.tensor(0.5), None, -2, 2).sum().backward()
     assert x.grad.tolist() == [0, 0, 1, 1, 1, 0, 0]
-    # -2, -2, -2 + 1.98, 0, 2 - 1.98, 2, 2
-    assert float(scale.grad) == pytest.approx(0.0, abs=1e-6)
-
-
-@pytest.mark.parametrize("wanted", ["x", "scale", "zero"])
-def test_each_gradient_can_be_asked_for_alone(wanted):
-    case = random_case(1, 0, 255, affine=True)
-    together = dict(zip(("x", "scale", "zero"), our_gradients(case, 0, 255, 1, affine=True), strict=True))
-    x, scale, zero = (torch.tensor(case[name], requires_grad=name == wanted) for name in ("x", "scale", "zero"))
-    fake_quantize(x, scale, zero, 0, 255, 1).backward(torch.tensor(case["g"]))
-    assert torch.equal({"x": x, "scale": scale, "zero": zero}[wanted].grad, together[wanted])
 
 
 def test_memory_format_and_expanded_gradients_make_no_difference():
     case = random_case(None, -128, 127, affine=False)
-    case["g"] = np.ones_like(case["g"])
-    expected = our_gradients(case, -128, 127, None, affine=False)
     x = torch.tensor(case["x"]).to(memory_format=torch.channels_last).requires_grad_()
-    scale = torch.tensor(case["scale"], requires_grad=True)
-    fake_quantize(x, scale, None, -128, 127).sum().backward()
-    assert torch.equal(x.grad, expected[0])
-    torch.testing.assert_close(scale.grad, expected[1], rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("mean", [0.0, 1.0], ids=["centred gradients", "gradients of one sign"])
-@pytest.mark.parametrize("axis", [None, 0], ids=["per tensor", "per channel"])
-def test_a_million_values_sum_up_to_the_float64_gradient_of_the_scale(mean, axis):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((8, 2**17)).astype(np.float32)
-    g = (rng.standard_normal(x.shape) + mean).astype(np.float32)
-    scale = torch.full(() if axis is None else (8,), 3.0 / 127, requires_grad=True)
-    fake_quantize(torch.from_numpy(x), scale, None, -127, 127, axis).backward(torch.from_numpy(g))
-    ratio = (x / np.float32(3.0 / 127)).astype(np.float64)
-    terms = g * np.where(np.abs(ratio) < 127, np.rint(ratio) - ratio, np.sign(ratio) * 127)
-    expected = terms.sum() if axis is None else terms.sum(1)
-    # What float32 may lose, against the spread of the sum itself: sqrt(n) times the root mean square of a term.
-    spread = np.sqrt((terms**2).sum(None if axis is None else 1))
-    assert (np.abs(scale.grad.numpy() - expected) < 0.01 * spread).all()
+    fake_quantize(x, torch.tensor(case["scale"]), None, -128, 127).sum().backward()
+    ratio = case["x"] / case["scale"]
+    np.testing.assert_array_equal(x.grad.numpy(), (-128 < ratio) & (ratio < 127))

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hf_qat.config import QATConfig
 from hf_qat.config_checks import QUANT_METHOD
+from hf_qat.errors import ConfigError
 
 
 if TYPE_CHECKING:
@@ -32,6 +33,15 @@ class QATHfQuantizer(HfQuantizer):
 
     quantization_config: QATConfig
     _rebuilt: Rebuilt | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to spread a model over devices: a graph reads weights without calling the layers they belong to."""
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if len(devices) > 1 or "disk" in devices:
+            raise ConfigError(
+                f"device_map spreads the model over {', '.join(sorted(devices))}, and hf_qat runs one on one device: "
+                'pass device_map={"": 0} for the first GPU, or leave it out and call model.to(device).'
+            )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32, always: scales and codes mean nothing in less; autocast is the way to train in bfloat16."""

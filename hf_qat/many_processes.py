@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from hf_qat.graph.modes import modes_kept
 from hf_qat.optimizer import scale_parameters
+from hf_qat.quantization.observers.distributed import least_of_ranks
 from hf_qat.random_state import random_state_kept
 from hf_qat.ranks import average_gradients, copy_from_first_rank, leave_out_of_ddp, without_gradient
 from hf_qat.sharding import is_sharded, saved_whole, shard
@@ -49,7 +51,7 @@ class ManyProcesses(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's; before, the model is split, or what DDP is to expect of it is settled."""
         batch, self._example = self._example, None
-        loss = None if batch is None else self._settle_scaling(batch)
+        unused = self._settle_scaling(batch)
         if self.is_fsdp_enabled:
             if not is_sharded(self.model):
                 shard(self.model, self.accelerator)
@@ -57,7 +59,7 @@ class ManyProcesses(Trainer):
             leave_out_of_ddp(self.model)
             self._forget_evaluation()
             if self.args.ddp_find_unused_parameters is None and self.accelerator.ddp_handler is not None:
-                self.accelerator.ddp_handler.find_unused_parameters = loss is None or self._has_unused(loss)
+                self.accelerator.ddp_handler.find_unused_parameters = unused
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
 
@@ -69,31 +71,59 @@ class ManyProcesses(Trainer):
         if self.model_wrapped is self.model and vars(self.model).pop("_is_accelerate_prepared", False):
             self.accelerator._models[:] = [model for model in self.accelerator._models if model is not self.model]
 
-    def _settle_scaling(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Find out whether the model divides its loss by `num_items_in_batch`; returns a loss.
+    def _settle_scaling(self, batch: Mapping[str, Any] | None) -> bool:
+        """Find out whether the model divides its loss by `num_items_in_batch`, and leaves parameters without gradient.
 
-        Trainer believes it of every model with `**kwargs`. Those that do not look at them, such as ResNet, would get
-        gradients N times as large from N processes, and from N accumulated batches.
+        Trainer believes the former of every model with `**kwargs`. Those that do not look at them, such as ResNet,
+        would get gradients N times as large from N processes, and from N accumulated batches. What batches show may
+        differ between processes, and all must act alike: they agree.
+
+        Returns:
+            Whether DDP must look for unused parameters; true also where it cannot be found out.
         """
-        loss = self._rehearse(batch, 1)
+        if not least_of_ranks(int(batch is not None)):
+            return True
+        assert batch is not None
+        loss = self._rehearse(batch, 1, gradients=True)
+        if not least_of_ranks(int(loss is not None)):
+            return True
+        assert loss is not None
         if self.model_accepts_loss_kwargs and self.compute_loss_func is None:
-            half_or_same = self._rehearse(batch, 2).detach()
-            self.model_accepts_loss_kwargs = bool(half_or_same < 0.75 * loss.detach())
-        return loss
+            again = self._rehearse(batch, 2, gradients=False)
+            divided = again is not None and bool(again.abs() < 0.75 * loss.detach().abs())
+            self.model_accepts_loss_kwargs = bool(least_of_ranks(int(divided)))
+        return not least_of_ranks(int(not self._has_unused(loss)))
 
-    def _rehearse(self, batch: Mapping[str, Any], num_items: int) -> torch.Tensor:
-        """The loss of a training step that leaves no trace."""
+    def _rehearse(self, batch: Mapping[str, Any], num_items: int, gradients: bool) -> torch.Tensor | None:
+        """The loss of a training step that leaves no trace; `None` where a user's own `compute_loss` fails outside."""
+        by_user = self._is_loss_of_the_user()
+        compute_loss: Any = self.compute_loss if by_user else partial(Trainer.compute_loss, self)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         try:
-            with random_state_kept(self.args.device), modes_kept(self.model), torch.enable_grad():
+            with (
+                random_state_kept(self.args.device),
+                modes_kept(self.model),
+                torch.set_grad_enabled(gradients),
+                self.accelerator.autocast(),
+            ):
                 inputs = self._prepare_inputs(dict(batch))
                 self.model.train()
                 items = torch.tensor(num_items, device=self.args.device)
-                loss: torch.Tensor = Trainer.compute_loss(self, self.model, inputs, False, items)  # type: ignore[assignment]
+                loss: torch.Tensor = compute_loss(self.model, inputs, num_items_in_batch=items)
+        except Exception as error:
+            if not by_user:
+                raise
+            logger.warning(f"compute_loss fails before the first step ({error}); DDP will look for unused parameters.")
+            return None
         finally:
             for buffer, before in buffers:
                 buffer.data.copy_(before)  # by `data`: the graph of the loss is looked at, and not run
         return loss
+
+    def _is_loss_of_the_user(self) -> bool:
+        """Whether a subclass has a `compute_loss` of its own."""
+        owner = next(cls for cls in type(self).__mro__ if "compute_loss" in vars(cls))
+        return not owner.__module__.startswith(("hf_qat.", "transformers."))
 
     def _has_unused(self, loss: torch.Tensor) -> bool:
         """Whether the loss leaves any parameter without a gradient, which DDP must then look for in every step."""

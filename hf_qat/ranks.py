@@ -44,13 +44,21 @@ def _names_in(path: str, module: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace the gradients by their mean over all processes, which all have the same ones; one message."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients or not is_active():
+    """Replace the gradients by their mean over all processes, in one message; one that has none counts as 0.
+
+    A parameter that no process has a gradient of keeps none: it is frozen, and optimizers leave it alone.
+    """
+    wanted = list(parameters)
+    if not wanted or not is_active():
         return
-    mean = rank_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    for gradient, values in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(values.view_as(gradient))
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in wanted]
+    have = torch.tensor([float(p.grad is not None) for p in wanted], device=wanted[0].device)
+    mean = rank_mean(torch.cat([have, *(gradient.flatten() for gradient in gradients)]))
+    sizes = [gradient.numel() for gradient in gradients]
+    shares = mean[: len(wanted)].tolist()
+    for parameter, share, values in zip(wanted, shares, mean[len(wanted) :].split(sizes), strict=True):
+        if share > 0:
+            parameter.grad = values.view_as(parameter).clone()
 
 
 def without_gradient(model: nn.Module, loss: Tensor) -> list[str]:

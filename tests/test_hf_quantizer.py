@@ -308,6 +308,12 @@ def test_dtype_and_device_map_change_no_bit(
     assert same(outputs(model, CASES["resnet"]), torch.load(saved["resnet"] / f"{stage}.pt"))
 
 
+@pytest.mark.parametrize("device_map", [{"resnet": "cpu", "classifier": "disk"}, {"resnet": 0, "classifier": "cpu"}])
+def test_a_model_is_not_spread_over_devices(device_map: dict[str, Any], saved: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"device_map spreads the model over .*cpu.*one device"):
+        load(saved["resnet"] / "converted", device_map=device_map)
+
+
 def test_a_float_checkpoint_is_prepared_if_a_config_is_passed(tmp_path: Path) -> None:
     case = CASES["resnet"]
     float_model = case.make().eval()

@@ -91,7 +91,11 @@ class BackgroundPush(Trainer):
             return
         wait(going_on)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._copy_model(saved)
+        try:
+            self._copy_model(saved)
+        except OSError as error:  # a full disk, for one; the end of training tries once more
+            logger.error(f"A checkpoint is not on the Hub: {error}")
+            return
         if self._pusher is None:
             self._pusher = ThreadPoolExecutor(1, thread_name_prefix="push")
         saved.job = self._pusher.submit(self._push_aloud, saved)

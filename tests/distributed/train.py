@@ -35,6 +35,16 @@ class Logged(QATTrainer):
         super()._save(*args, **kwargs)
 
 
+class OwnLoss(QATTrainer):
+    """Takes its loss from the logits, as scripts do whose model gives none."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+        return (loss, outputs) if return_outputs else loss
+
+
 class Killed(QATTrainer):
     """The second process dies in the sixth step, while the first one waits for its gradients."""
 
@@ -90,6 +100,9 @@ def saved(directory: Path, batch: int, resume: Path | None = None) -> dict[str, 
 def main(directory: Path, batch: int) -> None:
     """Everything, ending in a training that is killed where there are two."""
     found = {name: trained(directory, name, batch) for name in RECIPES}
+    own = trainer_of(OwnLoss, directory / "own", batch, max_steps=5, gradient_accumulation_steps=2)
+    own.train()
+    found["own loss"] = result(own)
     found["saved"] = saved(directory / "saved", batch)
     if (directory / "alone").exists():
         found["resumed"] = saved(directory / "resumed", batch, directory / "alone" / "saved" / "checkpoint-5")

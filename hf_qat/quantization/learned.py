@@ -81,7 +81,7 @@ class _Learned(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # One sum of what rounding does to each value: the difference of two sums would cancel.
             change = round_to_codes(x, scale, low, high).sub_(pass_inside(x, x, scale, low, high))
-            dlog2 = torch.sum(change.mul_(grad)) * math.log(2.0)
+            dlog2 = torch.dot(grad.reshape(-1), change.reshape(-1)) * math.log(2.0)
             if unlimited_scale is not scale:
                 dlog2 *= unlimited_scale / scale
         if offset is not None and ctx.needs_input_grad[2]:

@@ -61,16 +61,10 @@ def _observe(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
     layers = qat_layers(model)
     weights = {id(layer.weight_quantizer) for layer in layers.values()}
     activations = {path: q for path, q in quantizers.items() if id(q) not in weights and not q.frozen}
-    kept: list[Inputs] = []
     for quantizer in activations.values():
         quantizer.start_observing()
     try:
-        with fake_quant_disabled(model):
-            for batch in _run(model, batches):
-                if len(kept) < BIAS_CORRECTION_BATCHES:
-                    kept.append(batch)
-        if not kept:
-            raise CalibrationError("calibrate got no batches: pass an iterable that yields at least one.")
+        kept = _run_all(model, batches)
         for path, quantizer in activations.items():
             quantizer.finish_observing(path)
     finally:
@@ -80,6 +74,24 @@ def _observe(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
         if not layer.weight_quantizer.frozen:
             layer.initialize_scale()
             layer.weight_quantizer.observed.fill_(1)
+    return kept
+
+
+def _run_all(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
+    """Forward all batches in float; returns the first ones. Fails in all processes if it does in one: none waits."""
+    kept: list[Inputs] = []
+    failure: CalibrationError | None = None
+    try:
+        with fake_quant_disabled(model):
+            for batch in _run(model, batches):
+                if len(kept) < BIAS_CORRECTION_BATCHES:
+                    kept.append(batch)
+        if not kept:
+            raise CalibrationError("calibrate got no batches: pass an iterable that yields at least one.")
+    except CalibrationError as error:
+        failure = error
+    if not least_of_ranks(int(failure is None)):
+        raise failure or CalibrationError("another process got no batch, or one that no range can come of: see there.")
     return kept
 
 

@@ -109,6 +109,11 @@ def test_ddp_looks_for_no_unused_parameters_and_wraps_an_evaluated_model(ranks: 
     assert ranks[0][name]["wrapped"] == "DistributedDataParallel"
 
 
+def test_data_that_one_process_cannot_calibrate_from_are_refused_by_both(ranks: list[dict], alone: dict):
+    assert "NaN" in alone["refused"] and "NaN" in ranks[1]["refused"]
+    assert "another process" in ranks[0]["refused"]
+
+
 def test_the_first_process_alone_saves(directory: Path):
     assert [path.name for path in (directory / "saved").glob("saved_by_*")] == ["saved_by_0"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from hf_qat.errors import CalibrationError
 from hf_qat.trainer import QATTrainer
 from tests.models import resnet
 from tests.training import FOLLOWED, arguments, images, recipe
@@ -97,9 +98,21 @@ def saved(directory: Path, batch: int, resume: Path | None = None) -> dict[str, 
     return result(trainer)
 
 
+def refused(directory: Path, batch: int) -> str:
+    """What is said where one image of the second process has NaN in it."""
+    data = [images(16)[k] for k in range(16)]
+    data[12]["pixel_values"][0, 0, 0] = float("nan")
+    try:
+        trainer_of(QATTrainer, directory / "refused", batch).calibrate(data)
+    except CalibrationError as error:
+        return str(error)
+    return ""
+
+
 def main(directory: Path, batch: int) -> None:
     """Everything, ending in a training that is killed where there are two."""
     found = {name: trained(directory, name, batch) for name in RECIPES}
+    found["refused"] = refused(directory, batch)
     own = trainer_of(OwnLoss, directory / "own", batch, max_steps=5, gradient_accumulation_steps=2)
     own.train()
     found["own loss"] = result(own)

@@ -54,7 +54,7 @@ def fuse(
     captured: CapturedModule,
     excluded: Callable[[str], bool],
     weight_spec: WeightSpec,
-    shared: Collection[nn.Module] = (),
+    shared: Collection[nn.Module],
 ) -> list[str]:
     """Replace layer calls, and batch norms that follow them, in the graph of `captured`, in place.
 

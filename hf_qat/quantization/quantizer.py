@@ -149,10 +149,7 @@ class FakeQuantize(nn.Module):
         if self.learned and not self.frozen and torch.is_grad_enabled():
             offset = None if self.spec.symmetric else self.offset
             return learned_fake_quantize(x, self.log2_scale, offset, self._levels())
-        scale, zero_point = self.scale, self.zero_point
-        if self.frozen:
-            scale, zero_point = scale.detach(), None if zero_point is None else zero_point.detach()
-        return fake_quantize(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
+        return fake_quantize(x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
 
     @torch.no_grad()
     def _levels(self) -> Levels:

@@ -10,51 +10,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 # Registers with transformers, which has no other way to find it than that it is imported.
-from hf_qat import hf_quantizer as _hf_quantizer  # noqa: F401
-
-# Not lazy: the first import of a submodule binds it on the package, so if that came later, the module `hf_qat.targets`
-# would hide the function of that name. Now it is in `sys.modules`, and later imports of it bind nothing.
-from hf_qat.targets import targets
+from hf_qat.checkpoints import hf_quantizer as _hf_quantizer  # noqa: F401
+from hf_qat.config.targets import targets
 from hf_qat.version import __version__
 
 
 #: The module that each public name lives in.
 _HOME = {
-    "QATConfig": "config",
-    "QATFxModule": "fx_module",
-    "QATSchedule": "schedule",
-    "QATTrainer": "trainer",
-    "calibrate": "calibration",
-    "check_tidl": "tidl",
-    "convert": "conversion",
-    "export_onnx": "export",
-    "export_tidl": "tidl",
-    "fake_quant_disabled": "prepare",
-    "freeze_batch_norm": "prepare",
-    "freeze_ranges": "prepare",
-    "load_weights": "weights",
-    "prepare_qat": "prepare",
-    "verify_onnx": "export",
+    "QATConfig": "config.qat_config",
+    "QATFxModule": "model.fx_module",
+    "QATSchedule": "model.schedule",
+    "QATTrainer": "trainer.trainer",
+    "calibrate": "model.calibration",
+    "check_tidl": "tidl.check",
+    "convert": "model.conversion",
+    "export_onnx": "export.onnx",
+    "export_tidl": "tidl.bundle",
+    "fake_quant_disabled": "model.switches",
+    "freeze_batch_norm": "model.switches",
+    "freeze_ranges": "model.switches",
+    "load_weights": "checkpoints.load_weights",
+    "prepare_qat": "model.prepare",
+    "verify_onnx": "export.verify",
 }
 
 __all__ = ["__version__", "targets", *_HOME]  # noqa: PLE0604
 
 if TYPE_CHECKING:
-    from hf_qat.calibration import calibrate as calibrate
-    from hf_qat.config import QATConfig as QATConfig
-    from hf_qat.conversion import convert as convert
-    from hf_qat.export import export_onnx as export_onnx
-    from hf_qat.export import verify_onnx as verify_onnx
-    from hf_qat.fx_module import QATFxModule as QATFxModule
-    from hf_qat.prepare import fake_quant_disabled as fake_quant_disabled
-    from hf_qat.prepare import freeze_batch_norm as freeze_batch_norm
-    from hf_qat.prepare import freeze_ranges as freeze_ranges
-    from hf_qat.prepare import prepare_qat as prepare_qat
-    from hf_qat.schedule import QATSchedule as QATSchedule
-    from hf_qat.tidl import check_tidl as check_tidl
-    from hf_qat.tidl import export_tidl as export_tidl
-    from hf_qat.trainer import QATTrainer as QATTrainer
-    from hf_qat.weights import load_weights as load_weights
+    from hf_qat.checkpoints.load_weights import load_weights as load_weights
+    from hf_qat.config.qat_config import QATConfig as QATConfig
+    from hf_qat.export.onnx import export_onnx as export_onnx
+    from hf_qat.export.verify import verify_onnx as verify_onnx
+    from hf_qat.model.calibration import calibrate as calibrate
+    from hf_qat.model.conversion import convert as convert
+    from hf_qat.model.fx_module import QATFxModule as QATFxModule
+    from hf_qat.model.prepare import prepare_qat as prepare_qat
+    from hf_qat.model.schedule import QATSchedule as QATSchedule
+    from hf_qat.model.switches import fake_quant_disabled as fake_quant_disabled
+    from hf_qat.model.switches import freeze_batch_norm as freeze_batch_norm
+    from hf_qat.model.switches import freeze_ranges as freeze_ranges
+    from hf_qat.tidl.bundle import export_tidl as export_tidl
+    from hf_qat.tidl.check import check_tidl as check_tidl
+    from hf_qat.trainer.trainer import QATTrainer as QATTrainer
 else:  # hidden from type checkers, to which a module with `__getattr__` has every name there is
 
     def __getattr__(name: str) -> object:

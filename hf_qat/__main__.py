@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from hf_qat.cli import main
+from hf_qat.cli.main import main
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel, ResNetConfig, ResNetForImageClassification, Trainer
 
 from hf_qat import QATConfig, QATTrainer
-from hf_qat.demo.digits import LABELS, Task, make_processor, make_task
-from hf_qat.demo.run import quiet
-from hf_qat.demo.training import LEARNING_RATE, arguments, compute_metrics, make_model
+from hf_qat.cli.demo.digits import LABELS, Task, make_processor, make_task
+from hf_qat.cli.demo.run import quiet
+from hf_qat.cli.demo.training import LEARNING_RATE, arguments, compute_metrics, make_model
 
 
 HERE = Path(__file__).parent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from hypothesis import settings
 
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from tests.hub.server import HubServer
 
 
@@ -21,10 +23,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
-def pytest_configure() -> None:
-    """Runs before any test module imports `huggingface_hub` or `datasets`, which read these once."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# Before anything imports `huggingface_hub` or `datasets`, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+#: Fixtures that the tests of several rooms use.
+pytest_plugins = ["tests.hub.fixtures", "tests.exported"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +48,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         connect(server, tmp_path / "hf_home", monkeypatch)
         yield server
         close_session()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[ModelProto], Path]:
+    """`saved(model)`: the path of a file with it."""
+
+    def save(model: ModelProto) -> Path:
+        import onnx
+
+        onnx.save(model, tmp_path / "model.onnx")
+        return tmp_path / "model.onnx"
+
+    return save

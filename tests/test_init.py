@@ -13,7 +13,7 @@ import hf_qat
 ROOT = Path(hf_qat.__file__).parent
 
 #: Spares a program the seconds that importing transformers takes, where it is about the names of the package alone.
-UNREGISTERED = "import sys, types; sys.modules['hf_qat.hf_quantizer'] = types.ModuleType('hf_quantizer')"
+UNREGISTERED = "import sys, types; sys.modules['hf_qat.checkpoints.hf_quantizer'] = types.ModuleType('hf_quantizer')"
 
 
 def run(program: str) -> str:
@@ -29,11 +29,11 @@ def run(program: str) -> str:
     "imports",
     [
         "import hf_qat",
-        "import hf_qat; import hf_qat.targets",
-        "import hf_qat.targets; import hf_qat",
-        "from hf_qat.targets import Target; import hf_qat",
-        "import hf_qat; from hf_qat.targets import Target",
-        "import hf_qat, importlib; importlib.import_module('hf_qat.targets')",
+        "import hf_qat; import hf_qat.config.targets",
+        "import hf_qat.config.targets; import hf_qat",
+        "from hf_qat.config.targets import Target; import hf_qat",
+        "import hf_qat; from hf_qat.config.targets import Target",
+        "import hf_qat, importlib; importlib.import_module('hf_qat.config.targets')",
     ],
 )
 def test_targets_stays_a_function_whoever_imports_the_submodule(imports):
@@ -50,7 +50,7 @@ def test_importing_the_package_registers_it_with_transformers():
         "import hf_qat; from transformers.quantizers.auto import *; "
         "print(AUTO_QUANTIZER_MAPPING['hf_qat'].__module__, AUTO_QUANTIZATION_CONFIG_MAPPING['hf_qat'].__name__)"
     )
-    assert run(program) == "hf_qat.hf_quantizer QATConfig"
+    assert run(program) == "hf_qat.checkpoints.hf_quantizer QATConfig"
 
 
 def test_the_config_loads_neither_onnx_nor_datasets():
@@ -90,6 +90,6 @@ def test_a_misspelled_name_is_an_attribute_error():
 
 
 def test_a_lazy_name_is_the_object_of_its_module():
-    from hf_qat.config import QATConfig
+    from hf_qat.config.qat_config import QATConfig
 
     assert hf_qat.QATConfig is QATConfig

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_qat.config import QATConfig
-from hf_qat.trainer import QATTrainer
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.trainer.trainer import QATTrainer
 from tests.models import LABELS
 from tests.models import vit as vit_of
 

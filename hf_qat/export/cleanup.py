@@ -13,9 +13,9 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from hf_qat.export.naming import name_after_modules
-from hf_qat.export.scope import (
+from hf_qat.export.onnx_graph import (
     DEFAULT_DOMAINS,
-    Scope,
+    OnnxGraph,
     Shape,
     constant_value,
     get_attribute,
@@ -71,7 +71,7 @@ def transpose_quantized_weights(model: ModelProto) -> None:
     Between the weight's `DequantizeLinear` and its `MatMul`, the transposition hides the pair from runtimes.
     """
     graph = model.graph
-    scope = Scope(graph)
+    scope = OnnxGraph(graph)
     dequantized = {
         node.output[0]: node
         for node in graph.node
@@ -84,7 +84,7 @@ def transpose_quantized_weights(model: ModelProto) -> None:
     _replace(graph.node, nodes)
 
 
-def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, scope: Scope) -> NodeProto:
+def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, scope: OnnxGraph) -> NodeProto:
     """`source`, with codes that are transposed already, in the place of `transpose`."""
     codes = scope.constant(source.input[0])
     assert codes is not None
@@ -102,7 +102,7 @@ def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, scop
 def quantize_constants(model: ModelProto) -> None:
     """`QuantizeLinear` of a constant, such as position embeddings, becomes the codes themselves."""
     graph = model.graph
-    scope = Scope(graph)
+    scope = OnnxGraph(graph)
     nodes = []
     for node in graph.node:
         x, scale, zero_point = (scope.constant(name) for name in [*node.input, "", ""][:3])
@@ -118,7 +118,7 @@ def quantize_constants(model: ModelProto) -> None:
 def drop_additions_of_zero(model: ModelProto) -> None:
     """Remove `Add` of a constant of zeros: the attention mask of a vision model, which masks nothing."""
     graph = model.graph
-    scope = Scope(graph)
+    scope = OnnxGraph(graph)
     outputs = {output.name for output in graph.output}
     same: dict[str, str] = {}
     for node in graph.node:
@@ -129,7 +129,7 @@ def drop_additions_of_zero(model: ModelProto) -> None:
     replace_values(graph, same)
 
 
-def _other_than_zeros(node: NodeProto, scope: Scope) -> str | None:
+def _other_than_zeros(node: NodeProto, scope: OnnxGraph) -> str | None:
     """The summand that the sum is equal to, in value and shape."""
     if node.op_type != "Add":
         return None
@@ -150,14 +150,14 @@ def _fits(shape: tuple[int, ...], into: Shape) -> bool:
 def pool_globally(model: ModelProto) -> None:
     """`ReduceMean` over height and width becomes `GlobalAveragePool`, and a `Flatten` where the axes are dropped."""
     graph = model.graph
-    scope = Scope(graph)
+    scope = OnnxGraph(graph)
     nodes: list[NodeProto] = []
     for node in graph.node:
         nodes += _global_pool(node, scope) if _is_global_mean(node, scope) else [node]
     _replace(graph.node, nodes)
 
 
-def _global_pool(mean: NodeProto, scope: Scope) -> list[NodeProto]:
+def _global_pool(mean: NodeProto, scope: OnnxGraph) -> list[NodeProto]:
     if get_attribute(mean, "keepdims") == 0:
         pooled = scope.fresh(f"{mean.output[0]}_pooled")
         nodes = [
@@ -171,7 +171,7 @@ def _global_pool(mean: NodeProto, scope: Scope) -> list[NodeProto]:
     return nodes
 
 
-def _is_global_mean(node: NodeProto, scope: Scope) -> bool:
+def _is_global_mean(node: NodeProto, scope: OnnxGraph) -> bool:
     """Whether the node averages (N, C, H, W) over the last two axes; they are an attribute up to opset 17."""
     if node.op_type != "ReduceMean" or node.domain not in DEFAULT_DOMAINS:
         return False

@@ -10,7 +10,7 @@ from collections import Counter
 
 from onnx import ModelProto, NodeProto
 
-from hf_qat.export.scope import replace_values
+from hf_qat.export.onnx_graph import replace_values
 
 
 #: The note that `torch.onnx.export` puts on every node: a list of module paths, from the root to the operation.

@@ -19,16 +19,16 @@ import onnx
 import torch
 from torch import nn
 
-from hf_qat.config import QATConfig
+from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ExportError, StageError
-from hf_qat.export.calls import bind, dynamic_batch, example_of, input_names, named_outputs
 from hf_qat.export.cleanup import clean_up, set_metadata
+from hf_qat.export.io_names import bind, dynamic_batch, example_of, input_names, named_outputs
+from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
 from hf_qat.export.report import ExportReport
-from hf_qat.export.scope import opset_of
 from hf_qat.export.verify import describe, require_onnxruntime, verify_onnx
-from hf_qat.graph.inputs import Inputs, device_of, with_batch
-from hf_qat.prepare import require_stage, state_of
+from hf_qat.graph.capture.inputs import Inputs, device_of, with_batch
+from hf_qat.model.state import require_stage, state_of
 from hf_qat.version import __version__
 
 

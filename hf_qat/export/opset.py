@@ -14,9 +14,9 @@ import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from hf_qat.errors import ExportError
-from hf_qat.export.scope import (
+from hf_qat.export.onnx_graph import (
     DEFAULT_DOMAINS,
-    Scope,
+    OnnxGraph,
     get_attribute,
     opset_of,
     subgraphs,
@@ -32,7 +32,7 @@ SUPPORTED_OPSETS = (17, 18, 21)
 OPSET_OF_16_BITS = 21
 
 #: Gives the nodes of opset 17 that take the place of one of opset 18; may change and return the node itself.
-Rule = Callable[[NodeProto, Scope], Sequence[NodeProto]]
+Rule = Callable[[NodeProto, OnnxGraph], Sequence[NodeProto]]
 
 RULES: dict[str, Rule] = {}
 
@@ -67,7 +67,7 @@ def lower_opset(model: ModelProto, version: int) -> ModelProto:
         )
     lowered = with_shapes(model)
     if version < OPSET_OF_16_BITS:
-        _refuse_16_bits(lowered.graph, Scope(lowered.graph))
+        _refuse_16_bits(lowered.graph, OnnxGraph(lowered.graph))
     if current != version:
         _lower(lowered.graph, None)
         for function in lowered.functions:
@@ -84,9 +84,9 @@ def _set_opset(imports: Iterable[onnx.OperatorSetIdProto], version: int) -> None
             entry.version = version
 
 
-def _lower(body: GraphProto | FunctionProto, outer: Scope | None) -> None:
+def _lower(body: GraphProto | FunctionProto, outer: OnnxGraph | None) -> None:
     """Rewrite the nodes of a graph or function, and of the graphs inside them, in place."""
-    scope = Scope(body, outer)
+    scope = OnnxGraph(body, outer)
     nodes: list[NodeProto] = []
     for node in body.node:
         for graph in subgraphs(node):
@@ -96,7 +96,7 @@ def _lower(body: GraphProto | FunctionProto, outer: Scope | None) -> None:
     body.node.extend(nodes)
 
 
-def _lower_node(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _lower_node(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     if node.domain not in DEFAULT_DOMAINS:
         return (node,)
     try:
@@ -123,14 +123,14 @@ def _cannot(node: NodeProto, reason: str, lowest: int = 18) -> ExportError:
     )
 
 
-def _refuse_16_bits(graph: GraphProto, scope: Scope) -> None:
+def _refuse_16_bits(graph: GraphProto, scope: OnnxGraph) -> None:
     for node in graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) == 3:
             if scope.element_type(node.input[2]) in (TensorProto.INT16, TensorProto.UINT16):
                 raise _cannot(node, "its codes have 16 bits", lowest=OPSET_OF_16_BITS)
 
 
-def _optional_constant(node: NodeProto, position: int, name: str, scope: Scope) -> list[int] | None:
+def _optional_constant(node: NodeProto, position: int, name: str, scope: OnnxGraph) -> list[int] | None:
     """A constant integer input as a list; `None` where the node has no such input."""
     if len(node.input) <= position or not node.input[position]:
         return None
@@ -153,7 +153,7 @@ def _constant_node(values: Sequence[int], name: str) -> NodeProto:
     return helper.make_node("Constant", [], [name], name=name, value=tensor)
 
 
-def _rank(node: NodeProto, scope: Scope) -> int:
+def _rank(node: NodeProto, scope: OnnxGraph) -> int:
     shape = scope.shape(node.input[0])
     if shape is None:
         raise _cannot(node, "the rank of its input is unknown")
@@ -171,7 +171,7 @@ def _rank(node: NodeProto, scope: Scope) -> int:
     "ReduceProd",
     "ReduceSumSquare",
 )
-def _reduce(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _reduce(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     """`axes` goes from an input to an attribute; no axes mean all of them, or none if `noop_with_empty_axes`."""
     axes = _optional_constant(node, 1, "axes", scope)
     noop = take_attribute(node, "noop_with_empty_axes")
@@ -184,7 +184,7 @@ def _reduce(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
 
 
 @lowering("Resize")
-def _resize(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _resize(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     """The three new attributes go, where they say what opset 17 does anyway."""
     _drop_default(node, "antialias", 0)
     _drop_default(node, "keep_aspect_ratio_policy", b"stretch")
@@ -197,7 +197,7 @@ def _resize(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
 
 
 @lowering("Split")
-def _split(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _split(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     """`num_outputs` goes: equal parts are opset 17's default, others are written as sizes, the last one smaller."""
     parts: Any = take_attribute(node, "num_outputs")
     if parts is None or (len(node.input) > 1 and node.input[1]):
@@ -217,7 +217,7 @@ def _split(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
 
 
 @lowering("Pad")
-def _pad(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _pad(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     """The input `axes` goes; `pads` then lists all axes: first the sizes before, then the sizes behind."""
     axes = _optional_constant(node, 3, "axes", scope)
     del node.input[3:]
@@ -232,7 +232,7 @@ def _pad(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
 
 
 @lowering("LpPool")
-def _lp_pool(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _lp_pool(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     """The two new attributes go, where they say what opset 17 does anyway."""
     _drop_default(node, "ceil_mode", 0)
     kernel: Any = get_attribute(node, "kernel_shape")
@@ -241,7 +241,7 @@ def _lp_pool(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
 
 
 @lowering("ScatterElements", "ScatterND")
-def _scatter(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _scatter(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     """Opset 18 only added two reductions."""
     reduction: Any = get_attribute(node, "reduction") or b"none"
     if reduction in (b"max", b"min"):
@@ -250,7 +250,7 @@ def _scatter(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
 
 
 @lowering("Mish")
-def _mish(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _mish(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     """x * tanh(softplus(x)): Misra 2019."""
     softplus = scope.fresh(f"{node.output[0]}_softplus")
     tanh = scope.fresh(f"{node.output[0]}_tanh")
@@ -262,7 +262,7 @@ def _mish(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
 
 
 @lowering("GroupNormalization")
-def _group_normalization(node: NodeProto, scope: Scope) -> Sequence[NodeProto]:
+def _group_normalization(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     """An instance normalization with each group as one channel; scale and bias are per group at opset 18."""
     groups: Any = get_attribute(node, "num_groups")
     epsilon: Any = get_attribute(node, "epsilon")

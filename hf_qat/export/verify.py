@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from hf_qat.errors import ExportError
-from hf_qat.export.calls import bind, input_tensors, named_outputs
-from hf_qat.export.inspect import count_quantize_nodes, float_operators, output_steps
+from hf_qat.export.float_operators import count_quantize_nodes, float_operators, output_steps
+from hf_qat.export.io_names import bind, input_tensors, named_outputs
+from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.report import Agreement, ExportReport
-from hf_qat.export.scope import opset_of
-from hf_qat.graph.inputs import Inputs, as_call, device_of
-from hf_qat.prepare import require_stage
+from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
+from hf_qat.model.state import require_stage
 
 
 #: Where classes lie, by the number of axes: (N, C), (N, queries, C), (N, C, H, W).

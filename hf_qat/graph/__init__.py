@@ -1,0 +1,1 @@
+"""Captured graphs and what is done to them; no numerics."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
-from hf_qat.quantization.mixed_class import mix_in
+from hf_qat.quantization.class_swap import swap_class
 
 
 #: What the Trainer sends along for the loss alone: task models hand it on to their children among their `**kwargs`.
@@ -195,7 +195,7 @@ def install(
         The same object, with its class exchanged.
     """
     python_signature = inspect.signature(module.forward)
-    captured = mix_in(module, CapturedModule, _graph_forward(type(module)))
+    captured = swap_class(module, CapturedModule, _graph_forward(type(module)))
     for name, value in {
         "graph": graph,
         "signature": signature,

@@ -12,8 +12,8 @@ from itertools import groupby, zip_longest
 
 from torch import Tensor, fx
 
+from hf_qat.graph.capture.clean import MODULE_PATH
 from hf_qat.graph.captured import CapturedModule
-from hf_qat.graph.functional import MODULE_PATH
 from hf_qat.graph.rules import Kind, rule_of
 
 

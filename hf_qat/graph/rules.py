@@ -40,7 +40,7 @@ class Rule:
         clamp: name of the activation that a quantizer can compute by clamping.
         inputs: how many leading arguments are tensors to be quantized (a list counts as one).
         name: short name for quantizers of functional calls.
-        symmetric_inputs: a product of two activations: some devices demand zero_point 0.
+        is_activation_product: a product of two activations: some devices demand zero_point 0.
     """
 
     kind: Kind
@@ -49,7 +49,7 @@ class Rule:
     unit_range: bool = False
     clamp: str | None = None
     inputs: int = 1
-    symmetric_inputs: bool = False
+    is_activation_product: bool = False
 
 
 def _rows(kind: Kind, *packets: Any, **fields: Any) -> dict[Any, Rule]:
@@ -64,7 +64,7 @@ def _rows(kind: Kind, *packets: Any, **fields: Any) -> dict[Any, Rule]:
 RULES: dict[Callable[..., Any], Rule] = {
     **_rows(Kind.LAYER, aten.conv1d, aten.conv2d, aten.conv3d, aten.linear),
     **_rows(Kind.LAYER, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
-    **_rows(Kind.COMPUTE, aten.matmul, aten.bmm, inputs=2, symmetric_inputs=True),
+    **_rows(Kind.COMPUTE, aten.matmul, aten.bmm, inputs=2, is_activation_product=True),
     **_rows(Kind.COMPUTE, aten.add, aten.mul, aten.maximum, aten.minimum, inputs=2, non_negative=None),
     **_rows(Kind.COMPUTE, aten.sub, aten.div, inputs=2),
     **_rows(Kind.COMPUTE, aten.rsub),
@@ -113,8 +113,10 @@ FLOAT_REASONS = {
 
 #: Operations that make much of a small error, near 0 or at a high frequency, and the arithmetic before them that must
 #: not round either.
-DELICATE = frozenset({"log", "sqrt", "rsqrt", "reciprocal", "pow", "sin", "cos"})
-BEFORE_DELICATE = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "abs", "mean", "sum", "clamp", "square"})
+ERROR_AMPLIFYING = frozenset({"log", "sqrt", "rsqrt", "reciprocal", "pow", "sin", "cos"})
+BEFORE_ERROR_AMPLIFYING = frozenset(
+    {"add", "sub", "rsub", "mul", "div", "neg", "abs", "mean", "sum", "clamp", "square"}
+)
 
 #: A constant up to this size that is added, or clamped to, keeps something away from 0.
 LARGEST_EPSILON = 1e-3

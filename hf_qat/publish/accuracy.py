@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hf_qat.config.targets import did_you_mean
 from hf_qat.errors import ConfigError
-from hf_qat.targets import did_you_mean
 
 
 #: The stages that a card tells apart, in its order, and what it calls them.

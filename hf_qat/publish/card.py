@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from hf_qat.config import QATConfig
+from hf_qat.config.qat_config import QATConfig
 from hf_qat.export import ExportReport
 from hf_qat.publish.accuracy import STAGES, Accuracy
 from hf_qat.publish.directory import Contents

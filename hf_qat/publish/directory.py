@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_qat.errors import CalibrationError, ConfigError, ExportError
 from hf_qat.export import ExportReport, export_onnx, verify_onnx
-from hf_qat.prepare import require_stage
+from hf_qat.model.state import require_stage
 from hf_qat.tidl.bundle import export_tidl
 from hf_qat.tidl.check import check_tidl
 from hf_qat.tidl.devices import DEVICES

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
 from hf_qat.errors import PublishError
 from hf_qat.publish.files import published_files
-from hf_qat.publish.retry import explanation, persistently
+from hf_qat.publish.retry import explanation, with_retries
 from hf_qat.version import __version__
 
 
@@ -122,8 +122,8 @@ def _api(token: str | None) -> HfApi:
 
 
 def _made(api: HfApi, repo_id: str, private: bool | None) -> str:
-    name = persistently(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
-    if private and not persistently(lambda: api.model_info(name)).private:
+    name = with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if private and not with_retries(lambda: api.model_info(name)).private:
         raise PublishError(
             f"{name} exists and is public, so nothing was pushed to it: make it private in its settings on the Hub, "
             "or push without private."
@@ -147,13 +147,13 @@ def _commit(api: HfApi, name: str, push: Push) -> CommitInfo:
         )
 
     try:
-        return persistently(attempt)
+        return with_retries(attempt)
     except RevisionNotFoundError:
         branch = push.revision
         if branch is None or branch.startswith("refs/"):
             raise
-        persistently(lambda: api.create_branch(name, branch=branch, exist_ok=True))
-        return persistently(attempt)
+        with_retries(lambda: api.create_branch(name, branch=branch, exist_ok=True))
+        return with_retries(attempt)
 
 
 class _PullRequest:
@@ -161,11 +161,11 @@ class _PullRequest:
 
     def __init__(self, api: HfApi, name: str, push: Push) -> None:
         self.api, self.name, self.push = api, name, push
-        self.before = persistently(self._references)
+        self.before = with_retries(self._references)
 
     def commit(self) -> CommitInfo:
         """Open the pull request, once."""
-        return persistently(lambda: self._found() or self._opened())
+        return with_retries(lambda: self._found() or self._opened())
 
     def _found(self) -> CommitInfo | None:
         for reference in self._references() - self.before:

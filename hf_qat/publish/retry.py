@@ -49,7 +49,7 @@ MEANINGS = {
 }
 
 
-def persistently(attempt: Callable[[], T]) -> T:
+def with_retries(attempt: Callable[[], T]) -> T:
     """The result of `attempt()`, which is called again, after growing pauses, while its troubles may pass.
 
     It must be safe to repeat: the answer to a request that was carried out can be lost.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_qat.checkpoint import quantized_layers
-from hf_qat.config import QATConfig
-from hf_qat.prepare import require_stage
+from hf_qat.checkpoints.stored_format import quantized_layers
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.model.state import require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -80,7 +80,7 @@ def summarize(model: nn.Module, float_ops: Mapping[str, Sequence[str]]) -> Summa
     return Summary(
         layers=layers,
         weights=dict(Counter(layer.weights for layer in layers).most_common()),
-        activations=dict(Counter(form_of(module.spec) for module in quantizers.values()).most_common()),
+        activations=dict(Counter(describe_spec(module.spec) for module in quantizers.values()).most_common()),
         bits=sorted({module.weight_spec.bits for module in modules.values()}),
         in_float=[
             FloatOperation(operator, _named(nodes), reason)
@@ -101,13 +101,13 @@ def _layer(path: str, module: QuantizedLayer, quantizers: Mapping[str, QuantizeD
     return Layer(
         path=path,
         kind=kind,
-        weights=form_of(module.weight_spec),
-        output="" if output is None else form_of(output.spec),
+        weights=describe_spec(module.weight_spec),
+        output="" if output is None else describe_spec(output.spec),
         parameters=module.codes.numel(),
     )
 
 
-def form_of(spec: QuantizerSpec) -> str:
+def describe_spec(spec: QuantizerSpec) -> str:
     """A quantizer in a few words, as `int8, per channel`."""
     form = f"{'int' if spec.signed else 'uint'}{spec.bits}"
     if not spec.symmetric:

@@ -1,0 +1,1 @@
+"""The numerics: fake quantization and its gradients, observers, scales, layers, integer storage; no graphs."""

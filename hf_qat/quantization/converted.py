@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_qat.quantization.bias import bias_scale, quantize_bias
+from hf_qat.quantization.class_swap import swap_class
 from hf_qat.quantization.fake_quantize import dequantize, fake_quantize
 from hf_qat.quantization.layers import QATLayer
-from hf_qat.quantization.mixed_class import mix_in
-from hf_qat.quantization.packing import bias_scale, code_dtype, quantize_bias
-from hf_qat.quantization.qdq_symbolic import dequantize_linear, exporting_to_onnx, quantize_linear
+from hf_qat.quantization.onnx_ops import dequantize_linear, exporting_to_onnx, quantize_linear
+from hf_qat.quantization.packing import code_dtype
 from hf_qat.quantization.quantizer import ACTIVATIONS, FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -128,7 +129,7 @@ def convert_layer(layer: QATLayer) -> QuantizedLayer:
         layer: trained; its batch norm is folded in (and is no longer referred to). Without an input quantizer the bias
             stays float.
     """
-    quantizer, source = layer.weight_quantizer, layer.source_quantizer
+    quantizer, source = layer.weight_quantizer, layer.input_quantizer
     input_scale = None if source is None else source.scale.detach()
     bias, scale = layer.float_bias(), layer.device_scale().detach().clone()
     codes, spec = layer.codes(scale), quantizer.spec
@@ -136,11 +137,11 @@ def convert_layer(layer: QATLayer) -> QuantizedLayer:
         layer._parameters.pop(name, None)
         layer._buffers.pop(name, None)
     del layer._modules["weight_quantizer"]
-    for name in ("_batch_norm", "_source_quantizer", "batch_norm_frozen"):
+    for name in ("_batch_norm", "_input_quantizer", "batch_norm_frozen"):
         del layer.__dict__[name]
     forward = type(layer).__dict__.get("forward")
-    layer.lose_class()
-    converted = mix_in(layer, QuantizedLayer, forward)
+    layer.restore_class()
+    converted = swap_class(layer, QuantizedLayer, forward)
     converted.weight_spec = spec
     converted.folded_norm = None
     converted._buffers["weight"] = codes.to(code_dtype(spec))

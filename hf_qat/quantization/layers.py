@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
+from hf_qat.quantization.class_swap import original_class, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
-from hf_qat.quantization.mixed_class import mix_in, unmixed
-from hf_qat.quantization.packing import bias_scale, fit_weight_scale, quantize_bias
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
@@ -48,7 +48,7 @@ class QATLayer(nn.Module):
     batch_norm_frozen: bool
     # In tuples, so that neither is registered a second time, under a second name.
     _batch_norm: tuple[nn.Module, ...]
-    _source_quantizer: tuple[FakeQuantize, ...]
+    _input_quantizer: tuple[FakeQuantize, ...]
 
     @property
     def batch_norm(self) -> nn.Module | None:
@@ -56,13 +56,13 @@ class QATLayer(nn.Module):
         return self._batch_norm[0] if self._batch_norm else None
 
     @property
-    def source_quantizer(self) -> FakeQuantize | None:
+    def input_quantizer(self) -> FakeQuantize | None:
         """The quantizer whose codes come in; `None` where the input is not quantized."""
-        return self._source_quantizer[0] if self._source_quantizer else None
+        return self._input_quantizer[0] if self._input_quantizer else None
 
-    def set_source_quantizer(self, quantizer: FakeQuantize) -> None:
+    def set_input_quantizer(self, quantizer: FakeQuantize) -> None:
         """Say whose codes come in."""
-        self._source_quantizer = (quantizer,)
+        self._input_quantizer = (quantizer,)
 
     def forward(self, x: Tensor) -> Tensor:
         """See `compute`."""
@@ -84,14 +84,14 @@ class QATLayer(nn.Module):
 
     def device_scale(self) -> Tensor:
         """Scale of the weight on the device: the quantizer's, or larger where a channel's bias would not fit int32."""
-        scale, source, bias = self._scale(), self.source_quantizer, self.float_bias()
+        scale, source, bias = self._scale(), self.input_quantizer, self.float_bias()
         if source is None or bias is None:
             return scale
         return fit_weight_scale(scale, bias.detach(), source.scale.detach(), self.weight_quantizer.spec.power_of_two)
 
     def _rounded_bias(self, bias: Tensor, weight_scale: Tensor) -> Tensor:
         """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training."""
-        source = self.source_quantizer
+        source = self.input_quantizer
         if source is None or not (source.enabled and self.weight_quantizer.enabled):
             return bias
         scale = bias_scale(source.scale.detach(), weight_scale.detach())
@@ -176,9 +176,9 @@ class QATLayer(nn.Module):
         """Axis of the channels in the output: 1 of a convolution's (0 unbatched), the last of a linear layer's."""
         return output.dim() - 1 if self.weight.dim() == 2 else output.dim() - self.weight.dim() + 1
 
-    def lose_class(self) -> None:
+    def restore_class(self) -> None:
         """Take back the class that the module had before `install_layer`."""
-        self.__class__ = unmixed(type(self))
+        self.__class__ = original_class(type(self))
 
     @torch.no_grad()
     def shift_bias(self, correction: Tensor) -> bool:
@@ -210,19 +210,19 @@ def install_layer(
         batch_norm: what follows it and is to be folded in.
         keep_forward: its `forward` runs a graph that calls `compute`.
     """
-    layer = mix_in(module, QATLayer, type(module).forward if keep_forward else None)
+    layer = swap_class(module, QATLayer, type(module).forward if keep_forward else None)
     layer.operation = operation
     layer.operation_args = tuple(operation_args)
     layer.channel_axis = channel_axis
     layer.batch_norm_frozen = False
-    layer._source_quantizer = ()
+    layer._input_quantizer = ()
     layer._batch_norm = () if batch_norm is None else (batch_norm,)
     channels = None if spec.axis is None else layer.weight.shape[channel_axis]
     layer.weight_quantizer = FakeQuantize(spec, channels).to(layer.weight.device)
     return layer
 
 
-class QATBatchNorm(nn.Module):
+class FreezableBatchNorm(nn.Module):
     """Mixed into the class of a batch norm that stays float (excluded): it can be frozen, too."""
 
     batch_norm_frozen: bool
@@ -236,10 +236,10 @@ class QATBatchNorm(nn.Module):
         return nn.functional.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
 
 
-def install_batch_norm(module: nn.Module) -> None:
+def install_freezable_norm(module: nn.Module) -> None:
     """Make a batch norm one that can be frozen, in place."""
-    if not isinstance(module, QATBatchNorm):
-        mix_in(module, QATBatchNorm).batch_norm_frozen = False
+    if not isinstance(module, FreezableBatchNorm):
+        swap_class(module, FreezableBatchNorm).batch_norm_frozen = False
 
 
 def qat_layers(model: nn.Module) -> dict[str, QATLayer]:

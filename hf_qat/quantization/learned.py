@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_qat.quantization.fake_quantize import Bound, code_bounds, pass_inside, round_to_codes
 
 
-class Levels(NamedTuple):
+class QuantizerValues(NamedTuple):
     """What the parameters of a quantizer come to.
 
     Attributes:
@@ -32,13 +32,13 @@ class Levels(NamedTuple):
     span: int
 
 
-def levels(scale: Tensor, unlimited_scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> Levels:
-    """`Levels` of a quantizer with one scale; `zero_point` is (), `None` for 0, and need not be whole."""
+def levels(scale: Tensor, unlimited_scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> QuantizerValues:
+    """`QuantizerValues` of a quantizer with one scale; `zero_point` is (), `None` for 0, and need not be whole."""
     low, high = code_bounds(zero_point, scale, qmin, qmax, None)
-    return Levels(scale, unlimited_scale, low, high, qmax - qmin)
+    return QuantizerValues(scale, unlimited_scale, low, high, qmax - qmin)
 
 
-def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: Levels) -> Tensor:
+def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
     """`clamp(round(x / scale), low, high) * scale`, with gradients for `x` and for the parameters of a quantizer.
 
     With `g` incoming, `dx = g` where `x` lies between the lowest and the highest value and 0 elsewhere, the gradients
@@ -66,7 +66,7 @@ class _Learned(torch.autograd.Function):
     """Saves its input, as it came: its output is computed again, which takes no longer than to keep it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: Levels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
         ctx.save_for_backward(x, offset)
         ctx.values = values
         return round_to_codes(x, values.scale, values.low, values.high).to(x.dtype)

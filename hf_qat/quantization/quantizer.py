@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
 from hf_qat.quantization.fake_quantize import fake_quantize
-from hf_qat.quantization.learned import Levels, learned_fake_quantize, levels
+from hf_qat.quantization.learned import QuantizerValues, learned_fake_quantize, levels
 from hf_qat.quantization.observers import AVERAGING_CONSTANT, Observer, make_observer, synchronized_range
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
@@ -152,7 +152,7 @@ class FakeQuantize(nn.Module):
         return fake_quantize(x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
 
     @torch.no_grad()
-    def _levels(self) -> Levels:
+    def _levels(self) -> QuantizerValues:
         scale = unlimited = self._unlimited_scale()
         if self.scale_limit is not None:
             scale = unlimited.clamp(max=self.scale_limit)

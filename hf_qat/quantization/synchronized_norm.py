@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_qat.quantization.mixed_class import mix_in
-from hf_qat.quantization.observers.distributed import is_active
+from hf_qat.quantization.class_swap import swap_class
+from hf_qat.quantization.collectives import is_active
 
 
 class SynchronizedBatchNorm(nn.Module):
@@ -73,4 +73,4 @@ def synchronize_batch_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             if not isinstance(module, (nn.SyncBatchNorm, SynchronizedBatchNorm)):
-                mix_in(module, SynchronizedBatchNorm)
+                swap_class(module, SynchronizedBatchNorm)

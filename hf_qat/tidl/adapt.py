@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from hf_qat.export.scope import Scope, replace_values, take_attribute
+from hf_qat.export.onnx_graph import OnnxGraph, replace_values, take_attribute
 from hf_qat.tidl.graph import DEQUANTIZE
 
 
@@ -21,7 +21,7 @@ def adapt(model: ModelProto) -> ModelProto:
     Returns:
         A model with the same inputs, outputs and results.
     """
-    scope = Scope(model.graph)
+    scope = OnnxGraph(model.graph)
     for node in list(model.graph.node):
         if node.op_type == "Reshape":
             _fixed_shape(model, node, scope)
@@ -32,7 +32,7 @@ def adapt(model: ModelProto) -> ModelProto:
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 
-def _fixed_shape(model: ModelProto, node: NodeProto, scope: Scope) -> None:
+def _fixed_shape(model: ModelProto, node: NodeProto, scope: OnnxGraph) -> None:
     """`allowzero=1` and sizes of −1 become the numbers that they stand for; TIDL takes only `allowzero=0`."""
     shape = scope.shape(node.output[0])
     if scope.constant(node.input[1]) is None or not shape or any(not size for size in shape):
@@ -41,7 +41,7 @@ def _fixed_shape(model: ModelProto, node: NodeProto, scope: Scope) -> None:
     node.input[1] = _new_constant(model, f"{node.name or node.output[0]}/shape", np.array(shape, np.int64), scope)
 
 
-def _gather_a_vector(model: ModelProto, node: NodeProto, scope: Scope) -> None:
+def _gather_a_vector(model: ModelProto, node: NodeProto, scope: OnnxGraph) -> None:
     """`x[:, 0]` becomes `x[:, [0]]` and a reshape; TIDL takes only vectors of indices."""
     index, shape = scope.constant(node.input[1]), scope.shape(node.output[0])
     if index is None or index.ndim or not shape or any(not size for size in shape):
@@ -55,7 +55,7 @@ def _gather_a_vector(model: ModelProto, node: NodeProto, scope: Scope) -> None:
     model.graph.node.insert(list(model.graph.node).index(node) + 1, reshape)
 
 
-def _repeat_codes(model: ModelProto, node: NodeProto, scope: Scope) -> None:
+def _repeat_codes(model: ModelProto, node: NodeProto, scope: OnnxGraph) -> None:
     """A constant that is repeated becomes a constant of the full size; tools 11.0 have no `Expand`."""
     makers = {name: maker for maker in model.graph.node for name in maker.output}
     maker, target = makers.get(node.input[0]), scope.constant(node.input[1])
@@ -76,7 +76,7 @@ def _repeat_codes(model: ModelProto, node: NodeProto, scope: Scope) -> None:
     model.graph.node.remove(node)
 
 
-def _new_constant(model: ModelProto, hint: str, value: np.ndarray, scope: Scope) -> str:
+def _new_constant(model: ModelProto, hint: str, value: np.ndarray, scope: OnnxGraph) -> str:
     name = scope.fresh(hint)
     model.graph.initializer.append(numpy_helper.from_array(value, name))
     return name

@@ -21,9 +21,11 @@ from transformers import BaseImageProcessor
 
 from hf_qat.errors import ConfigError, ExportError
 from hf_qat.export import ExportReport, export_onnx, verify_onnx
-from hf_qat.export.scope import opset_of, with_shapes
-from hf_qat.graph.inputs import Inputs
-from hf_qat.prepare import require_stage
+from hf_qat.export.onnx_graph import opset_of, with_shapes
+from hf_qat.files.atomic import whole_directory
+from hf_qat.files.manifest import digest, write_manifest
+from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.model.state import require_stage
 from hf_qat.tidl import templates
 from hf_qat.tidl.adapt import adapt, attention_like, drop_unused
 from hf_qat.tidl.artifacts import ARTIFACTS, SETTINGS, pack_artifacts
@@ -31,7 +33,6 @@ from hf_qat.tidl.check import check_tidl
 from hf_qat.tidl.clip import clips_for_quantizers
 from hf_qat.tidl.config_yaml import Described, config, dataset, task_of
 from hf_qat.tidl.devices import Device, find_device
-from hf_qat.tidl.files import digest, whole_directory, write_manifest
 from hf_qat.tidl.frames import Frame, as_batch, frames_of, write_frames
 from hf_qat.tidl.preprocess import Recipe, check_size, recipe_of
 from hf_qat.tidl.report import TidlReport

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from hf_qat.export.scope import DEFAULT_DOMAINS
+from hf_qat.export.onnx_graph import DEFAULT_DOMAINS
 from hf_qat.tidl.devices import OPERATORS_DOC, Device, find_device
 from hf_qat.tidl.graph import Graph, Layer, load
 from hf_qat.tidl.macs import macs

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hf_qat.errors import ExportError
-from hf_qat.export.scope import replace_values
+from hf_qat.export.onnx_graph import replace_values
 from hf_qat.tidl.adapt import drop_unused
 from hf_qat.tidl.graph import DEQUANTIZE, QUANTIZE, Graph, Quantizer
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from hf_qat.config.targets import did_you_mean
 from hf_qat.errors import ConfigError
-from hf_qat.targets import did_you_mean
 
 
 Value = TypeVar("Value")
@@ -113,7 +113,7 @@ def _second_generation(name: str, soc: str, *, lut: bool = True, conv_limits: bo
     )
 
 
-#: The table of devices. A new device is a new row, and a row in `hf_qat.targets.TARGETS`.
+#: The table of devices. A new device is a new row, and a row in `hf_qat.config.targets.TARGETS`.
 DEVICES: tuple[Device, ...] = (
     Device(
         name="TDA4VM",

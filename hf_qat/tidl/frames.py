@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
-from hf_qat.export.calls import bind, input_names, input_tensors
-from hf_qat.graph.inputs import Inputs, as_call
+from hf_qat.export.io_names import bind, input_names, input_tensors
+from hf_qat.graph.capture.inputs import Inputs, as_call
 
 
 #: A frame: each of the model's inputs by its name in the ONNX file, (1, …).

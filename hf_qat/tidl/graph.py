@@ -11,7 +11,7 @@ import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from hf_qat.errors import ExportError
-from hf_qat.export.scope import DEFAULT_DOMAINS, Scope, Shape, get_attribute, opset_of
+from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, Shape, get_attribute, opset_of
 
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -73,7 +73,7 @@ class Graph:
         self.opset = opset_of(model)
         self.inferred = _infer(model)
         self.proto = self.inferred.graph
-        self.scope = Scope(self.proto)
+        self.scope = OnnxGraph(self.proto)
         self.makers = {name: node for node in self.proto.node for name in node.output if name}
         self.readers: dict[str, list[NodeProto]] = {}
         for node in self.proto.node:

@@ -23,7 +23,8 @@ import torch
 import transformers
 from torch import nn
 
-from hf_qat import prepare, prepare_qat
+from hf_qat import prepare_qat
+from hf_qat.model import prepare
 
 
 MIB = 2**20

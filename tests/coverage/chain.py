@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabled, load_weights, prepare_qat
-from hf_qat import prepare as prepare_module
 from hf_qat.errors import CaptureError
-from hf_qat.export.inspect import output_steps
-from hf_qat.prepare import captured_children
+from hf_qat.export.float_operators import output_steps
+from hf_qat.model import prepare as prepare_module
+from hf_qat.model.state import captured_children
 from hf_qat.quantization.converted import QuantizedLayer
 from hf_qat.quantization.quantizer import fake_quantizers
 from tests.coverage.case import Case

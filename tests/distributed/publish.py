@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.publish.conftest import publisher
+from tests.exported import publisher
 
 
 def main(directory: Path) -> None:

@@ -12,7 +12,7 @@ from accelerate.state import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from hf_qat.quantization.quantizer import fake_quantizers
-from hf_qat.trainer import QATTrainer
+from hf_qat.trainer.trainer import QATTrainer
 from tests.models import resnet
 from tests.training import arguments, images, recipe
 

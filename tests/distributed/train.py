@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hf_qat.errors import CalibrationError
-from hf_qat.trainer import QATTrainer
+from hf_qat.trainer.trainer import QATTrainer
 from tests.models import resnet
 from tests.training import FOLLOWED, arguments, images, recipe
 

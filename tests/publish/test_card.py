@@ -5,9 +5,9 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_qat.config import QATConfig
+from hf_qat.config.qat_config import QATConfig
 from hf_qat.publish.card import CardFacts, CardOptions, render
-from tests.publish.conftest import BASE, Exported, tiny_resnet
+from tests.exported import BASE, Exported, tiny_resnet
 
 
 @pytest.fixture(scope="module")

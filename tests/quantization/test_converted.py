@@ -27,7 +27,7 @@ def linear(spec: QuantizerSpec = PER_CHANNEL, bias: bool = True, quantized_input
     layer = install_layer(spread(nn.Linear(6, 4, bias=bias)), aten.linear.default, (), spec, 0, None)
     layer.initialize_scale()
     if quantized_input:
-        layer.set_source_quantizer(source())
+        layer.set_input_quantizer(source())
     return layer.eval()
 
 
@@ -36,7 +36,7 @@ def transposed() -> QATLayer:
     model = spread(nn.Sequential(nn.ConvTranspose2d(4, 3, 2, stride=2), nn.BatchNorm2d(3)).eval())
     layer = install_layer(model[0], aten.conv_transpose2d.input, ([2, 2],), spec, 1, model[1])
     layer.initialize_scale()
-    layer.set_source_quantizer(source())
+    layer.set_input_quantizer(source())
     return layer.eval()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_qat.quantization.layers import QATBatchNorm, QATLayer, install_batch_norm, install_layer, qat_layers
+from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer, install_freezable_norm, install_layer, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
 from tests.models import spread
@@ -167,7 +167,7 @@ def source(scale: float) -> FakeQuantize:
 
 def test_in_evaluation_the_bias_is_rounded_to_int32_steps_and_in_training_it_is_not():
     layer = linear()
-    layer.set_source_quantizer(source(0.5))  # coarse, so that it shows
+    layer.set_input_quantizer(source(0.5))  # coarse, so that it shows
     with torch.no_grad():
         layer.weight_quantizer.set_qparams(torch.full((4,), 0.25))
     zeros = torch.zeros(1, 6)
@@ -175,7 +175,7 @@ def test_in_evaluation_the_bias_is_rounded_to_int32_steps_and_in_training_it_is_
     assert np.abs(expected - numbers(layer.bias)).max() > 0.01
     np.testing.assert_array_equal(numbers(layer.eval()(zeros))[0], expected)
     assert torch.equal(layer.train()(zeros)[0], layer.bias)
-    layer.eval().source_quantizer.enabled = False
+    layer.eval().input_quantizer.enabled = False
     assert torch.equal(layer(zeros)[0], layer.bias)
 
 
@@ -186,7 +186,7 @@ def test_the_scale_on_the_device_leaves_room_for_the_bias():
         layer.bias[2] = 3.0
     layer.initialize_scale()
     assert torch.equal(layer.device_scale(), layer.weight_quantizer.scale)
-    layer.set_source_quantizer(source(0.01))
+    layer.set_input_quantizer(source(0.01))
     scale = layer.device_scale()
     same = [0, 1, 3]
     assert torch.equal(scale[same], layer.weight_quantizer.scale[same])
@@ -252,9 +252,9 @@ def test_a_copy_refers_to_its_own_batch_norm():
 def test_an_excluded_batch_norm_can_be_frozen():
     norm = spread(nn.Sequential(nn.BatchNorm2d(4)))[0]
     twin, x = copy.deepcopy(norm), torch.randn(5, 4, 6, 6)
-    install_batch_norm(norm)
-    install_batch_norm(norm)  # a second call changes nothing
-    assert isinstance(norm, QATBatchNorm) and isinstance(norm, nn.BatchNorm2d)
+    install_freezable_norm(norm)
+    install_freezable_norm(norm)  # a second call changes nothing
+    assert isinstance(norm, FreezableBatchNorm) and isinstance(norm, nn.BatchNorm2d)
     assert torch.equal(norm.train()(x), twin.train()(x))
     assert torch.equal(norm.running_mean, twin.running_mean)
     norm.batch_norm_frozen = True

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_qat.quantization.packing import bias_scale, code_dtype, fit_weight_scale, quantize_bias
+from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
+from hf_qat.quantization.packing import code_dtype
 from hf_qat.quantization.spec import QuantizerSpec
 
 

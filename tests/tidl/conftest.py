@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import onnx
 import pytest
 from torch import nn
 from transformers import ViTImageProcessorPil
@@ -16,17 +15,6 @@ from hf_qat import export_onnx
 from hf_qat.tidl import bundle, export_tidl
 from tests.tidl.cases import FRAMES, MODELS, SCHEMES, scenes, trained
 from tests.tidl.stand_in import StandIn
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Callable[[onnx.ModelProto], Path]:
-    """`saved(model)`: the path of a file with it."""
-
-    def save(model: onnx.ModelProto) -> Path:
-        onnx.save(model, tmp_path / "model.onnx")
-        return tmp_path / "model.onnx"
-
-    return save
 
 
 @pytest.fixture(scope="session")

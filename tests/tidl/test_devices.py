@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from hf_qat.targets import find_target, targets
+from hf_qat.config.targets import find_target, targets
 from hf_qat.tidl.devices import DEVICES, Fact, find_device
 from hf_qat.tidl.runtime_options import runtime_options
 

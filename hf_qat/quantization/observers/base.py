@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_qat.errors import CalibrationError, ConfigError
-from hf_qat.quantization.observers import distributed
+from hf_qat.quantization import collectives
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -73,7 +73,7 @@ class Observer(ABC):
         Collective: every rank calls it once, after the last `observe`, even a rank that had no data. Without a
         process group it does nothing.
         """
-        if distributed.is_active():
+        if collectives.is_active():
             self._merge_ranks()
 
     @abstractmethod

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.observers import distributed
+from hf_qat.quantization import collectives
 from hf_qat.quantization.observers.base import Observer
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -62,9 +62,9 @@ class Histogram:
 
     def merge_ranks(self) -> None:
         """Add the counts of all ranks, on the range that all of them need."""
-        (low,), (high,) = distributed.all_extremes([self.minimum], [self.maximum])
+        (low,), (high,) = collectives.range_over_ranks([self.minimum], [self.maximum])
         self._cover(low, high)
-        self.counts = distributed.all_sum(self.counts)
+        self.counts = collectives.sum_over_ranks(self.counts)
 
     def _cover(self, low: float, high: float) -> None:
         """Move and widen the bins until they hold [low, high] and 0 beside what they hold already."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.observers import distributed
+from hf_qat.quantization import collectives
 from hf_qat.quantization.observers.base import Observer, register_observer
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -36,7 +36,7 @@ class MinMaxObserver(Observer):
         return self.minimum, self.maximum
 
     def _merge_ranks(self) -> None:
-        (self.minimum,), (self.maximum,) = distributed.all_extremes([self.minimum], [self.maximum])
+        (self.minimum,), (self.maximum,) = collectives.range_over_ranks([self.minimum], [self.maximum])
 
 
 @register_observer("moving_average")
@@ -63,10 +63,10 @@ class MovingAverageObserver(Observer):
         return _averaged(self.minima), _averaged(self.maxima)
 
     def _merge_ranks(self) -> None:
-        missing = distributed.all_maximum(len(self.minima)) - len(self.minima)
+        missing = collectives.max_over_ranks(len(self.minima)) - len(self.minima)
         if missing + len(self.minima) == 0:
             return
-        self.minima, self.maxima = distributed.all_extremes(
+        self.minima, self.maxima = collectives.range_over_ranks(
             self.minima + [math.inf] * missing, self.maxima + [-math.inf] * missing
         )
 

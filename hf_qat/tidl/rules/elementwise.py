@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import TensorProto
 
-from hf_qat.export.scope import get_attribute
+from hf_qat.export.onnx_graph import get_attribute
 from hf_qat.tidl.devices import Device
 from hf_qat.tidl.graph import Layer
 from hf_qat.tidl.rules.registry import Finding, layer_rule, newer_tools, operator_source

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
-from hf_qat.export.scope import DEFAULT_DOMAINS, Scope
+from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph
 from hf_qat.tidl.devices import OPTIONS_DOC, QUANTIZATION_DOC, Device
 from hf_qat.tidl.graph import Graph
 from hf_qat.tidl.rules.registry import Finding, graph_rule
@@ -51,7 +51,7 @@ def shapes_are_stored(graph: Graph, device: Device) -> Iterator[Finding]:
     """Every value between two layers has its shape in the file."""
     if any(not size for value in graph.inputs for size in graph.scope.shape(value.name) or (None,)):
         return  # nothing can be inferred yet
-    stored = Scope(graph.model.graph)
+    stored = OnnxGraph(graph.model.graph)
     names = [name for node in graph.proto.node for name in node.output if name and name not in graph.fixed]
     missing = [name for name in names if not _known(stored, name)]
     if not missing:
@@ -64,7 +64,7 @@ def shapes_are_stored(graph: Graph, device: Device) -> Iterator[Finding]:
     yield Finding("shape-inference", why, remedy, SHAPES_SOURCE, "refused")
 
 
-def _known(scope: Scope, name: str) -> bool:
+def _known(scope: OnnxGraph, name: str) -> bool:
     shape = scope.shape(name)
     return shape is not None and None not in shape
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hf_qat.export.scope import Shape, get_attribute
+from hf_qat.export.onnx_graph import Shape, get_attribute
 from hf_qat.tidl.devices import Device
 from hf_qat.tidl.graph import Layer, from_the_end
 from hf_qat.tidl.rules.registry import Finding, layer_rule, operator_source

@@ -7,7 +7,7 @@ from math import log2, prod
 
 import numpy as np
 
-from hf_qat.export.scope import get_attribute
+from hf_qat.export.onnx_graph import get_attribute
 from hf_qat.tidl.devices import Device
 from hf_qat.tidl.graph import Layer, from_the_end
 from hf_qat.tidl.operators import GLOBAL_POOLING_PLANE, POOLING_KERNELS

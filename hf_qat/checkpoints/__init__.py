@@ -1,0 +1,1 @@
+"""Saved models: how they lie in their files, and how they become models again."""

@@ -1,0 +1,177 @@
+"""Checkpoints: how a converted model lies in its file, and how either kind becomes a model again.
+
+Integer codes are stored under the name of the weight, flat: `[1, n]`, or `[n]` where the weight itself is `[1, n]`.
+No float model has such a weight, so without `import hf_qat` transformers refuses the file instead of casting the codes
+to float. Codes of at most 4 bits lie two in a byte.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_qat.checkpoints.stored_format import _restore, _weight_key, quantized_layers, stored_shape
+from hf_qat.checkpoints.validation import check_tensors, open_tensors
+from hf_qat.config.checkpoint_info import CheckpointInfo
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.errors import ConfigError, WeightsError
+from hf_qat.graph.capture.meta_device import MetaCapture
+from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.fingerprint import first_difference
+from hf_qat.model.conversion import swap_to_integer_modules
+from hf_qat.model.prepare import prepare_qat
+from hf_qat.model.saved_config import keep_names, rebuild_inputs
+from hf_qat.model.state import state_of
+from hf_qat.model.state_dict import initialize_weight_scales
+from hf_qat.quantization.class_swap import original_class
+from hf_qat.quantization.layers import QATLayer
+from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+
+
+logger = logging.getLogger(__name__)
+
+#: In the name of every tensor that `graph.functional.add_constant` registers.
+CONSTANT = "_constant_"
+
+
+@dataclass(frozen=True)
+class PendingRestore:
+    """What the rebuilding of a model before its weights are read leaves to be done afterwards.
+
+    Attributes:
+        codes: keys of the codes of the quantized layers.
+        constants: path → value of the tensors that the graphs hold, which transformers overwrites as not stored.
+        new_heads: key → shape of the tensors that the file has for another number of labels.
+    """
+
+    codes: set[str]
+    constants: dict[str, Tensor]
+    new_heads: dict[str, torch.Size]
+
+
+def rebuild(model: PreTrainedModel, config: QATConfig, files: list[str] | None) -> PendingRestore:
+    """Prepare (and convert) a model on the meta device as its checkpoint says, in place, and look through the files.
+
+    Args:
+        model: as its class makes it, on the meta device.
+        config: of the checkpoint.
+        files: the safetensors files of the checkpoint.
+
+    Raises:
+        ConfigError: `config` does not say how to rebuild a model.
+        WeightsError: the graph is another one than was saved, or a file does not hold what the model needs.
+    """
+    if config.checkpoint is None:
+        raise ConfigError(
+            "quantization_config has no entry 'checkpoint': the config.json was not written by save_pretrained of a "
+            "prepared or converted model. Load the float model, and call prepare_qat(model, config)."
+        )
+    if files is None:
+        raise WeightsError("a quantized model is loaded from a directory or a repository, not from a state dict.")
+    saved = CheckpointInfo.from_dict(config.checkpoint)
+    if isinstance(model, CapturedModule):  # `type(prepared).from_pretrained(…)`, where the whole was captured
+        model.__class__ = original_class(type(model))
+    with open_tensors(files, str(getattr(model.config, "name_or_path", ""))) as stored:
+        # transformers makes everything on the meta device in here; what a graph holds as constants has values.
+        with torch.device("cpu"):
+            with MetaCapture():
+                prepare_qat(model, config.with_checkpoint(None), rebuild_inputs(saved.inputs))
+            _require_same_graph(model, saved)
+            if saved.stage == "converted":
+                swap_to_integer_modules(model)
+        layers = {_weight_key(path): layer for path, layer in quantized_layers(model).items()}
+        shapes = {key: stored_shape(layer) for key, layer in layers.items()}
+        other_labels = saved.stage == "prepared" and saved.num_labels != _info(model).num_labels
+        new_heads = check_tensors(model, stored, shapes, other_labels)
+    return PendingRestore(set(layers), _constants(model), new_heads)
+
+
+def _constants(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that the graphs hold, by path.
+
+    Raises:
+        WeightsError: the value of one depends on weights, which are not there yet.
+    """
+    constants = {path: buffer for path, buffer in model.named_buffers() if CONSTANT in path.rpartition(".")[2]}
+    for path, value in constants.items():
+        if value.device.type == "meta":
+            raise WeightsError(
+                f"{path}, a constant in the graph of {type(model).__name__}, cannot be computed before the weights "
+                "are read, so from_pretrained cannot rebuild the model. Prepare the float model, and load_weights "
+                "into it."
+            )
+    return constants
+
+
+def _info(model: PreTrainedModel) -> CheckpointInfo:
+    return CheckpointInfo.from_dict(model.config.quantization_config.checkpoint)
+
+
+def _require_same_graph(model: PreTrainedModel, saved: CheckpointInfo) -> None:
+    built = _info(model)
+    difference = first_difference(saved.operations, built.operations)
+    if difference is None:
+        return
+    raise WeightsError(
+        f"the checkpoint holds the quantizers of another graph: {difference}. It was saved from {saved.model_class} "
+        f"by transformers {saved.transformers_version} with torch {saved.torch_version}, and this is "
+        f"{built.model_class} of transformers {built.transformers_version} with torch {built.torch_version}. Use the "
+        "class and the versions that saved it; or prepare the float model anew."
+    )
+
+
+def finish(model: PreTrainedModel, rebuilt: PendingRestore) -> None:
+    """What is left to do once the weights are read, in place."""
+    for path, value in rebuilt.constants.items():
+        owner, _, name = path.rpartition(".")
+        buffers = model.get_submodule(owner)._buffers
+        present = buffers[name]
+        buffers[name] = value if present is None else value.to(present.device)
+    for layer in set(quantized_layers(model).values()):
+        _restore(layer)
+    if rebuilt.new_heads:
+        _start_heads(model, rebuilt.new_heads)
+    keep_names(model)
+    state = state_of(model)
+    if state is not None and state.stage == "converted":
+        model.requires_grad_(False)
+    else:
+        detach_quantizer(model)
+
+
+def detach_quantizer(model: PreTrainedModel) -> None:
+    """Leave a prepared model as `prepare_qat` does; `attach_hf_quantizer` says why it has no quantizer."""
+    model.__dict__.pop("hf_quantizer", None)
+    model.__dict__.pop("quantization_method", None)
+    vars(model)["is_quantized"] = False
+
+
+def _start_heads(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
+    """Fresh weights for another number of labels, and ranges to be collected anew behind them."""
+    owners: dict[str, nn.Module] = {}
+    for key, shape in shapes.items():
+        path, _, name = key.rpartition(".")
+        owner = owners[path] = model.get_submodule(path)
+        old = getattr(owner, name)
+        fresh = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        if name in owner._parameters:
+            owner._parameters[name] = nn.Parameter(fresh, requires_grad=old.requires_grad)
+        else:
+            owner._buffers[name] = fresh
+    for owner in owners.values():
+        if not isinstance(owner, FakeQuantize):
+            model._init_weights(owner)
+    for owner in owners.values():
+        if isinstance(owner, QATLayer):
+            for quantizer in fake_quantizers(owner).values():
+                quantizer.observed.zero_()
+            initialize_weight_scales(owner)
+    logger.warning(
+        "The checkpoint was saved with another number of labels. %s start from random weights: train, and calibrate "
+        "the ranges again.",
+        ", ".join(shapes),
+    )

@@ -1,0 +1,1 @@
+"""The recipe as plain data, and the tables of what devices compute."""

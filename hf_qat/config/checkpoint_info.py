@@ -1,0 +1,78 @@
+"""`CheckpointInfo`: what `config.json` says of a saved model beyond the recipe, to build its graph again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from hf_qat.config.checks import refuse_unknown
+from hf_qat.errors import ConfigError
+
+
+#: `"prepared"`: a training checkpoint, float weights and quantizers. `"converted"`: a quantized one, integer codes.
+STAGES = ("prepared", "converted")
+
+#: What the values of each JSON type are called in messages.
+_KINDS: dict[str, tuple[type, str]] = {
+    "stage": (str, "a string"),
+    "model_class": (str, "a string"),
+    "num_labels": (int, "a whole number"),
+    "inputs": (list, "a list"),
+    "operations": (dict, "an object"),
+    "fingerprint": (str, "a string"),
+    "transformers_version": (str, "a string"),
+    "torch_version": (str, "a string"),
+}
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """The entry `checkpoint` of a saved `quantization_config`.
+
+    Attributes:
+        stage: one of `STAGES`.
+        model_class: name of the class that was saved.
+        num_labels: its number of labels; another number at loading means a new head.
+        inputs: example inputs without their data, see `hf_qat.model.saved_config.describe_inputs`.
+        operations: what was captured, see `hf_qat.graph.fingerprint`; `fingerprint` is its hash.
+        transformers_version, torch_version: of the saving process.
+    """
+
+    stage: str
+    model_class: str
+    num_labels: int
+    inputs: list[Any]
+    operations: dict[str, list[str]]
+    fingerprint: str
+    transformers_version: str
+    torch_version: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: object) -> CheckpointInfo:
+        """The inverse of `to_dict`, for data that may come from anywhere.
+
+        Raises:
+            ConfigError: an entry is missing, unknown, or of another type.
+        """
+        where = "quantization_config['checkpoint']"
+        if not isinstance(data, Mapping):
+            raise ConfigError(
+                f"{where} must be an object, not {data!r}: the config.json was not written by save_pretrained."
+            )
+        names = [field.name for field in fields(cls)]
+        refuse_unknown(where, data, names)
+        for name in names:
+            kind, called = _KINDS[name]
+            if not isinstance(data.get(name), kind) or isinstance(data[name], bool):
+                raise ConfigError(f"{where}[{name!r}] must be {called}, not {data.get(name)!r}.")
+        if data["stage"] not in STAGES:
+            raise ConfigError(f"{where}['stage'] must be one of {', '.join(STAGES)}, not {data['stage']!r}.")
+        for path, lines in data["operations"].items():
+            if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
+                raise ConfigError(f"{where}['operations'][{path!r}] must be a list of strings.")
+        return cls(**data)

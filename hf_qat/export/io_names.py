@@ -1,0 +1,92 @@
+"""The call that is exported or compared: example inputs, and the names of what goes in and comes out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hf_qat.graph.capture.inputs import Inputs, guess_inputs
+from hf_qat.graph.captured import CapturedModule
+from hf_qat.model.state import captured_children
+
+
+#: Name of the batch axis in a file with a dynamic batch.
+BATCH_AXIS = "batch"
+
+
+def example_of(model: nn.Module) -> Inputs:
+    """Random inputs of the shapes that `model` was captured with, for a batch of 2.
+
+    Raises:
+        CaptureError: the shapes cannot be told from the model; `example_inputs` must be given.
+    """
+    main_input = getattr(model, "main_input_name", None)
+    for path, module in captured_children(model).items():
+        tensors = _random_inputs(module)
+        if not path:
+            args, kwargs = module.signature.rebuild(tensors)
+            return kwargs if kwargs else tuple(args)
+        names = module.signature.tensor_names()
+        if main_input in names:
+            return {main_input: tensors[names.index(main_input)]}
+    return guess_inputs(model)
+
+
+def _random_inputs(module: CapturedModule) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    tensors = []
+    for node, shape in zip(placeholders, module.shapes, strict=True):
+        values = torch.randn([2 if size is None else size for size in shape], generator=generator)
+        tensors.append(values.to(node.meta["val"].dtype))
+    return tensors
+
+
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """The call with its arguments by name."""
+    return inspect.signature(model.forward).bind(*args, **kwargs)
+
+
+def input_names(bound: inspect.BoundArguments) -> list[str]:
+    """A name for each tensor that goes in, in order: its argument's, numbered where an argument holds several."""
+    return [name for name, _ in _named(dict(bound.arguments))]
+
+
+def input_tensors(bound: inspect.BoundArguments) -> list[Tensor]:
+    """Each tensor that goes in, in the order of `input_names`."""
+    return [tensor for _, tensor in _named(dict(bound.arguments))]
+
+
+def named_outputs(result: Any) -> list[tuple[str, Tensor]]:
+    """Each tensor that comes out, by its name in a `ModelOutput` or a dict; `output` or `output_<k>` elsewhere."""
+    return list(_named(result if isinstance(result, Mapping) else {"output": result}))
+
+
+def dynamic_batch(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """`dynamic_shapes` for `torch.onnx.export`: the first axis of every tensor is the batch."""
+
+    def axes(leaf: Any) -> dict[int, str] | None:
+        return {0: BATCH_AXIS} if isinstance(leaf, Tensor) and leaf.dim() else None
+
+    shapes: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        shape = pytree.tree_map(axes, value)
+        keywords = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        shapes.update(shape if keywords else {name: shape})
+    return shapes
+
+
+def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in the order in which torch flattens the values of `tree`."""
+    for name, value in tree.items():
+        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        if len(leaves) == 1 or not isinstance(value, Mapping):
+            for position, leaf in enumerate(leaves):
+                yield (name if len(leaves) == 1 else f"{name}_{position}"), leaf
+        else:
+            yield from _named(value)

@@ -1,0 +1,23 @@
+"""The manifest of a directory: one line a file, as `sha256sum` writes and checks it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+#: One line a file, as `sha256sum` writes and checks it.
+MANIFEST = "SHA256SUMS"
+
+
+def digest(file: Path) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def write_manifest(directory: Path) -> None:
+    """Write `SHA256SUMS` of all files below a directory."""
+    files = sorted(Path(root) / name for root, _, names in os.walk(directory) for name in names if name != MANIFEST)
+    lines = [f"{digest(file)}  {file.relative_to(directory).as_posix()}\n" for file in files]
+    (directory / MANIFEST).write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""From a module's forward to an FX graph."""

@@ -1,0 +1,1 @@
+"""Passes over captured graphs: rewrite, fuse, place, connect."""

@@ -1,0 +1,273 @@
+"""What the placement of quantizers needs to know of a graph: roles of nodes, where a value comes from, its sign."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from hf_qat.graph.capture.clean import MODULE_PATH
+from hf_qat.graph.captured import CapturedModule, fetch
+from hf_qat.graph.rules import (
+    BEFORE_ERROR_AMPLIFYING,
+    ERROR_AMPLIFYING,
+    FLOAT,
+    FLOAT_REASONS,
+    LARGEST_EPSILON,
+    Kind,
+    Rule,
+    is_scalar_multiple,
+    rule_of,
+    tensor_inputs,
+)
+from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer
+
+
+aten = torch.ops.aten
+
+LAYER = Rule(Kind.LAYER, "layer")
+NORM = Rule(Kind.COMPUTE, "batch_norm")
+
+#: Element-wise operations that may stand between a product and the softmax that it feeds, if their other operand does
+#: not depend on data: position biases and masks. A quantizer on a sum with -1e38 would have no resolution left.
+SOFTMAX_PRELUDE = {aten.add.Tensor, aten.sub.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
+
+#: The sizes of a tensor are not its values, and neither is a constant of that size.
+SIZES = {
+    aten.sym_size.int,
+    getattr,
+    *(
+        getattr(aten, name).default
+        for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+    ),
+}
+
+
+class GraphFacts:
+    """Facts about one captured graph, computed once, before any quantizer is inserted.
+
+    Args:
+        captured: the module whose graph it is, fused already.
+        path: where it stands in the model.
+        excluded: says of a full module path whether it stays float.
+        non_negative_inputs: positions of inputs that are known to be ≥ 0.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedModule,
+        path: str,
+        excluded: Callable[[str], bool],
+        non_negative_inputs: set[int],
+    ) -> None:
+        self.captured, self.path = captured, path
+        self.nodes = list(captured.graph.nodes)
+        self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
+        self._excluded = excluded
+        self.static = self._static_nodes()
+        self.rules = {node: self._rule(node) for node in self.nodes}
+        self._error_amplifying = self._error_amplifying_nodes()
+        self.rules |= dict.fromkeys(self._error_amplifying, FLOAT)
+        self._epsilon_guards = self._epsilon_guard_nodes()
+        self.rules |= dict.fromkeys(self._epsilon_guards, FLOAT)
+        self.prelude = self._softmax_preludes()
+        self._non_negative = self._non_negative_nodes(non_negative_inputs)
+
+    def full_path(self, path: str) -> str:
+        """A path below the captured child, seen from the model."""
+        return ".".join(part for part in (self.path, path) if part)
+
+    def owner(self, node: fx.Node) -> str:
+        """Path, below the captured child, of the module that the node belongs to."""
+        return str(node.meta.get(MODULE_PATH, ""))
+
+    def is_quantized(self, node: fx.Node) -> bool:
+        """Whether the operation computes on codes."""
+        return self.rules[node].kind in (Kind.LAYER, Kind.COMPUTE, Kind.ACTIVATION, Kind.JOIN)
+
+    def fuses_into_next(self, node: fx.Node) -> bool:
+        """Whether the single consumer (an activation, a factor) is computed before anything is rounded."""
+        if self.rules[node].kind not in (Kind.LAYER, Kind.COMPUTE) or len(node.users) != 1:
+            return False
+        user = next(iter(node.users))
+        follows = self.rules[user].kind is Kind.ACTIVATION or (is_scalar_multiple(user) and self.is_quantized(user))
+        return follows and user.args[0] is node
+
+    def insertion_points(self) -> list[fx.Node]:
+        """Operations whose result is rounded."""
+        return [
+            n for n in self.nodes if self.is_quantized(n) and n not in self.prelude and not self.fuses_into_next(n)
+        ]
+
+    def inputs_to_quantize(self, node: fx.Node) -> list[fx.Node]:
+        """The inputs of `node` that must be quantized for it to be computed on codes."""
+        if not self.is_quantized(node) or node in self.prelude:
+            return []
+        inputs = tensor_inputs(node, self.rules[node])
+        if self.rules[node].name == "div":
+            inputs = [n for n in inputs if n is node.args[0] or n not in self.static]  # a small divisor would become 0
+        return [n for n in inputs if n not in self.prelude and self.source(n) not in self._epsilon_guards]
+
+    def source(self, node: fx.Node) -> fx.Node:
+        """Back through whatever hands its values on unchanged."""
+        while self.rules[node].kind is Kind.PASS and isinstance(node.args[0], fx.Node):
+            if node.target is operator.getitem and self.rules[node.args[0]].kind is not Kind.PASS:
+                break  # one of several results of an operation that makes new values
+            node = node.args[0]
+        return node
+
+    def non_negative(self, node: fx.Node) -> bool:
+        """Whether the value is known to be ≥ 0."""
+        return node in self._non_negative
+
+    def feeds_product(self, node: fx.Node) -> bool:
+        """Whether the value reaches, unchanged, a product of two activations."""
+        stack, seen = [node], set()
+        while stack:
+            for user in stack.pop().users:
+                if self.rules[user].is_activation_product:
+                    return True
+                if self.rules[user].kind is Kind.PASS and user not in seen:
+                    seen.add(user)
+                    stack.append(user)
+        return False
+
+    def float_operations(self) -> list[tuple[str, str, str]]:
+        """`(module path, operation, reason)` of every data-dependent floating-point operation left in float."""
+        rows = []
+        for node in self.nodes:
+            value = node.meta.get("val")
+            data = node.op == "call_function" and node not in self.static and isinstance(value, Tensor)
+            data = data and not self._fuses_into_division(node)
+            if data and value.is_floating_point() and (self.rules[node].kind is Kind.FLOAT or node in self.prelude):
+                rows.append((self.full_path(self.owner(node)), str(node.target), self._reason(node)))
+        return rows
+
+    def _reason(self, node: fx.Node) -> str:
+        if node in self.prelude:
+            return "belongs to the softmax behind it"
+        if node in self._error_amplifying:
+            return "belongs to the logarithm, root, power or sine behind it"
+        if node in self._epsilon_guards:
+            return "keeps a divisor away from 0"
+        if self._excluded(self.full_path(self.owner(node))):
+            return "excluded"
+        name = operation_name(node)
+        return FLOAT_REASONS.get(name, "no rule")
+
+    def _rule(self, node: fx.Node) -> Rule:
+        if node.op == "call_module":
+            if node.target == "compute" or isinstance(fetch(self.captured, str(node.target)), QATLayer):
+                return LAYER
+            if isinstance(fetch(self.captured, str(node.target)), FreezableBatchNorm):
+                return FLOAT if self._excluded(self.full_path(self.owner(node))) else NORM
+            return rule_of(node)
+        rule = rule_of(node)
+        if rule.kind is Kind.LAYER:
+            # Its weight is no layer's own: both operands are quantized like activations.
+            rule = Rule(Kind.COMPUTE, rule.name, inputs=2)
+        computes = rule.kind not in (Kind.FLOAT, Kind.PASS)
+        value = node.meta.get("val")
+        if computes and not (isinstance(value, Tensor) and value.is_floating_point()):
+            return FLOAT
+        if computes and (node in self.static or self._excluded(self.full_path(self.owner(node)))):
+            return FLOAT
+        return rule
+
+    def _static_nodes(self) -> set[fx.Node]:
+        """Nodes that depend on parameters and sizes, not on data."""
+        static: set[fx.Node] = set()
+        for node in self.nodes:
+            constant = node.op == "get_attr" or (node.op == "call_function" and node.target in SIZES)
+            if constant or (node.op == "call_function" and all(n in static for n in node.all_input_nodes)):
+                static.add(node)
+        return static
+
+    def _error_amplifying_nodes(self) -> set[fx.Node]:
+        """Nodes that feed nothing but logarithms, roots and powers, through simple arithmetic."""
+        delicate: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            after = delicate | {user for user in node.users if operation_name(user) in ERROR_AMPLIFYING}
+            feeds = bool(node.users) and all(user in after for user in node.users)
+            if feeds and (self.rules[node].name in BEFORE_ERROR_AMPLIFYING or self.rules[node].kind is Kind.PASS):
+                delicate.add(node)
+        return {node for node in delicate if self.rules[node].kind is not Kind.PASS}
+
+    def _epsilon_guard_nodes(self) -> set[fx.Node]:
+        """Divisors, and sums with an epsilon: rounding could make them 0, and a quotient infinite."""
+        guards: set[fx.Node] = set()
+        for node in self.nodes:
+            rule = self.rules[node]
+            if rule.name in ("add", "clamp") and self.is_quantized(node) and any(map(_is_epsilon, node.args[1:])):
+                guards.add(node)
+            if rule.name == "div" and self.is_quantized(node) and isinstance(node.args[1], fx.Node):
+                divisor = self.source(node.args[1])
+                if self.rules[divisor].name in BEFORE_ERROR_AMPLIFYING and self.is_quantized(divisor):
+                    guards.add(divisor)
+        return guards
+
+    def _fuses_into_division(self, node: fx.Node) -> bool:
+        """Whether an epsilon is added to a divisor on the way into the division."""
+        alone = node in self._epsilon_guards and len(node.users) == 1 and len(node.all_input_nodes) == 1
+        return alone and operation_name(next(iter(node.users))) == "div"
+
+    def _softmax_preludes(self) -> set[fx.Node]:
+        """Nodes between a product and its softmax, see `SOFTMAX_PRELUDE`."""
+        prelude: set[fx.Node] = set()
+        for node in self.nodes:
+            if self.rules[node].name in ("softmax", "_softmax") and self.is_quantized(node):
+                prelude |= self._prelude_of(node)
+        return prelude
+
+    def _prelude_of(self, softmax: fx.Node) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        node = softmax.args[0]
+        while isinstance(node, fx.Node) and len(node.users) == 1:
+            if self.rules[node].kind is Kind.PASS:
+                node = node.args[0]
+                continue
+            data = [n for n in node.all_input_nodes if n not in self.static]
+            if len(data) > 1:
+                data = [n for n in data if self._is_score(n)]  # the other one is a mask of this very input
+            if node.target not in SOFTMAX_PRELUDE or len(data) != 1 or len(node.all_input_nodes) < 2:
+                break
+            found.add(node)
+            node = data[0]
+        return found
+
+    def _is_score(self, node: fx.Node) -> bool:
+        """Whether the value is a product of two activations, scaled and masked perhaps."""
+        while self.rules[node].kind is Kind.PASS or is_scalar_multiple(node) or node.target in SOFTMAX_PRELUDE:
+            if not isinstance(node.args[0], fx.Node):
+                return False
+            node = node.args[0]
+        return self.rules[node].is_activation_product
+
+    def _non_negative_nodes(self, inputs: set[int]) -> set[fx.Node]:
+        known = {self.placeholders[position] for position in inputs}
+        for node in self.nodes:
+            rule = self.rules[node]
+            inherits = rule.kind is Kind.PASS or rule.non_negative is None
+            tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            inherited = inherits and bool(tensors) and all(n in known for n in tensors)
+            if rule.non_negative or (inherited and all(number >= 0 for number in _operands(node, rule))):
+                known.add(node)
+        return known
+
+
+def _operands(node: fx.Node, rule: Rule) -> list[float]:
+    """The numbers that an operation of two operands computes with: `x + 1`, `x * 2`, `add(x, y, alpha=2)`."""
+    values = (*node.args[1:], *node.kwargs.values()) if rule.inputs == 2 else ()
+    return [value for value in values if isinstance(value, (int, float))]
+
+
+def _is_epsilon(argument: object) -> bool:
+    return isinstance(argument, float) and 0.0 < argument <= LARGEST_EPSILON
+
+
+def operation_name(node: fx.Node) -> str:
+    """`aten.conv2d.default` → `conv2d`."""
+    name = str(node.target)
+    return name.split(".")[1] if "." in name else name

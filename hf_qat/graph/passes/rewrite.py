@@ -1,0 +1,209 @@
+"""Rewrite captured graphs into the operations that can be quantized and exported, without changing what they compute.
+
+Fused attention becomes its two products and the softmax between them, unfolding without overlap becomes a permutation,
+and batch norms in disguise become batch norms that fusion can fold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hf_qat.graph.capture.clean import MODULE_PATH, eliminate_dead_code
+from hf_qat.graph.captured import CapturedModule
+
+
+aten = torch.ops.aten
+
+#: Buffers of a batch norm that is frozen for good (DETR's), a class of the model's own.
+STATISTICS = ("weight", "bias", "running_mean", "running_var")
+
+
+def rewrite(captured: CapturedModule) -> None:
+    """Apply all rewrites to the graph of `captured`, in place, before anything is fused."""
+    for node in list(captured.graph.nodes):
+        rewriter = REWRITERS.get(node.target) if node.op == "call_function" else None
+        if rewriter is not None:
+            rewriter(captured, node)
+    eliminate_dead_code(captured.graph)
+    captured.recompile()
+
+
+def _expand_attention(captured: CapturedModule, node: fx.Node) -> None:
+    """`scaled_dot_product_attention(q, k, v, mask)` → softmax(q kᵀ · scale + mask) v."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    mask, query = given.get("attn_mask"), _value(node.args[0])
+    if given.get("is_causal") or given.get("enable_gqa") or (mask is not None and _value(mask).dtype == torch.bool):
+        return
+    scale = given.get("scale")
+    scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
+    emit = _emitter(captured.graph, node)
+    scores = emit(aten.matmul.default, node.args[0], emit(aten.transpose.int, node.args[1], -2, -1))
+    scores = emit(aten.mul.Tensor, scores, scale)
+    if mask is not None:
+        scores = emit(aten.add.Tensor, scores, mask)
+    _replace(node, emit(aten.matmul.default, emit(aten.softmax.int, scores, -1), node.args[2]))
+
+
+def _split_baddbmm(captured: CapturedModule, node: fx.Node) -> None:
+    """`baddbmm(mask, a, b)`, as `nn.MultiheadAttention` computes masked scores → a b + mask."""
+    if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
+        return
+    emit = _emitter(captured.graph, node)
+    _replace(node, emit(aten.add.Tensor, emit(aten.bmm.default, *node.args[1:]), node.args[0]))
+
+
+def _permute_for_unfold(captured: CapturedModule, node: fx.Node) -> None:
+    """`im2col` whose windows do not overlap: (N, C, h·kh, w·kw) → (N, C·kh·kw, h·w)."""
+    arguments: Any = node.args
+    x, kernel, dilation, padding, stride = arguments
+    height, width = _value(x).shape[2:]
+    if not _tiles((height, width), kernel, dilation, padding, stride):
+        return
+    (kh, kw), channels, emit = kernel, int(_value(x).shape[1]), _emitter(captured.graph, node)
+    h, w = height // kh, width // kw
+    tiles = emit(aten.reshape.default, x, [-1, channels, h, kh, w, kw])
+    tiles = emit(aten.permute.default, tiles, [0, 1, 3, 5, 2, 4])
+    _replace(node, emit(aten.reshape.default, tiles, [-1, channels * kh * kw, h * w]))
+
+
+def _permute_for_fold(captured: CapturedModule, node: fx.Node) -> None:
+    """`col2im` whose windows do not overlap: (N, C·kh·kw, h·w) → (N, C, h·kh, w·kw)."""
+    arguments: Any = node.args
+    x, size, kernel, dilation, padding, stride = arguments
+    if not _tiles(size, kernel, dilation, padding, stride):
+        return
+    (height, width), (kh, kw) = size, kernel
+    channels, emit = int(_value(x).shape[1]) // (kh * kw), _emitter(captured.graph, node)
+    tiles = emit(aten.reshape.default, x, [-1, channels, kh, kw, height // kh, width // kw])
+    tiles = emit(aten.permute.default, tiles, [0, 1, 4, 2, 5, 3])
+    _replace(node, emit(aten.reshape.default, tiles, [-1, channels, height, width]))
+
+
+def _tiles(size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> bool:
+    """Whether windows of `kernel` lie side by side and cover `size`."""
+    fits = all(isinstance(n, int) and n % k == 0 for n, k in zip(size, kernel, strict=True))
+    return fits and list(stride) == list(kernel) and set(dilation) == {1} and set(padding) == {0}
+
+
+def _einsum_as_matmul(captured: CapturedModule, node: fx.Node) -> None:
+    """`einsum("bqc,bchw->bqhw", a, b)`: axes sorted into (shared, own, summed), one `matmul`, axes sorted back."""
+    operands: Any = node.args[1]
+    equation = str(node.args[0]).replace(" ", "")
+    if "..." in equation or "->" not in equation or len(operands) != 2:
+        return
+    (left, right), out = equation.split("->")[0].split(","), equation.split("->")[1]
+    sizes = dict(zip(left + right, (*_value(operands[0]).shape, *_value(operands[1]).shape), strict=True))
+    shared = [c for c in out if c in left and c in right]
+    rows, columns = [c for c in out if c not in right], [c for c in out if c not in left]
+    summed = [c for c in left if c in right and c not in out]
+    once = all(len(set(axes)) == len(axes) for axes in (left, right, out))
+    covered = {*left, *right} == {*shared, *rows, *columns, *summed}
+    unknown = [c for c in sizes if not isinstance(sizes[c], int)]
+    if not (once and covered and rows and columns and summed and len(unknown) <= 1 and not {*unknown} & {*summed}):
+        return
+    emit = _emitter(captured.graph, node)
+
+    def size(*axes: str) -> int:
+        return -1 if {*unknown} & {*axes} else math.prod(sizes[c] for c in axes)
+
+    def sort(operand: Any, axes: str, first: list[str], last: list[str]) -> fx.Node:
+        sorted_axes = emit(aten.permute.default, operand, [axes.index(c) for c in (*shared, *first, *last)])
+        return emit(aten.reshape.default, sorted_axes, [*map(size, shared), size(*first), size(*last)])
+
+    product = emit(
+        aten.matmul.default, sort(operands[0], left, rows, summed), sort(operands[1], right, summed, columns)
+    )
+    apart = emit(aten.reshape.default, product, [*map(size, (*shared, *rows, *columns))])
+    order = [*shared, *rows, *columns]
+    _replace(node, emit(aten.permute.default, apart, [order.index(c) for c in out]))
+
+
+def _flatten_first(captured: CapturedModule, node: fx.Node) -> None:
+    """linear → flatten all but the channels → batch norm (LeViT): flatten before, so that the two are neighbours."""
+    linear, emit = node.args[0], _emitter(captured.graph, node)
+    if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
+        return
+    norms = [user for user in node.users if user.target is aten.batch_norm.default]
+    shaped = [user for user in linear.users if user is not node]
+    known = all(user.target is aten.reshape_as.default and user.args[1] is linear for user in shaped)
+    sizes = [n if isinstance(n, int) else -1 for n in _value(linear).shape]
+    if not norms or len(_value(node).shape) != 2 or not known or sizes.count(-1) > 1:
+        return
+    flat = emit(aten.reshape.default, linear.args[0], [-1, int(_value(linear.args[0]).shape[-1])])
+    moved = emit(aten.linear.default, flat, *linear.args[1:], **linear.kwargs)
+    moved.meta[MODULE_PATH] = linear.meta[MODULE_PATH]
+    for user in shaped:
+        _replace(user, _emitter(captured.graph, user)(aten.reshape.default, user.args[0], sizes))
+    _replace(node, moved)
+
+
+def _recognise_frozen_norm(captured: CapturedModule, node: fx.Node) -> None:
+    """x · scale + shift, computed by a module with a batch norm's statistics: `batch_norm` in evaluation mode."""
+    path = str(node.meta.get(MODULE_PATH, ""))
+    module, product = captured.get_submodule(path), node.args[0]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) or not all(hasattr(module, name) for name in STATISTICS):
+        return
+    if not isinstance(product, fx.Node) or product.target is not aten.mul.Tensor or len(product.users) != 1:
+        return
+    epsilons = [
+        float(n.args[1])
+        for n in captured.graph.nodes
+        if n.target is aten.add.Tensor and n.meta.get(MODULE_PATH) == path and isinstance(n.args[1], float)
+    ]
+    if product.meta.get(MODULE_PATH) != path or not epsilons:
+        return
+    object.__setattr__(module, "eps", epsilons[0])  # which fusion reads
+    with captured.graph.inserting_before(node):
+        parameters = [captured.graph.get_attr(f"{path}.{name}" if path else name) for name in STATISTICS]
+        for parameter, name in zip(parameters, STATISTICS, strict=True):
+            parameter.meta = {MODULE_PATH: path, "val": getattr(module, name)}
+        norm = captured.graph.call_function(
+            aten.batch_norm.default, (product.args[0], *parameters, False, 0.0, epsilons[0], False)
+        )
+    norm.meta = dict(node.meta)
+    _replace(node, norm)
+
+
+#: What is rewritten, and by whom; a rewriter leaves alone what it does not know.
+REWRITERS: dict[Any, Callable[[CapturedModule, fx.Node], None]] = {
+    aten.scaled_dot_product_attention.default: _expand_attention,
+    aten.im2col.default: _permute_for_unfold,
+    aten.col2im.default: _permute_for_fold,
+    aten.baddbmm.default: _split_baddbmm,
+    aten.einsum.default: _einsum_as_matmul,
+    aten.flatten.using_ints: _flatten_first,
+    aten.add.Tensor: _recognise_frozen_norm,
+}
+
+
+def _value(node: Any) -> Tensor:
+    """The fake tensor that a node stands for."""
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def _replace(node: fx.Node, by: fx.Node) -> None:
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+def _emitter(graph: fx.Graph, before: fx.Node) -> Callable[..., fx.Node]:
+    """Inserts operations before a node, in the name of the same module, with fake values of their own."""
+    mode: Any = getattr(_value(before), "fake_mode")  # noqa: B009
+
+    def emit(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with graph.inserting_before(before):
+            node = graph.call_function(target, args, kwargs)
+        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with mode:
+            node.meta = {MODULE_PATH: before.meta.get(MODULE_PATH, ""), "val": target(*values[0], **values[1])}
+        return node
+
+    return emit

@@ -1,0 +1,1 @@
+"""The verbs that a plain training loop calls."""

@@ -1,0 +1,50 @@
+"""Forward batches of data through a model, as calibration does: checked, in evaluation mode, without gradients."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hf_qat.errors import CalibrationError
+from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
+from hf_qat.graph.capture.modes import evaluating
+
+
+def run_batches(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[Inputs]:
+    """Forward each batch, in evaluation mode and without gradients; yields it afterwards."""
+    device = device_of(model)
+    with evaluating(model), torch.no_grad():
+        for position, batch in enumerate(batches):
+            args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(batch))
+            _check_batch(position, [*args, *kwargs.values()])
+            _check_call(model, position, args, kwargs)
+            model(*args, **kwargs)
+            yield batch
+
+
+def _check_batch(position: int, values: list[object]) -> None:
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if tensors and not floating:
+        raise CalibrationError(
+            f"calibration batch {position} holds {tensors[0].dtype} only: give the floats that the model is trained "
+            "on, that is the output of the image processor, not raw pixels."
+        )
+    for tensor in floating:
+        if not bool(torch.isfinite(tensor).all()):
+            raise CalibrationError(f"calibration batch {position} holds NaN or infinity: no range can come of it.")
+
+
+def _check_call(model: nn.Module, position: int, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CalibrationError(
+            f"calibration batch {position} does not fit {type(model).__name__}.forward{signature}: {error}. Give what "
+            "you would pass to the model, without labels: (images for images, labels in loader)."
+        ) from error

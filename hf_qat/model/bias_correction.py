@@ -1,0 +1,88 @@
+"""Bias correction: Nagel et al. 2019, section 4.2, the empirical form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.model.batches import run_batches
+from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.quantization.collectives import mean_over_ranks, min_over_ranks
+from hf_qat.quantization.layers import QATLayer, qat_layers
+
+
+#: Batches that bias correction averages over: a mean per channel needs far less data than a range.
+BIAS_CORRECTION_BATCHES = 4
+
+
+@torch.no_grad()
+def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
+    """Shift each layer's bias by the difference of its mean output between the float and the quantized model.
+
+    One pass in float records the mean of every call; then every batch runs quantized, and each layer is corrected on
+    the way, so that the next one sees corrected inputs. A layer that is called several times is shifted by the mean of
+    what its calls need. Layers without a bias or a batch norm stay as they are.
+
+    Collective: all ranks correct by the means over all of them, on as many batches as the one that has fewest.
+    """
+    layers = qat_layers(model)
+    batches = batches[: min_over_ranks(len(batches))]
+    means: dict[str, list[Tensor]] = {path: [] for path in layers}
+
+    def record(path: str, layer: QATLayer, output: Tensor) -> None:
+        means[path].append(channel_mean(output, layer))
+
+    with fake_quant_disabled(model), _hooked(layers, record):
+        for _ in run_batches(model, batches):
+            pass
+    expected = {path: iter(of_calls) for path, of_calls in means.items()}
+    shifts: dict[str, Tensor] = {}
+
+    def correct(path: str, layer: QATLayer, output: Tensor) -> Tensor:
+        shift = mean_over_ranks(next(expected[path]) - channel_mean(output, layer))  # as of one batch of all ranks
+        shifts[path] = shifts.get(path, torch.zeros_like(shift)) + shift / len(means[path])
+        return output + _along_output(shift, output, layer)
+
+    with _hooked(layers, correct):
+        for _ in run_batches(model, batches):
+            pass
+    for path, shift in shifts.items():
+        layers[path].shift_bias(shift)
+
+
+@contextmanager
+def _hooked(layers: dict[str, QATLayer], action: Callable[[str, QATLayer, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `action(path, layer, output)` after each layer; what it returns replaces the output."""
+    shadowed = list(layers.items())
+    for path, layer in shadowed:
+        original = layer.compute
+
+        def compute(
+            x: Tensor, path: str = path, layer: QATLayer = layer, original: Callable[[Tensor], Tensor] = original
+        ) -> Tensor:
+            output = original(x)
+            replaced = action(path, layer, output)
+            return output if replaced is None else replaced
+
+        object.__setattr__(layer, "compute", compute)
+    try:
+        yield
+    finally:
+        for _, layer in shadowed:
+            object.__delattr__(layer, "compute")
+
+
+def channel_mean(output: Tensor, layer: QATLayer) -> Tensor:
+    """Mean over everything but the channels: (C,)."""
+    channel = layer.channel_dim(output)
+    return output.mean([d for d in range(output.dim()) if d != channel]) if output.dim() > 1 else output
+
+
+def _along_output(per_channel: Tensor, output: Tensor, layer: QATLayer) -> Tensor:
+    shape = [1] * output.dim()
+    shape[layer.channel_dim(output)] = -1
+    return per_channel.view(shape)

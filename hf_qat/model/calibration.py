@@ -1,0 +1,90 @@
+"""Post-training calibration: ranges from data, without gradients, and a correction of biases.
+
+The first resort before training. Bias correction: Nagel et al. 2019, §4.2 (the empirical form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import TypeVar
+
+from torch import nn
+
+from hf_qat.errors import CalibrationError
+from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.model.batches import run_batches
+from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, correct_biases
+from hf_qat.model.state import require_stage
+from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.quantization.collectives import min_over_ranks
+from hf_qat.quantization.layers import qat_layers
+from hf_qat.quantization.quantizer import fake_quantizers
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def calibrate(
+    model: Model, batches: Iterable[Inputs], num_batches: int | None = None, bias_correction: bool = True
+) -> Model:
+    """Find the scales of a prepared model from data, in place.
+
+    Args:
+        model: prepared.
+        batches: tensors, tuples or dicts, as forward takes them; labels in a dict are ignored. A data loader will do.
+        num_batches: use at most so many.
+        bias_correction: shift biases so that every layer's mean output is that of the float model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StageError: the model is not prepared.
+        CalibrationError: no batch, or integers, NaN or infinities in one.
+    """
+    require_stage(model, "prepared", "calibrate")
+    kept = _observe(model, islice(batches, num_batches))
+    if bias_correction:
+        correct_biases(model, kept)
+    return model
+
+
+def _observe(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
+    """One pass in float that collects every range; returns the first batches for whoever needs them again."""
+    quantizers = fake_quantizers(model)
+    layers = qat_layers(model)
+    weights = {id(layer.weight_quantizer) for layer in layers.values()}
+    activations = {path: q for path, q in quantizers.items() if id(q) not in weights and not q.frozen}
+    for quantizer in activations.values():
+        quantizer.start_observing()
+    try:
+        kept = _run_all(model, batches)
+        for path, quantizer in activations.items():
+            quantizer.finish_observing(path)
+    finally:
+        for quantizer in activations.values():
+            quantizer.observer = None
+    for layer in layers.values():
+        if not layer.weight_quantizer.frozen:
+            layer.initialize_scale()
+            layer.weight_quantizer.observed.fill_(1)
+    return kept
+
+
+def _run_all(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
+    """Forward all batches in float; returns the first ones. Fails in all processes if it does in one: none waits."""
+    kept: list[Inputs] = []
+    failure: CalibrationError | None = None
+    try:
+        with fake_quant_disabled(model):
+            for batch in run_batches(model, batches):
+                if len(kept) < BIAS_CORRECTION_BATCHES:
+                    kept.append(batch)
+        if not kept:
+            raise CalibrationError("calibrate got no batches: pass an iterable that yields at least one.")
+    except CalibrationError as error:
+        failure = error
+    if not min_over_ranks(int(failure is None)):
+        raise failure or CalibrationError("another process got no batch, or one that no range can come of: see there.")
+    return kept

@@ -1,0 +1,81 @@
+"""`convert`: from a trained, fake-quantized model to integer codes and scales, batch norm gone."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_qat.errors import StageError
+from hf_qat.model.saved_config import attach_hf_quantizer
+from hf_qat.model.state import require_stage
+from hf_qat.quantization.converted import QuantizeDequantize, convert_layer
+from hf_qat.quantization.layers import FreezableBatchNorm, qat_layers
+from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def convert(model: Model) -> Model:
+    """Exchange fake quantizers for integer codes, in place; the model is for inference from then on.
+
+    Weights become int8 codes (int16 above 8 bits) with their scales, biases int32 with scale `s_in * s_w`, batch norms
+    are folded into them and leave the model.
+
+    Returns:
+        The same object, in evaluation mode, without parameters that require gradients.
+
+    Raises:
+        StageError: not prepared, converted already, or neither calibrated nor trained.
+    """
+    require_stage(model, "prepared", "convert")
+    _require_ranges(model)
+    return swap_to_integer_modules(model)
+
+
+@torch.no_grad()
+def swap_to_integer_modules(model: Model) -> Model:
+    """`convert` of a prepared model whose values nobody looks at: it may be on the meta device."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    norms: set[int] = set()
+    for layer in qat_layers(model).values():
+        norm = layer.batch_norm
+        convert_layer(layer).folded_norm = None if norm is None else paths[id(norm)]
+        norms |= set() if norm is None else {id(norm)}
+    _drop(model, norms)
+    _replace_quantizers(model)
+    require_stage(model, "prepared", "convert").stage = "converted"
+    if isinstance(model, PreTrainedModel):
+        attach_hf_quantizer(model)
+    model.eval()
+    return model.requires_grad_(False)
+
+
+def _require_ranges(model: nn.Module) -> None:
+    empty = [path for path, quantizer in fake_quantizers(model).items() if int(quantizer.observed) == 0]
+    if empty:
+        raise StageError(
+            f"cannot convert: {len(empty)} quantizers have no range yet, for instance {empty[0]}. Call "
+            "calibrate(model, batches) first."
+        )
+
+
+def _drop(model: nn.Module, ids: set[int]) -> None:
+    """Remove modules from wherever they are registered; containers keep their numbering."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in ids:
+                parent._modules[name] = nn.Identity()
+
+
+def _replace_quantizers(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, FakeQuantize):
+                parent._modules[name] = QuantizeDequantize.of(child)
+            elif isinstance(child, FreezableBatchNorm):
+                child.batch_norm_frozen = True

@@ -1,0 +1,59 @@
+"""What a prepared or converted model remembers of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.errors import StageError
+from hf_qat.graph.captured import CapturedModule
+
+
+STATE = "_hf_qat_state"
+
+
+@dataclass
+class QATState:
+    """What a prepared or converted model remembers of itself, under the attribute `_hf_qat_state`.
+
+    Attributes:
+        config: the recipe.
+        stage: `"prepared"` or `"converted"`.
+        captured: paths of the captured children, in the order of their first call.
+    """
+
+    config: QATConfig
+    stage: str
+    captured: list[str]
+
+
+def state_of(model: nn.Module) -> QATState | None:
+    """The state of a prepared or converted model, `None` for any other."""
+    state: QATState | None = getattr(model, STATE, None)
+    return state
+
+
+def require_stage(model: nn.Module, stage: str, action: str) -> QATState:
+    """The state of `model`, which must be at `stage` for `action`.
+
+    Raises:
+        StageError: it is not; the message says which call is missing.
+    """
+    state = state_of(model)
+    if state is None:
+        raise StageError(
+            f"cannot {action}: {type(model).__name__} is a float model. Call prepare_qat(model, config) first."
+        )
+    if state.stage != stage:
+        hint = "call convert(model) first" if state.stage == "prepared" else "it is for inference only; prepare a copy"
+        raise StageError(f"cannot {action}: the model is {state.stage} already, not {stage}: {hint}.")
+    return state
+
+
+def captured_children(model: nn.Module) -> dict[str, CapturedModule]:
+    """The captured children of a prepared or converted model, by path, in the order of their first call."""
+    state = state_of(model)
+    paths = [] if state is None else state.captured
+    return {path: model.get_submodule(path) for path in paths}  # type: ignore[misc]

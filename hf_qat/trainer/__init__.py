@@ -1,0 +1,1 @@
+"""`QATTrainer`, and the parts that it is made of."""

@@ -1,0 +1,109 @@
+"""What happens around the steps of `QATTrainer`: calibration before the first one, the schedule and metrics after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from hf_qat.model.schedule import PHASES, QATSchedule
+from hf_qat.quantization.layers import qat_layers
+from hf_qat.quantization.quantizer import fake_quantizers
+from hf_qat.trainer.fsdp import gathered
+
+
+def needs_calibration(model: nn.Module) -> bool:
+    """Whether any quantizer of a prepared model is without a range: neither calibrated nor loaded with one."""
+    observed = [quantizer.observed for quantizer in fake_quantizers(model).values()]
+    return bool(observed) and bool((torch.stack(observed) == 0).any())
+
+
+class CalibrationCallback(TrainerCallback):
+    """CallRecord `calibrate` when training begins with a model that needs it; not so after resuming."""
+
+    def __init__(self, calibrate: Callable[[], None]) -> None:
+        self.calibrate = calibrate
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before any step, and before the schedule freezes a range."""
+        if needs_calibration(kwargs["model"]):
+            self.calibrate()
+
+
+class ScheduleCallback(TrainerCallback, ExportableState):
+    """Moves a `QATSchedule` to where `TrainerState` is; gradient accumulation and evaluation leave that alone.
+
+    The state in `trainer_state.json` is a record to read: on resuming, the phase follows from the step.
+    """
+
+    def __init__(self) -> None:
+        self.schedule: QATSchedule | None = None
+        self.progress: dict[str, Any] = {}
+        self.initial_scales: Tensor | None = None
+
+    def state(self) -> dict[str, Any]:
+        """The phase, the step and the number of steps, as plain data."""
+        return {"args": {}, "attributes": {"progress": self.progress}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start, or go on at the step of the checkpoint."""
+        model: nn.Module = kwargs["model"]
+        self.schedule = QATSchedule(model, state.max_steps)
+        self.initial_scales = learned_scales(model)
+        self._follow(self.schedule, state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One more optimizer step is done."""
+        if self.schedule is not None:
+            self._follow(self.schedule, state)
+
+    def _follow(self, schedule: QATSchedule, state: TrainerState) -> None:
+        schedule.load_state_dict({"step": state.global_step, "total_steps": state.max_steps})
+        self.progress = {"phase": schedule.phase, **schedule.state_dict()}
+
+    def metrics(self, model: nn.Module) -> dict[str, float]:
+        """What the Trainer logs beside the loss.
+
+        Returns:
+            `qat_phase`: 0 batch norm live, 1 batch norm frozen, 2 ranges frozen.
+            `qat_clipped_weights`: share of weights that lie beyond their codes.
+            `qat_scale_drift`, where scales are learned: mean |log2(scale / scale when this run began)|.
+        """
+        if self.schedule is None:
+            return {}
+        with gathered(model):
+            numbers = {"qat_clipped_weights": clipped_weights(model)}
+        scales = learned_scales(model)
+        if scales is not None and self.initial_scales is not None:
+            numbers["qat_scale_drift"] = (scales - self.initial_scales).abs().mean()
+        values = torch.stack(list(numbers.values())).tolist()  # one wait for the device
+        return {"qat_phase": float(PHASES.index(self.schedule.phase)), **dict(zip(numbers, values, strict=True))}
+
+
+@torch.no_grad()
+def learned_scales(model: nn.Module) -> Tensor | None:
+    """A copy of the log2 of all learned scales: (number of scales,) float32; `None` where none is learned."""
+    scales = [quantizer.log2_scale.flatten() for quantizer in fake_quantizers(model).values() if quantizer.learned]
+    return torch.cat(scales).float() if scales else None
+
+
+@torch.no_grad()
+def clipped_weights(model: nn.Module) -> Tensor:
+    """Share of the folded weights that lie beyond their codes, by more than rounding takes up: () float32."""
+    clipped, total = [], 0
+    for layer in qat_layers(model).values():
+        quantizer = layer.weight_quantizer
+        codes = layer.float_weight().movedim(layer.channel_axis, 0).flatten(1) / quantizer.scale.view(-1, 1)
+        clipped.append(((codes < quantizer.spec.qmin - 0.5) | (codes > quantizer.spec.qmax + 0.5)).sum())
+        total += codes.numel()
+    return torch.stack(clipped).sum() / total if clipped else torch.tensor(0.0)

@@ -1,0 +1,164 @@
+"""What `QATTrainer` refuses, before time is spent or weights are lost without a word."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence, Sized
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError
+from hf_qat.model.state import require_stage, state_of
+
+
+#: Keys that a message names before it says how many more there are.
+NAMED_KEYS = 5
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse training arguments that a fake-quantized model cannot honour.
+
+    Raises:
+        ConfigError: several GPUs in one process, evaluation in half precision, or activation checkpointing.
+    """
+    if args.n_gpu > 1:
+        script = shlex.join(sys.argv) if sys.argv[0].endswith(".py") else "your_script.py"
+        raise ConfigError(
+            f"{args.n_gpu} GPUs in one process: Trainer would use nn.DataParallel, whose copies lose the ranges that "
+            f"they observe. Start one process per GPU:\n    accelerate launch --num_processes {args.n_gpu} {script}\n"
+            "or let the process see a single one, by CUDA_VISIBLE_DEVICES=0."
+        )
+    for name in ("fp16_full_eval", "bf16_full_eval"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"{name}=True casts the model itself, scales included, and training would go on with what is left of "
+                "them. Leave it out; fp16=True and bf16=True are fine, they cast only what is computed."
+            )
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if getattr(args, name, False):
+            raise ConfigError(
+                f"{name}=True has no effect on a captured graph, which has no layers to recompute. Leave it out, and "
+                "save memory by a smaller per_device_train_batch_size with more gradient_accumulation_steps."
+            )
+
+
+def check_teacher(teacher: object, model: nn.Module | None) -> None:
+    """Refuse what cannot be a teacher of `model`.
+
+    Raises:
+        ConfigError: neither a module nor `"float"`, the model itself, or `"float"` where the float model is gone.
+    """
+    if teacher == "float":
+        if model is not None and state_of(model) is not None:
+            raise ConfigError(
+                'teacher="float" copies the model before it is prepared, and this one is prepared already: pass the '
+                "float model itself as the teacher."
+            )
+    elif teacher is not None and not isinstance(teacher, nn.Module):
+        raise ConfigError(f'teacher must be a float model, "float" for a copy of the model, or None, not {teacher!r}.')
+    elif teacher is not None and teacher is model:
+        raise ConfigError('the teacher is the model itself, which is about to change: teacher="float" makes a copy.')
+
+
+def check_train_set(dataset: object) -> None:
+    """Refuse a train set without a single example; one of unknown length passes.
+
+    Raises:
+        CalibrationError: its length is 0.
+    """
+    if isinstance(dataset, Sized) and has_length(dataset) and len(dataset) == 0:
+        raise CalibrationError("train_dataset is empty: there is nothing to calibrate from and to train on.")
+
+
+def check_distribution(trainer: Trainer) -> None:
+    """Refuse ways of splitting a model that a fake-quantized one does not survive.
+
+    Raises:
+        ConfigError: DeepSpeed is on; or FSDP of version 1, with activation checkpointing, or on CPUs.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "DeepSpeed is on: it casts and flattens all parameters, scales included, and saves none of the buffers "
+            "that hold ranges. Turn it off; `accelerate launch --num_processes N` without it uses all GPUs, and "
+            "fsdp_version: 2 splits a model that is too large for one."
+        )
+    by_launcher = trainer.args.world_size > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if (trainer.args.fsdp or by_launcher) and not trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "fsdp is asked for, and accelerate splits no model on CPUs: it would train whole copies without a word. "
+            "Leave it out of the TrainingArguments and of the file of `accelerate config`."
+        )
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ConfigError(
+            f"fsdp_version is {plugin.fsdp_version}, which flattens scales together with weights. Set fsdp_version: 2 "
+            "in the file of `accelerate config`, or fsdp_config={'version': 2} in the TrainingArguments."
+        )
+    if plugin is not None and plugin.activation_checkpointing:
+        raise ConfigError(
+            "activation_checkpointing of FSDP is on, and a captured graph has no layers to recompute. Turn it off; "
+            "save memory by a smaller per_device_train_batch_size with more gradient_accumulation_steps."
+        )
+
+
+def check_model(model: nn.Module, config: QATConfig | None) -> None:
+    """Refuse a model that cannot be trained quantization-aware; a float or a prepared one passes.
+
+    Args:
+        model: what the user gave.
+        config: the recipe that the user gave with it.
+
+    Raises:
+        StageError: converted, or prepared by another recipe than `config`.
+        WeightsError: weights in another type than float32.
+    """
+    state = state_of(model)
+    if state is not None:
+        require_stage(model, "prepared", "train")
+        if config is not None and config != state.config:
+            raise StageError(
+                "qat_config differs from the config that the model was prepared with: leave qat_config out, or give "
+                "the float model."
+            )
+    other = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if other:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in other))
+        raise WeightsError(
+            f"the weights of {type(model).__name__} are {names}, and steps as small as those of this training vanish "
+            "in anything less than float32. Load it with from_pretrained(..., dtype=torch.float32), or call "
+            "model.float(); bf16=True in the TrainingArguments still computes in bfloat16."
+        )
+
+
+def check_loaded(model: nn.Module, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+    """Refuse a checkpoint that did not fill the whole model, of which Trainer would only warn.
+
+    Args:
+        model: what the checkpoint was loaded into.
+        missing, unexpected: keys of the model that were not in it, and the other way round.
+
+    Raises:
+        WeightsError: with the first keys of either kind.
+    """
+    tensors = model.state_dict()
+    loaded = {tensor.data_ptr() for key, tensor in tensors.items() if key not in missing}
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    # Of tied weights a checkpoint holds one.
+    lost = [key for key in missing if key not in ignored and tensors[key].data_ptr() not in loaded]
+    if lost or unexpected:
+        raise WeightsError(
+            f"the checkpoint does not fit {type(model).__name__}: {_listed('missing', lost)}, "
+            f"{_listed('unexpected', unexpected)}. Resume from a checkpoint that QATTrainer wrote, with the model and "
+            "the qat_config of that run."
+        )
+
+
+def _listed(kind: str, keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else ""
+    return f"{len(keys)} {kind} keys" + (f" ({', '.join(keys[:NAMED_KEYS])}{more})" if keys else "")

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_qat.graph.capture.capture import capture
+from hf_qat.graph.passes.rewrite import rewrite
+
+
+class Call(nn.Module):
+    """A function of one tensor."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class FrozenNorm(nn.Module):
+    """DETR's, with its statistics in buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.reshape(1, -1, 1, 1), self.bias.reshape(1, -1, 1, 1)
+        scale = weight * (self.running_var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
+        return x * scale + (bias - self.running_mean.reshape(1, -1, 1, 1) * scale)
+
+
+class LinearNorm(nn.Module):
+    """LeViT's linear layer with a batch norm over all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4)
+        self.norm.running_mean.uniform_(-1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.norm(x.flatten(0, 1)).reshape_as(x)
+
+
+def attend(x: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(x, x.roll(1, 2), x.flip(2), attn_mask=torch.eye(6))
+
+
+#: Name → module, input of one sample, the operation that must go, the ones that must come.
+CASES = {
+    "attention": (Call(attend), (2, 6, 4), "scaled_dot_product_attention", ["matmul", "softmax"]),
+    "unfold": (Call(lambda x: functional.unfold(x, 2, stride=2)), (4, 6, 8), "im2col", ["permute"]),
+    "fold": (Call(lambda x: functional.fold(x, (6, 8), 2, stride=2)), (16, 12), "col2im", ["permute"]),
+    "einsum of attention": (
+        Call(lambda x: torch.einsum("bhlk,bhtk->bhlt", x, x.roll(1, 2))),
+        (2, 6, 4),
+        "einsum",
+        ["matmul"],
+    ),
+    "einsum of masks": (
+        Call(lambda x: torch.einsum("bqc,bchw->bqhw", x.flatten(2).transpose(1, 2), x)),
+        (4, 3, 5),
+        "einsum",
+        ["matmul"],
+    ),
+    "einsum over the batch": (
+        Call(lambda x: torch.einsum("bhwc,hkc->bhwk", x, torch.ones(2, 5, 4))),
+        (2, 6, 4),
+        "einsum",
+        ["matmul"],
+    ),
+    "masked bmm": (Call(lambda x: torch.baddbmm(x, x, x.roll(1, 1))), (5, 5), "baddbmm", ["bmm", "add"]),
+    "frozen batch norm": (FrozenNorm(), (4, 3, 3), "rsqrt", ["batch_norm"]),
+    "linear and batch norm": (LinearNorm(), (3, 6), "reshape_as", ["batch_norm"]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_a_rewrite_computes_the_same_at_any_batch_size(name):
+    module, shape, gone, come = CASES[name]
+    inputs = [torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch)) for batch in (1, 2, 5)]
+    expected = [module.eval()(x) for x in inputs]
+    captured = capture(module, inputs[1])[""]
+    rewrite(captured)
+    operations = {str(node.target).split(".")[1] for node in captured.graph.nodes if "." in str(node.target)}
+    assert gone not in operations and operations >= set(come)
+    for x, result in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(module(x), result)
+
+
+def test_windows_that_overlap_stay_an_unfolding():
+    module = Call(lambda x: functional.unfold(x, 3, stride=1))
+    captured = capture(module, torch.randn(2, 4, 6, 8))[""]
+    rewrite(captured)
+    assert any("im2col" in str(node.target) for node in captured.graph.nodes)

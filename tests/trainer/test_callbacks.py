@@ -1,0 +1,170 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from hf_qat.model.calibration import calibrate
+from hf_qat.model.prepare import prepare_qat
+from hf_qat.quantization.layers import qat_layers
+from hf_qat.quantization.quantizer import fake_quantizers
+from hf_qat.trainer.callbacks import ScheduleCallback, clipped_weights, needs_calibration
+from hf_qat.trainer.trainer import QATTrainer
+from tests.models import hand_written, resnet
+from tests.training import FOLLOWED, arguments, images, recipe
+
+
+class Watch(TrainerCallback):
+    """Writes down, just before each optimizer step, what the modules of the model do."""
+
+    def __init__(self) -> None:
+        self.phases = ""
+        self.statistics: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        norms = {layer.batch_norm_frozen for layer in qat_layers(model).values()}
+        ranges = {quantizer.frozen for quantizer in fake_quantizers(model).values()}
+        self.phases += {(False, False): "L", (True, False): "F", (True, True): "R"}[(*norms, *ranges)]
+        self.statistics.append(torch.cat([b.flatten() for name, b in model.named_buffers() if "running_" in name]))
+
+
+def trained(directory: Path, watch: Watch, resume: object = None, **changes: object) -> QATTrainer:
+    """Train on 16 images; `changes` of the arguments, `qat` those of the recipe."""
+    qat = changes.pop("qat", {})
+    trainer = QATTrainer(
+        resnet(),
+        arguments(directory, **changes),
+        qat_config=recipe(**qat),
+        train_dataset=images(16),
+        eval_dataset=images(8),
+        callbacks=[watch],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+# Four batches an epoch. Batch norm freezes half way, ranges after three quarters.
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"max_steps": 8}, "LLLLFFRR"),
+        ({"max_steps": 1}, "L"),
+        ({"max_steps": 2}, "LF"),
+        ({"max_steps": 3}, "LLF"),
+        ({"max_steps": -1, "num_train_epochs": 1}, "LLFR"),
+        ({"max_steps": -1, "num_train_epochs": 2}, "LLLLFFRR"),
+        ({"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}, "LLFR"),
+        ({"max_steps": 4, "gradient_accumulation_steps": 2}, "LLFR"),
+        ({"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3}, "LF"),  # 3 batches and 1
+        ({"max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}, "LLLLFFRR"),
+        ({"max_steps": 4, "qat": {"freeze_bn_at": None}}, "FFFR"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_every_optimizer_step_is_made_in_its_phase(tmp_path: Path, changes: dict, expected: str):
+    watch = Watch()
+    trained(tmp_path, watch, **changes)
+    assert watch.phases == expected
+
+
+def test_resuming_goes_on_with_the_phase_of_the_step(tmp_path: Path):
+    trained(tmp_path, Watch(), max_steps=8, save_strategy="steps", save_steps=3)
+    for step, rest in ((3, "LFFRR"), (6, "RR")):
+        watch = Watch()
+        trained(tmp_path, watch, resume=str(tmp_path / f"checkpoint-{step}"), max_steps=8)
+        assert watch.phases == rest
+
+
+def test_resuming_with_more_steps_goes_by_the_new_number(tmp_path: Path):
+    trained(tmp_path, Watch(), max_steps=4, save_strategy="steps", save_steps=4)
+    watch = Watch()
+    trained(tmp_path, watch, resume=str(tmp_path / "checkpoint-4"), max_steps=12)
+    assert watch.phases == "LLFFFRRR"
+
+
+def test_the_checkpoint_tells_the_phase(tmp_path: Path):
+    trained(tmp_path, Watch(), max_steps=4, save_strategy="steps", save_steps=2)
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    progress = state["stateful_callbacks"]["ScheduleCallback"]["attributes"]["progress"]
+    assert progress == {"phase": "batch norm frozen", "step": 2, "total_steps": 4}
+
+
+def test_restoring_the_states_of_callbacks_does_no_harm(tmp_path: Path):
+    trained(tmp_path, Watch(), max_steps=4, save_strategy="steps", save_steps=3)
+    watch = Watch()
+    changes = {"max_steps": 4, "restore_callback_states_from_checkpoint": True}
+    trainer = trained(tmp_path, watch, resume=str(tmp_path / "checkpoint-3"), **changes)
+    assert watch.phases == "R"
+    assert trainer.state.log_history[-2]["qat_phase"] == 2.0
+
+
+def test_batch_norm_statistics_move_until_they_freeze(tmp_path: Path):
+    watch = Watch()
+    trained(tmp_path, watch, max_steps=6)
+    moved = [not torch.equal(a, b) for a, b in zip(watch.statistics, watch.statistics[1:], strict=False)]
+    assert watch.phases == "LLLFFR"
+    assert moved == [True, True, False, False, False]
+
+
+def test_a_second_training_starts_from_the_first_phase(tmp_path: Path):
+    watch = Watch()
+    trainer = trained(tmp_path, watch, max_steps=4)
+    trainer.train()
+    assert watch.phases == "LLFRLLFR"
+
+
+def test_metrics_are_logged_with_the_loss_and_nowhere_else(tmp_path: Path):
+    trainer = trained(tmp_path, Watch(), max_steps=4, eval_strategy="steps", eval_steps=2, logging_steps=2)
+    with_loss = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["qat_phase"] for entry in with_loss] == [1.0, 2.0]  # after steps 2 and 4
+    assert all(0 <= entry["qat_clipped_weights"] < 0.1 for entry in with_loss)
+    assert all(0 < entry["qat_scale_drift"] < 0.1 for entry in with_loss)
+    others = [entry for entry in trainer.state.log_history if "loss" not in entry]
+    assert others and not any(key.startswith("qat_") for entry in others for key in entry)
+
+
+def test_scale_drift_is_the_mean_distance_in_octaves(tmp_path: Path):
+    trainer = trained(tmp_path, Watch(), max_steps=1)
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ScheduleCallback))
+    callback.initial_scales = torch.cat([q.log2_scale.detach().view(-1) for q in quantizers(trainer.model)])
+    for quantizer in quantizers(trainer.model):
+        quantizer.set_qparams(quantizer.scale.detach() * 4.0)
+    assert callback.metrics(trainer.model)["qat_scale_drift"] == pytest.approx(2.0)
+
+
+def quantizers(model: nn.Module) -> list:
+    return [quantizer for quantizer in fake_quantizers(model).values() if quantizer.learned]
+
+
+def test_without_learned_scales_there_is_no_drift_to_log(tmp_path: Path):
+    trainer = trained(tmp_path, Watch(), max_steps=1, qat=FOLLOWED)
+    assert "qat_scale_drift" not in trainer.state.log_history[0]
+    assert "qat_clipped_weights" in trainer.state.log_history[0]
+
+
+def test_clipped_weights_are_counted():
+    model = prepare_qat(hand_written(), recipe(), torch.randn(2, 3, 16, 16))
+    assert clipped_weights(model).item() == 0  # the first scales clip nothing
+    weight, scale = model.head.weight, model.head.weight_quantizer.scale
+    weight.data[0, :3] = 128 * scale[0]  # beyond 127.5
+    weight.data[1, :2] = 127.4 * scale[1]  # rounds to 127
+    total = sum(layer.weight.numel() for layer in qat_layers(model).values())
+    assert clipped_weights(model).item() == pytest.approx(3 / total)
+
+
+def test_a_model_needs_calibration_until_it_has_been_calibrated():
+    assert not needs_calibration(hand_written())
+    model = prepare_qat(hand_written(), recipe(), torch.randn(2, 3, 16, 16))
+    assert needs_calibration(model)
+    calibrate(model, [torch.randn(2, 3, 16, 16)])
+    assert not needs_calibration(model)
+
+
+def test_the_callbacks_can_be_used_with_the_plain_trainer(tmp_path: Path):
+    model = prepare_qat(resnet(), recipe(), torch.randn(2, 3, 32, 32))
+    calibrate(model, [torch.randn(4, 3, 32, 32)])
+    watch = Watch()
+    Trainer(model, arguments(tmp_path), train_dataset=images(16), callbacks=[watch, ScheduleCallback()]).train()
+    assert watch.phases == "LLFR"

@@ -1,0 +1,179 @@
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError
+from hf_qat.model.calibration import calibrate
+from hf_qat.model.conversion import convert
+from hf_qat.model.prepare import prepare_qat
+from hf_qat.trainer.checks import (
+    check_arguments,
+    check_distribution,
+    check_loaded,
+    check_model,
+    check_teacher,
+    check_train_set,
+)
+from tests.models import hand_written
+from tests.training import arguments, images, recipe
+
+
+def prepared() -> nn.Module:
+    return prepare_qat(hand_written(), recipe(), torch.randn(2, 3, 16, 16))
+
+
+def test_ordinary_arguments_pass(tmp_path: Path):
+    check_arguments(arguments(tmp_path, bf16=True, gradient_accumulation_steps=2))
+
+
+def test_several_gpus_in_one_process_are_refused_with_the_line_to_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "my images"])
+    args = arguments(tmp_path)
+    args._n_gpu = 4  # as found on a machine that has them
+    with pytest.raises(ConfigError, match="accelerate launch --num_processes 4 train.py --data 'my images'\n"):
+        check_arguments(args)
+
+
+def test_outside_a_script_the_line_to_type_has_a_name_to_fill_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel"])
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ConfigError, match="accelerate launch --num_processes 2 your_script.py\n"):
+        check_arguments(args)
+
+
+@pytest.mark.parametrize("name", ["fp16_full_eval", "bf16_full_eval"])
+def test_evaluation_that_casts_the_model_is_refused(tmp_path: Path, name: str):
+    with pytest.raises(ConfigError, match=name):
+        check_arguments(arguments(tmp_path, **{name: True}))
+
+
+def test_activation_checkpointing_is_refused(tmp_path: Path):
+    args = arguments(tmp_path)
+    args.gradient_checkpointing = True
+    with pytest.raises(ConfigError, match="checkpointing=True has no effect"):
+        check_arguments(args)
+
+
+def distributed(asked: bool = False, deepspeed: bool = False, **plugin: object) -> SimpleNamespace:
+    """What `check_distribution` reads of a trainer; `plugin` is what accelerate knows of FSDP."""
+    defaults = {"fsdp_version": 2, "activation_checkpointing": False}
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**defaults, **plugin}))
+    return SimpleNamespace(
+        args=SimpleNamespace(fsdp=asked, world_size=2),
+        is_deepspeed_enabled=deepspeed,
+        is_fsdp_enabled=bool(plugin),
+        accelerator=SimpleNamespace(state=state),
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (distributed(deepspeed=True), "DeepSpeed is on"),
+        (distributed(asked=True), "splits no model on CPUs"),
+        (distributed(fsdp_version=1), "Set fsdp_version: 2"),
+        (distributed(activation_checkpointing=True), "no layers to recompute"),
+    ],
+    ids=["DeepSpeed", "CPUs", "version 1", "activation checkpointing"],
+)
+def test_splitting_that_a_model_does_not_survive_is_refused(trainer: SimpleNamespace, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_distribution(trainer)
+
+
+def test_fsdp_of_the_launcher_on_cpus_is_refused(monkeypatch: pytest.MonkeyPatch):
+    check_distribution(distributed())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="splits no model on CPUs"):
+        check_distribution(distributed())
+
+
+def test_fsdp2_passes():
+    check_distribution(distributed(asked=True, fsdp_version=2))
+
+
+def test_a_float_and_a_prepared_model_pass():
+    check_model(hand_written(), recipe())
+    check_model(prepared(), None)
+    check_model(prepared(), recipe())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_other_than_float32_are_refused(dtype: torch.dtype):
+    with pytest.raises(WeightsError, match=rf"HandWritten are {str(dtype)[6:]}, .*dtype=torch.float32"):
+        check_model(hand_written().to(dtype), None)
+
+
+def test_a_converted_model_is_refused():
+    model = convert(calibrate(prepared(), [torch.randn(2, 3, 16, 16)]))
+    with pytest.raises(StageError, match="cannot train: the model is converted"):
+        check_model(model, None)
+
+
+def test_another_config_than_the_model_was_prepared_with_is_refused():
+    with pytest.raises(StageError, match="qat_config differs"):
+        check_model(prepared(), recipe(target="w4a8"))
+
+
+def test_a_model_or_the_float_one_can_teach():
+    for teacher in (None, "float", hand_written()):
+        check_teacher(teacher, hand_written())
+    check_teacher(hand_written(), prepared())
+
+
+def test_the_model_itself_cannot_teach():
+    model = hand_written()
+    with pytest.raises(ConfigError, match='teacher="float"'):
+        check_teacher(model, model)
+
+
+def test_the_float_model_cannot_teach_where_it_is_gone():
+    with pytest.raises(ConfigError, match="prepared already"):
+        check_teacher("float", prepared())
+
+
+def test_a_name_cannot_teach():
+    with pytest.raises(ConfigError, match="not 'resnet50'"):
+        check_teacher("resnet50", hand_written())
+
+
+@pytest.mark.parametrize("data", [None, images(2), images(2).to_iterable_dataset(), [{}]])
+def test_a_train_set_that_is_none_or_of_unknown_length_passes(data: object):
+    check_train_set(data)
+
+
+@pytest.mark.parametrize("data", [[], images(2).select([])])
+def test_an_empty_train_set_is_refused(data: object):
+    with pytest.raises(CalibrationError, match="train_dataset is empty"):
+        check_train_set(data)
+
+
+def test_a_full_checkpoint_passes():
+    check_loaded(hand_written(), [], [])
+
+
+def test_missing_and_unexpected_keys_are_named():
+    keys = [f"layer.{k}" for k in range(7)]
+    with pytest.raises(WeightsError, match=r"1 missing keys \(head.bias\), 7 .*\(layer.0, .* and 2 more\)"):
+        check_loaded(hand_written(), ["head.bias"], keys)
+
+
+def test_the_second_name_of_a_tied_weight_may_be_missing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    check_loaded(model, ["1.weight"], [])
+    with pytest.raises(WeightsError, match="2 missing keys"):
+        check_loaded(model, ["0.weight", "1.weight"], [])
+
+
+def test_a_key_that_the_model_never_saves_may_be_missing():
+    model = hand_written()
+    model._keys_to_ignore_on_save = ["head.bias"]
+    check_loaded(model, ["head.bias"], [])

@@ -1,0 +1,223 @@
+"""QATTrainer.export, save_quantized and create_model_card: what lies in the directory, and what it computes."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
+
+from hf_qat.errors import ConfigError, ExportError, StageError
+from hf_qat.model.state import state_of
+from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.trainer import publishing as publisher_module
+from hf_qat.trainer.trainer import QATTrainer
+from tests.exported import Exported, accuracy, processor, publisher, run
+from tests.models import hand_written
+from tests.training import arguments, differing, images, recipe, values
+
+
+def figures(directory: Path) -> dict[str, float]:
+    """What the model index of a card says, by the names of its entries."""
+    results = ModelCard.load(directory / "README.md").data.eval_results or []
+    return {result.metric_name: result.metric_value for result in results}
+
+
+class TestDirectory:
+    def test_it_holds_model_processor_onnx_bundle_card_and_sums(self, exported: Exported):
+        top = {path.name for path in exported.directory.iterdir()}
+        assert top == {
+            "README.md",
+            "SHA256SUMS",
+            "config.json",
+            "model.safetensors",
+            "onnx",
+            "preprocessor_config.json",
+            "tidl",
+        }
+        assert [path.name for path in (exported.directory / "onnx").iterdir()] == ["model.onnx"]
+        bundle = exported.directory / "tidl" / "AM68A"
+        assert {"model", "config.yaml", "compile.py", "calibration", "check.json"} <= {
+            p.name for p in bundle.iterdir()
+        }
+
+    def test_the_sums_are_those_of_all_files(self, exported: Exported):
+        lines = (exported.directory / "SHA256SUMS").read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        files = [p for p in exported.directory.rglob("*") if p.is_file() and p.name != "SHA256SUMS"]
+        assert sums == {
+            p.relative_to(exported.directory).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+        }
+
+    def test_from_pretrained_gives_the_logits_of_the_converted_model_bit_for_bit(self, exported: Exported):
+        loaded = AutoModelForImageClassification.from_pretrained(exported.directory)
+        with torch.no_grad():
+            assert torch.equal(loaded(exported.pixels).logits, exported.trainer.convert()(exported.pixels).logits)
+        assert isinstance(AutoImageProcessor.from_pretrained(exported.directory), ViTImageProcessorPil)
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_the_onnx_file_takes_any_batch_and_sees_the_same_classes(self, exported: Exported, batch: int):
+        pixels = exported.pixels[:batch]
+        with torch.no_grad():
+            expected = exported.trainer.convert()(pixels).logits.argmax(-1)
+        assert run(exported.directory / "onnx" / "model.onnx", pixels.numpy()).argmax(-1).tolist() == expected.tolist()
+
+    def test_the_model_of_the_trainer_can_train_on(self, exported: Exported):
+        model = exported.trainer.model
+        assert state_of(model).stage == "prepared"
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert exported.trainer.evaluate()["eval_accuracy"] == exported.trained
+
+
+class TestFigures:
+    def test_those_in_torch_are_what_evaluate_gave(self, exported: Exported):
+        card = figures(exported.directory)
+        assert card["accuracy, float, before quantization"] == 0.875
+        assert card["accuracy, quantized by calibration alone"] == exported.calibrated
+        assert card["accuracy, quantized, after training (QAT)"] == exported.trained
+        assert exported.calibrated != exported.trained  # else the two could be mixed up
+
+    def test_that_of_onnx_runtime_is_what_the_file_gives(self, exported: Exported):
+        logits = run(exported.directory / "onnx" / "model.onnx", exported.pixels.numpy())
+        by_hand = float((logits.argmax(-1) == exported.labels).mean())
+        assert figures(exported.directory)["accuracy, onnx/model.onnx on ONNX Runtime"] == pytest.approx(by_hand)
+
+    def test_losses_and_times_are_no_figures_of_quality(self, exported: Exported):
+        assert {name.partition(",")[0] for name in figures(exported.directory)} == {"accuracy"}
+
+    def test_the_file_is_measured_and_not_the_model(self, tmp_path: Path):
+        """A file whose classifier has one more bias than the model: it always says class 2."""
+        trainer = publisher(tmp_path, "int8")
+        trainer.calibrate()
+        directory = trainer.export(tmp_path / "out")
+        file = onnx.load(directory / "onnx" / "model.onnx")
+        output = file.graph.output[0].name
+        for node in file.graph.node:
+            node.output[:] = ["before" if name == output else name for name in node.output]
+        bias = onnx.numpy_helper.from_array(np.eye(5, dtype=np.float32)[2] * 1e6, "bias")
+        file.graph.initializer.append(bias)
+        file.graph.node.append(onnx.helper.make_node("Add", ["before", "bias"], [output]))
+        onnx.save(file, tmp_path / "always_2.onnx")
+        measured = trainer.measured(trainer.convert(), tmp_path / "always_2.onnx")
+        labels = trainer.eval_dataset["labels"][:].numpy()
+        assert measured["onnxruntime"] == {"accuracy": pytest.approx((labels == 2).mean())}
+        assert measured["calibrated"] == {"accuracy": trainer.evaluate()["eval_accuracy"]}
+        assert "qat" not in measured and "float" not in measured
+
+    def test_within_fake_quant_disabled_evaluate_measures_the_float_model(self, tmp_path: Path):
+        trainer = publisher(tmp_path, "int8")
+        with fake_quant_disabled(trainer.model):
+            evaluated = trainer.evaluate()
+        assert trainer.stage() is None
+        trainer.calibrate()
+        assert trainer.stage() == "calibrated"
+        trainer.evaluate(images(5, seed=3))  # another data set is none of the card's business
+        trainer.evaluate(metric_key_prefix="test")
+        assert trainer._accuracy == {"float": {"accuracy": evaluated["eval_accuracy"]}}
+
+    def test_a_model_that_was_trained_before_is_not_called_calibrated(self, exported: Exported, tmp_path: Path):
+        trainer = publisher(tmp_path, "AM68A", model=exported.trainer.model)
+        trainer.evaluate()
+        assert trainer.stage() == "quantized" and trainer._accuracy == {}
+
+    def test_stages_that_cannot_be_given_are_refused_before_anything_is_done(self, exported: Exported, tmp_path: Path):
+        for metrics, message in [
+            ({"flaot": {"accuracy": 0.5}}, "Did you mean 'float'"),
+            ({"onnxruntime": {"accuracy": 0.5}}, "no stage that can be given"),
+            ({"float": {"eval_loss": 0.5}}, "holds no metric"),
+            ({"float": 0.5}, "holds no metric"),
+        ]:
+            with pytest.raises(ConfigError, match=message):
+                exported.trainer.export(tmp_path / "out", metrics=metrics)
+        with pytest.raises(TypeError, match="'licence'"):
+            exported.trainer.export(tmp_path / "out", licence="mit")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestFailures:
+    def test_a_failure_leaves_the_earlier_export_and_nothing_else(
+        self, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        def fail(model: nn.Module, directory: Path, *rest: object) -> None:
+            (directory / "half").write_text("")
+            raise RuntimeError("no more disk")
+
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "SHA256SUMS").write_text("")
+        (out / "earlier").write_text("whole")
+        monkeypatch.setattr(publisher_module, "write_contents", fail)
+        with pytest.raises(RuntimeError, match="no more disk"):
+            exported.trainer.export(out)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert {path.name: path.read_text() for path in out.iterdir()} == {"SHA256SUMS": "", "earlier": "whole"}
+
+    def test_what_is_no_export_is_not_replaced(self, exported: Exported, tmp_path: Path):
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(ExportError, match="not empty"):
+            exported.trainer.export(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_compiled_artifacts_are_not_replaced(self, exported: Exported, tmp_path: Path):
+        (tmp_path / "SHA256SUMS").write_text("")
+        (tmp_path / "tidl" / "AM68A" / "artifacts").mkdir(parents=True)
+        with pytest.raises(ExportError, match="holds a compiled model"):
+            exported.trainer.export(tmp_path)
+
+    def test_a_model_without_ranges_is_refused(self, tmp_path: Path):
+        with pytest.raises(StageError, match="no range yet"):
+            publisher(tmp_path / "run", "int8").export(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_model_that_from_pretrained_cannot_load_is_refused(self, tmp_path: Path):
+        rows = [{"x": image} for image in images(8)["pixel_values"][:]]
+        trainer = QATTrainer(
+            hand_written(), arguments(tmp_path), qat_config=recipe(), train_dataset=rows, compute_metrics=accuracy
+        )
+        trainer.calibrate()
+        with pytest.raises(ExportError, match="HandWritten is no Hugging Face model"):
+            trainer.export(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+class TestTidl:
+    def test_a_target_that_tidl_does_not_run_on_has_no_word_of_it(self, tmp_path: Path):
+        trainer = publisher(tmp_path, "int8", qat={"exclude": "classifier"}, compute_metrics=None)
+        trainer.calibrate()
+        card = ModelCard.load(trainer.export(tmp_path / "out") / "README.md")
+        assert not (tmp_path / "out" / "tidl").exists()
+        assert card.data.tags == ["hf_qat", "int8", "onnx"]  # not trained, so no "qat"
+        assert "TIDL" not in card.text
+        assert "Not measured" in card.text and card.data.eval_results is None
+        assert "| Gemm | `classifier.1/Gemm` | excluded by the recipe |" in card.text
+
+    def test_what_tidl_cannot_have_is_said_in_the_card(self, tmp_path: Path):
+        trainer = publisher(tmp_path, "TDA4VM", processing_class=processor(size=48), compute_metrics=None)
+        trainer.calibrate()
+        card = ModelCard.load(trainer.export(tmp_path / "out") / "README.md")
+        assert not (tmp_path / "out" / "tidl").exists() and "tidl" not in card.data.tags
+        reason = "the processor makes images of 48x48, the calibration data has 32x32"
+        assert f"There is no bundle for TIDL on TDA4VM: {reason}" in card.text
+
+
+class TestSaving:
+    def test_save_quantized_writes_what_from_pretrained_loads(self, exported: Exported, tmp_path: Path):
+        exported.trainer.save_quantized(tmp_path)
+        assert (tmp_path / "model.safetensors").read_bytes() == (exported.directory / "model.safetensors").read_bytes()
+        assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["target"] == "AM68A"
+        assert (tmp_path / "preprocessor_config.json").exists()
+
+    def test_a_checkpoint_of_the_training_has_a_card_of_its_own(self, tmp_path: Path):
+        trainer = publisher(tmp_path, "AM68A")
+        before = values(trainer.model)
+        trainer.create_model_card(license="mit", tags=["tests"], dataset="Squares", dataset_tags="somebody/squares")
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.tags == ["hf_qat", "tests"] and card.data.license == "mit"
+        assert card.data.datasets == ["somebody/squares"]
+        assert "training checkpoint" in card.text and "onnx/model.onnx" not in card.text
+        assert differing(before, values(trainer.model)) == []

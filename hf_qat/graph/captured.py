@@ -1,16 +1,20 @@
-"""The captured module: the child itself, its class exchanged for one that runs an FX graph behind the same signature.
+"""The captured module: the child itself, its class exchanged for one that runs FX graphs behind the same signature.
 
 Parameters, buffers, submodules and attributes stay where they were, so state-dict keys, `config`, `isinstance` and
-whatever outer code reads of the child go on working.
+whatever outer code reads of the child go on working. There is one graph for evaluation and one for training, over the
+same parameters, layers and quantizers.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -18,8 +22,40 @@ from hf_qat.errors import CaptureError
 from hf_qat.quantization.class_swap import swap_class
 
 
+logger = logging.getLogger(__name__)
+
 #: What the Trainer sends along for the loss alone: task models hand it on to their children among their `**kwargs`.
 LOSS_ARGUMENTS = frozenset({"num_items_in_batch"})
+
+
+#: Key in the `meta` of an input: the name of the argument that it comes from.
+ARGUMENT = "argument"
+
+
+class Slot(Enum):
+    """The place of a tensor among the leaves of a nested structure."""
+
+    TENSOR = "tensor"
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf of a nested structure that is no tensor."""
+
+    value: Any
+
+
+Leaf = Slot | Constant
+
+
+def leaf_of(value: Any) -> Leaf:
+    """What is kept of a leaf once the tensors are taken out."""
+    return Slot.TENSOR if isinstance(value, Tensor) else Constant(value)
+
+
+def fill(leaves: Sequence[Leaf], tensors: Any) -> list[Any]:
+    """The leaves, with the next of the iterator `tensors` in every slot."""
+    return [leaf.value if isinstance(leaf, Constant) else next(tensors) for leaf in leaves]
 
 
 @dataclass(frozen=True)
@@ -29,21 +65,18 @@ class CallSignature:
     Attributes:
         positional: names of the arguments that are passed by position (a forward with `*args` has `args_0`, …).
         specs: argument name → tree of its value.
-        leaves: argument name → for each leaf `None` (a tensor) or a 1-tuple with the constant.
+        leaves: argument name → the leaves of its value.
     """
 
     positional: tuple[str, ...]
     specs: dict[str, Any]
-    leaves: dict[str, list[Any]]
+    leaves: dict[str, list[Leaf]]
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """The `(args, kwargs)` of the call around new tensors."""
         remaining = iter(tensors)
         values = {
-            name: pytree.tree_unflatten(
-                [next(remaining) if leaf is None else leaf[0] for leaf in self.leaves[name]], spec
-            )
-            for name, spec in self.specs.items()
+            name: pytree.tree_unflatten(fill(self.leaves[name], remaining), spec) for name, spec in self.specs.items()
         }
         args = [values.pop(name) for name in self.positional]
         return args, values
@@ -52,7 +85,7 @@ class CallSignature:
         """A name per tensor: the argument's, with an ordinal where an argument holds several."""
         names = []
         for name, leaves in self.leaves.items():
-            count = sum(leaf is None for leaf in leaves)
+            count = leaves.count(Slot.TENSOR)
             names += [name] if count == 1 else [f"{name}_{k}" for k in range(count)]
         return names
 
@@ -66,23 +99,19 @@ class CallSignature:
         for name in self.leaves.keys() | other.leaves.keys():
             mine, theirs = self.leaves.get(name), other.leaves.get(name)
             if mine is None or theirs is None:
-                present = mine if theirs is None else theirs
-                if any(leaf is None or leaf[0] not in (None, False) for leaf in present or []):
+                present = mine or theirs or []
+                if any(not isinstance(leaf, Constant) or leaf.value not in (None, False) for leaf in present):
                     different.append(name)
-            elif not _same_leaves(mine, theirs):
+            elif len(mine) != len(theirs) or not all(map(_same_leaf, mine, theirs)):
                 different.append(name)
         return sorted(different)
 
 
-def _same_leaves(mine: list[Any], theirs: list[Any]) -> bool:
-    if len(mine) != len(theirs):
-        return False
-    for a, b in zip(mine, theirs, strict=True):
-        if (a is None) != (b is None):
-            return False
-        if a is not None and not (a[0] is b[0] or a[0] == b[0] or (not a[0] and not b[0])):
-            return False
-    return True
+def _same_leaf(mine: Leaf, theirs: Leaf) -> bool:
+    if not isinstance(mine, Constant) or not isinstance(theirs, Constant):
+        return mine is theirs
+    a, b = mine.value, theirs.value
+    return bool(a is b or a == b or (not a and not b))
 
 
 def flatten_call(
@@ -109,58 +138,169 @@ def flatten_call(
     for name, value in values.items():
         flat, specs[name] = pytree.tree_flatten(value)
         tensors += [leaf for leaf in flat if isinstance(leaf, Tensor)]
-        leaves[name] = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in flat]
+        leaves[name] = [leaf_of(leaf) for leaf in flat]
     return CallSignature(tuple(positional), specs, leaves), tensors
 
 
-class CapturedModule(nn.Module):
-    """Mixed into the class of a captured child by `install`; see there for the attributes."""
+@dataclass
+class CapturedGraph:
+    """A graph for one way to call a module.
+
+    Attributes:
+        graph: flat tensors in, a tuple of flat tensors out; its names are relative to the module.
+        signature: the call that was captured.
+        shapes: per input the captured sizes, `None` where any size goes.
+        result_spec, result_leaves: structure of what the module returns.
+        training: the mode of the module.
+        run: the Python function of `graph`, called with the module and the inputs.
+    """
 
     graph: fx.Graph
     signature: CallSignature
     shapes: list[tuple[int | None, ...]]
-    output_spec: Any
-    output_constants: list[Any]
+    result_spec: Any
+    result_leaves: list[Leaf]
+    training: bool
+    run: Callable[..., Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for node, name in zip(self.inputs(), self.signature.tensor_names(), strict=True):
+            node.meta[ARGUMENT] = name
+        self.recompile()
+
+    def recompile(self) -> None:
+        """Generate `run` anew, after a pass has changed the graph."""
+        self.graph.lint()
+        code = self.graph.python_code("self")
+        namespace = dict(code.globals)
+        exec(compile(code.src, f"<graph {id(self):x}>", "exec"), namespace)  # noqa: S102
+        self.run = namespace["forward"]
+
+    def inputs(self) -> list[fx.Node]:
+        """The nodes of the inputs, in order."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the shapes are among those that were captured."""
+        return len(tensors) == len(self.shapes) and all(map(_fits, tensors, self.shapes))
+
+    def compute(self, module: object, tensors: Sequence[Tensor]) -> Any:
+        """Run on flat tensors; the result has the structure of the original forward's."""
+        outputs = iter(self.run(module, *tensors))
+        return pytree.tree_unflatten(fill(self.result_leaves, outputs), self.result_spec)
+
+
+def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
+    return tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+
+
+class CapturedModule(nn.Module):
+    """Mixed into the class of a captured child by `install`.
+
+    Attributes:
+        graphs: one for each way to call it; the first one is for evaluation.
+        links: input position → (child, output position): which output of an earlier child comes in there.
+        linked: input position → (child, path) of the quantizer that the input carries already.
+        output_quantizers: a path below the child per output, `None` where none is carried.
+        float_operations: what stays float, and why.
+        inner: the modules inside, whose mode and hooks a graph cannot follow.
+    """
+
+    graphs: list[CapturedGraph]
     links: dict[int, tuple[str, int]]
     linked: dict[int, tuple[str, str]]
     output_quantizers: list[str | None]
     float_operations: list[tuple[str, str, str]]
-    _run: Callable[..., Any]
+    inner: list[nn.Module]
     _python_signature: inspect.Signature
+    _warned: bool
+
+    @property
+    def evaluation(self) -> CapturedGraph:
+        """The graph of evaluation, on which all decisions about quantization are made."""
+        return self.graphs[0]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of evaluation."""
+        return self.evaluation.graph
+
+    @property
+    def signature(self) -> CallSignature:
+        """The call that was captured in evaluation."""
+        return self.evaluation.signature
+
+    @property
+    def shapes(self) -> list[tuple[int | None, ...]]:
+        """Per input the sizes captured in evaluation."""
+        return self.evaluation.shapes
 
     def recompile(self) -> None:
-        """Generate the Python function of `graph` anew, after a pass has changed the graph."""
-        self.graph.lint()
-        code = self.graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, f"<graph of {type(self).__name__}>", "exec"), namespace)  # noqa: S102
-        object.__setattr__(self, "_run", namespace["forward"])
+        """Generate the Python functions of all graphs anew."""
+        for captured in self.graphs:
+            captured.recompile()
 
     def run_graph(self, *args: Any, **kwargs: Any) -> Any:
         """Take the tensors out of the call, run the graph, and rebuild the result of the original forward."""
         call, tensors = flatten_call(self._python_signature, args, kwargs)
-        self._check(call, tensors)
-        outputs = iter(self._run(self, *tensors))
-        leaves = [next(outputs) if constant is None else constant[0] for constant in self.output_constants]
-        return pytree.tree_unflatten(leaves, self.output_spec)
+        captured = self._graph_for(call, tensors)
+        if not torch.compiler.is_compiling():
+            self._check_inner()
+        return captured.compute(self, tensors)
 
-    def _check(self, call: CallSignature, tensors: Sequence[Tensor]) -> None:
-        name = type(self).__name__
-        different = self.signature.differences(call)
-        if different:
-            raise CaptureError(
-                f"{name} is called with {', '.join(different)} other than in the call that was captured. A prepared "
-                "model computes what its example inputs made it compute: prepare it with example_inputs= that contain "
-                "this argument, or do not pass it."
-            )
-        for tensor, shape, argument in zip(tensors, self.shapes, self.signature.tensor_names(), strict=True):
-            fits = tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
-            if not fits:
-                wanted = ", ".join("any" if n is None else str(n) for n in shape)
-                raise CaptureError(
-                    f"{name} was captured for {argument} of shape ({wanted}) and got {tuple(tensor.shape)}: resize "
-                    "the input, or prepare the model with example_inputs= of that size."
+    def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
+        of_mode = [captured for captured in self.graphs if captured.training == self.training] or self.graphs[:1]
+        for captured in of_mode:
+            if captured.signature.same_constants(call) and captured.fits(tensors):
+                return captured
+        raise _not_captured(type(self).__name__, of_mode[0], call, tensors)
+
+    def _check_inner(self) -> None:
+        """A graph has the modes and hooks of the modules inside that they had when it was captured."""
+        if self._warned:
+            return
+        for module in self.inner:
+            if user_hooks(module):
+                object.__setattr__(self, "_warned", True)
+                logger.warning(
+                    "A hook was added to a %s inside %s after prepare_qat: it is not called, because the captured "
+                    "graph computes in its place. Add hooks before prepare_qat.",
+                    type(module).__name__,
+                    type(self).__name__,
                 )
+                return
+
+
+def user_hooks(module: nn.Module) -> list[object]:
+    """The hooks on a module, other than those of torch and transformers, whose work a graph contains.
+
+    Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them.
+    """
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    hooks = [hook for kind in kinds if kind for hook in kind.values()]
+    return [hook for hook in hooks if not _origin(hook).startswith(("torch.nn.utils.", "transformers."))]
+
+
+def _origin(hook: object) -> str:
+    return str(getattr(hook, "__module__", None) or type(hook).__module__)
+
+
+def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tensors: Sequence[Tensor]) -> CaptureError:
+    different = captured.signature.differences(call)
+    if different:
+        return CaptureError(
+            f"{name} is called with {', '.join(different)} other than in the call that was captured. A prepared "
+            "model computes what its example inputs made it compute: prepare it with example_inputs= that contain "
+            "this argument, or do not pass it."
+        )
+    for tensor, shape, argument in zip(tensors, captured.shapes, captured.signature.tensor_names(), strict=True):
+        if not _fits(tensor, shape):
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            return CaptureError(
+                f"{name} was captured for {argument} of shape ({wanted}) and got {tuple(tensor.shape)}: resize "
+                "the input, or prepare the model with example_inputs= of that size."
+            )
+    raise AssertionError("the call is one that was captured")
 
 
 def _graph_forward(original: type[nn.Module]) -> Callable[..., Any]:
@@ -174,43 +314,33 @@ def _graph_forward(original: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def install(
-    module: nn.Module,
-    graph: fx.Graph,
-    signature: CallSignature,
-    shapes: list[tuple[int | None, ...]],
-    output_spec: Any,
-    output_constants: list[Any],
-) -> CapturedModule:
-    """Make `module` run `graph`, in place.
+def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str, Tensor]) -> CapturedModule:
+    """Make `module` run `graphs`, in place.
 
     Args:
-        module: the child; its parameters and submodules are what `graph` refers to.
-        graph: flat tensors in, a tuple of flat tensors out.
-        signature: the call that was captured.
-        shapes: per input the captured sizes, `None` where any size goes.
-        output_spec, output_constants: its tree, and per leaf `None` (a tensor) or a 1-tuple with the constant.
+        module: the child; its parameters and submodules are what the graphs refer to.
+        graphs: the first one is for evaluation.
+        constants: tensors that the graphs refer to beside; they become non-persistent buffers.
 
     Returns:
         The same object, with its class exchanged.
     """
     python_signature = inspect.signature(module.forward)
+    for name, value in constants.items():
+        module.register_buffer(name, value, persistent=False)
     captured = swap_class(module, CapturedModule, _graph_forward(type(module)))
     for name, value in {
-        "graph": graph,
-        "signature": signature,
-        "shapes": shapes,
-        "output_spec": output_spec,
-        "output_constants": output_constants,
+        "graphs": graphs,
         "links": {},
         "linked": {},
         "output_quantizers": [],
         "float_operations": [],
+        "inner": [inner for inner in module.modules() if inner is not module],
         "_python_signature": python_signature,
+        "_warned": False,
     }.items():
         # Not nn.Module.__setattr__: none of these is a parameter, a buffer or a submodule.
         object.__setattr__(captured, name, value)
-    captured.recompile()
     return captured
 
 

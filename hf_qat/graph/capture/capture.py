@@ -1,128 +1,220 @@
-"""Capture: each child that a task model calls (or a whole plain module) becomes an FX graph, by `torch.export`.
+"""Capture: each child that a task model calls (or a whole plain module) becomes FX graphs, by `torch.export`.
 
-The model's own class keeps running around the graphs, so losses, configs and `save_pretrained` stay what they were.
+The model's own class keeps running around the graphs, so losses, configs and `save_pretrained` stay what they were. A
+part that cannot be captured, or whose graph computes something else, keeps running its own Python code; the parts that
+it calls are captured instead.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
-from torch.utils import _pytree as pytree
+from torch import Tensor, nn
 
 from hf_qat.errors import CaptureError
-from hf_qat.graph.capture.clean import clean, copy_outputs
-from hf_qat.graph.capture.dropout import TrainingProbabilities
-from hf_qat.graph.capture.dry_run import (
-    BATCH_SIZES,
-    CallRecord,
-    differs_in_training,
-    dry_runs,
-    forward,
-    links,
-    whole_call,
-)
+from hf_qat.graph.capture.clean import Constants, copy_outputs
+from hf_qat.graph.capture.dry_run import CallRecord, dry_runs, links, training_records, whole_call
+from hf_qat.graph.capture.exporting import export_call
 from hf_qat.graph.capture.inputs import Inputs, accepts_labels
 from hf_qat.graph.capture.modes import evaluating
-from hf_qat.graph.captured import CallSignature, CapturedModule, install
+from hf_qat.graph.capture.proof import first_difference
+from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks
 
 
 logger = logging.getLogger(__name__)
 
+#: Batch sizes, beside that of the examples, at which a graph is compared with its module: one, and an odd one.
+PROVEN_SIZES = (1, 5)
+
+#: Size of the change of the example inputs in that comparison, relative to their spread.
+PERTURBATION = 0.1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of a model are captured.
+
+    Attributes:
+        excluded: says of a module path whether it stays float, and is not looked into.
+        paths: exactly these are captured, unproven, as a checkpoint says; `None`: what proves to be possible.
+        training: capture training, too.
+    """
+
+    excluded: Callable[[str], bool] = lambda path: False
+    paths: Collection[str] | None = None
+    training: bool = True
+
+
+@dataclass
+class _Candidate:
+    """A part on its way: how it is called, its graphs, and the constants that these need."""
+
+    call: CallRecord
+    graphs: list[CapturedGraph]
+    constants: Constants
+
 
 def capture(
-    model: nn.Module, inputs: Inputs, excluded: Callable[[str], bool] = lambda path: False
+    model: nn.Module, inputs: Inputs, excluded: Callable[[str], bool] = lambda path: False, parts: Parts | None = None
 ) -> dict[str, CapturedModule]:
     """Turn the children that `model` calls into captured modules, in place.
 
     Args:
         model: any module; one whose forward takes `labels` is captured by its children, another as a whole. Where a
-            part of a Hugging Face model cannot be captured, its own children are, and the rest of it stays float.
+            part cannot be captured, its own children are, and the rest of it stays float.
         inputs: example inputs; the first axis of every tensor is the batch.
         excluded: says of a module path whether it stays float.
+        parts: which parts to capture, in place of `excluded`.
 
     Returns:
         The captured modules by path ("" for the model itself), in the order in which they are first called. A link
         from an input to the output of an earlier child is in `captured.links`.
 
     Raises:
-        CaptureError: with the child and the reason.
+        CaptureError: nothing can be captured; with the part and the reason.
     """
+    parts = Parts(excluded) if parts is None else parts
     with evaluating(model):
-        calls, exported = _export_all(model, inputs, excluded)
+        candidates = _candidates(model, inputs, parts)
     # Only now, when nothing can fail any more, is the model changed.
-    probabilities = TrainingProbabilities(model, lambda module: forward(module, inputs, BATCH_SIZES[0]))
-    graphs = [clean(item.graph_module, call.module, probabilities) for item, call in zip(exported, calls, strict=True)]
-    for call, graph in zip(calls, graphs, strict=True):
-        copy_outputs(graph, call.written)
-    captured = {
-        call.path: _install(call, item, graph) for call, item, graph in zip(calls, exported, graphs, strict=True)
-    }
+    calls = [candidate.call for candidate in candidates]
+    captured = {}
+    for candidate in candidates:
+        for graph in candidate.graphs:
+            copy_outputs(graph.graph, candidate.call.written)
+            graph.recompile()
+        captured[candidate.call.path] = install(
+            candidate.call.module, candidate.graphs, candidate.constants.values
+        )
     for call in calls:
         captured[call.path].links = links(call, calls)
     return captured
 
 
-def _export_all(
-    model: nn.Module, inputs: Inputs, excluded: Callable[[str], bool]
-) -> tuple[list[CallRecord], list[_Exported]]:
-    """Export the children of a task model, or a whole plain module; where that fails, the next finer parts."""
-    finer = hasattr(model, "main_input_name")
-    if not accepts_labels(model):
-        whole = whole_call(model, inputs)
-        try:
-            return [whole], [_export(whole)]
-        except CaptureError as error:
-            if not finer:
-                raise
-            logger.info("%s", error)
-    opened = {""}
-    exported: dict[str, _Exported] = {}
+def _candidates(model: nn.Module, inputs: Inputs, parts: Parts) -> list[_Candidate]:
+    """The parts that can be captured: the whole, or the children, or where that fails, the next finer parts."""
     errors: dict[str, CaptureError] = {}
+    if _starts_whole(model, parts):
+        call = whole_call(model, inputs)
+        try:
+            return [_try(call, call, parts)]
+        except CaptureError as error:
+            errors[""] = error
+    found: dict[str, _Candidate] = {}
+    opened = {""} if parts.paths is None else _ancestors(parts.paths)
     while True:
-        calls = [call for call in dry_runs(model, inputs, excluded, opened) if call.path not in errors]
-        failed = {
-            path: CaptureError(_otherwise(path)) for path in _training_only(model, inputs, calls, excluded, opened)
-        }
+        calls = [call for call in dry_runs(model, inputs, parts.excluded, opened) if _is_wanted(call.path, parts)]
+        in_training = training_records(model, inputs, calls, parts.excluded, opened) if parts.training else {}
+        failed: dict[str, CaptureError] = {}
         for call in calls:
-            if call.path in failed:
+            if call.path in found or call.path in errors:
                 continue
             try:
-                exported[call.path] = exported.get(call.path) or _export(call)
+                found[call.path] = _try(call, in_training.get(call.path, call), parts)
             except CaptureError as error:
-                if not finer:
-                    raise
                 failed[call.path] = error
         errors |= failed
         opened |= failed.keys()
         if not failed:
             break
-    if not calls:
+    captured = [call for call in calls if call.path in found]
+    if not captured:
         raise next(iter(errors.values()), CaptureError(_nothing(model)))
     if errors:
         _report_float(model, errors)
-    return calls, [exported[call.path] for call in calls]
+    return [_with_call(found[call.path], call) for call in captured]
 
 
-def _training_only(
-    model: nn.Module, inputs: Inputs, calls: list[CallRecord], excluded: Callable[[str], bool], opened: set[str]
-) -> set[str]:
-    """Parts that compute more in training, and have children of their own to capture instead."""
-    if not hasattr(model, "main_input_name"):
-        return set()
-    return differs_in_training(model, inputs, calls, excluded, opened)
+def _starts_whole(model: nn.Module, parts: Parts) -> bool:
+    return not accepts_labels(model) if parts.paths is None else "" in parts.paths
 
 
-def _otherwise(path: str) -> str:
-    return f"{path} returns other tensors in training than in evaluation"
+def _ancestors(paths: Collection[str]) -> set[str]:
+    """The modules around those at `paths`, whose own Python code runs."""
+    return {""} | {path[:dot] for path in paths for dot, letter in enumerate(path) if letter == "."}
+
+
+def _is_wanted(path: str, parts: Parts) -> bool:
+    return parts.paths is None or path in parts.paths
+
+
+def _with_call(candidate: _Candidate, call: CallRecord) -> _Candidate:
+    """The same with the record of the last dry run, in which outputs of one part are inputs of another."""
+    return _Candidate(call, candidate.graphs, candidate.constants)
+
+
+def _try(call: CallRecord, in_training: CallRecord, parts: Parts) -> _Candidate:
+    """Export a part in both modes, and prove it.
+
+    Raises:
+        CaptureError: it cannot be exported, or computes something else than its graph.
+    """
+    _require_no_hooks(call)
+    constants = Constants(call.module)
+    graphs = [export_call(call, False, constants)]
+    if parts.training:
+        graphs.append(export_call(in_training, True, constants))
+    if parts.paths is None and not _is_on_meta(call.module):
+        for graph, record in zip(graphs, (call, in_training), strict=False):
+            _prove(record, graph, constants)
+    return _Candidate(call, graphs, constants)
+
+
+def _require_no_hooks(call: CallRecord) -> None:
+    """A hook on a module inside is called by Python alone; on the part itself it goes on being called."""
+    for path, module in call.module.named_modules():
+        if path and user_hooks(module):
+            raise CaptureError(f"{_name(call)} contains {path}, which has hooks: they are called by Python code only")
+
+
+def _is_on_meta(module: nn.Module) -> bool:
+    return any(tensor.device.type == "meta" for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _prove(record: CallRecord, graph: CapturedGraph, constants: Constants) -> None:
+    """Compare a graph with its module.
+
+    Raises:
+        CaptureError: they differ.
+    """
+    samples = [(record.inputs[0], True)]
+    if not graph.training:  # batch norm in training takes no batch of one
+        samples += [(sample, False) for size in PROVEN_SIZES if (sample := _sample(record, size)) is not None]
+    for sample, gradients in samples:
+        difference = first_difference(record.module, graph, constants.values, sample, gradients)
+        if difference is not None:
+            mode = "training" if graph.training else "evaluation"
+            sizes = [tuple(x.shape) for x in sample]
+            raise CaptureError(
+                f"{_name(record)} computes something else than what torch.export sees of it: in {mode}, on inputs of "
+                f"shapes {sizes}, {difference}"
+            )
+
+
+def _sample(record: CallRecord, size: int) -> list[Tensor] | None:
+    """The example inputs, a little changed, at another batch size; `None` if no input depends on it."""
+    first, last = record.inputs[0], record.inputs[-1]
+    if all(x.shape == y.shape for x, y in zip(first, last, strict=True)):
+        return None
+    generator = torch.Generator().manual_seed(size)
+    resized = []
+    for x, y in zip(first, last, strict=True):
+        for dim, (n, m) in enumerate(zip(x.shape, y.shape, strict=True)):
+            if n != m:  # sizes at batches of 2 and 3
+                wanted = max(1, n + (m - n) * (size - 2))
+                x = x.index_select(dim, torch.arange(wanted, device=x.device) % n)
+        if x.is_floating_point():
+            noise = torch.randn(x.shape, generator=generator).to(x)
+            x = x + PERTURBATION * noise * (x.std() if x.numel() > 1 else 1.0)
+        resized.append(x)
+    return resized
+
+
+def _name(call: CallRecord) -> str:
+    return call.path or type(call.module).__name__
 
 
 def _nothing(model: nn.Module) -> str:
@@ -135,141 +227,6 @@ def _report_float(model: nn.Module, errors: dict[str, CaptureError]) -> None:
     logger.warning(
         "%s: the code of %s itself stays float, the parts that it calls are quantized. %s.",
         type(model).__name__,
-        ", ".join(errors),
+        ", ".join(path or "the model" for path in errors),
         reasons,
     )
-
-
-class _Result:
-    """The structure of what a child returned: its tree, and per leaf `None` (a tensor) or a 1-tuple."""
-
-    spec: Any
-    constants: list[Any]
-
-
-class _FlatCall(nn.Module):
-    """Takes flat tensors, rebuilds the child's call around them, and returns the flat tensors of its result."""
-
-    def __init__(self, child: nn.Module, signature: CallSignature) -> None:
-        super().__init__()
-        self.child = child
-        self.signature = signature
-        # An object of its own, because the exporter undoes assignments to attributes.
-        self.result = _Result()
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = self.signature.rebuild(tensors)
-        leaves, spec = pytree.tree_flatten(self.child(*args, **kwargs))
-        self.result.spec = spec
-        self.result.constants = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-
-
-@dataclass
-class _Exported:
-    """One child's export; `shapes` has `None` for the dimensions that take any size."""
-
-    graph_module: fx.GraphModule
-    result: _Result
-    shapes: list[tuple[int | None, ...]]
-
-
-def _export(calls: CallRecord) -> _Exported:
-    """`torch.export` of one child, with every dimension dynamic in which its records differ."""
-    name = calls.path or type(calls.module).__name__
-    first = calls.signatures[0]
-    _forget_caches(calls.module)
-    if any(not first.same_constants(other) for other in calls.signatures[1:]):
-        raise CaptureError(
-            f"{name} is called in two ways (different arguments) within one forward; leave it in float with "
-            f"QATConfig(exclude={name!r})."
-        )
-    if any({x.dim() for x in records} != {records[0].dim()} for records in zip(*calls.inputs, strict=True)):
-        raise CaptureError(f"{name} is called with tensors of different ranks; leave it in float.")
-    wrapper = _FlatCall(calls.module, first)
-    # A stride guard rejects real inputs where the example was a view; contiguous copies have none.
-    examples = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in calls.inputs[0])
-    dynamic = _dynamic_dimensions(calls.inputs)
-    shapes = tuple({d: torch.export.Dim.AUTO for d in dims} for dims in dynamic)
-    try:
-        with torch.no_grad(), _swiftly(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The tensor attribute")  # a cache, which is dropped below
-            program = torch.export.export(wrapper, examples, dynamic_shapes=(shapes,), strict=False)
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CaptureError(
-            f"{name} cannot be captured: {reason.strip()}{_user_line(error)}. Leave it in float with "
-            f"QATConfig(exclude={name!r}), or remove the data-dependent control flow."
-        ) from error
-    finally:
-        _forget_caches(calls.module)  # of the exporter's own tensors
-    _require_dynamic(name, program, dynamic)
-    module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    free = [
-        tuple(None if d in dims else n for d, n in enumerate(x.shape))
-        for x, dims in zip(examples, dynamic, strict=True)
-    ]
-    return _Exported(module, wrapper.result, free)
-
-
-@contextmanager
-def _swiftly() -> Iterator[None]:
-    """Inside, no call stack is kept of every node, and Python looks for no garbage: a quarter of an export's time."""
-    collecting, without_stacks = gc.isenabled(), getattr(fx.config, "do_not_emit_stack_traces", False)
-    gc.disable()
-    fx.config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx.config.do_not_emit_stack_traces = without_stacks
-        if collecting:
-            gc.enable()
-
-
-def _forget_caches(module: nn.Module) -> None:
-    """LeViT keeps, for evaluation, biases that depend on parameters; it drops them when it is put into training."""
-    module.train()
-    module.eval()
-
-
-def _install(calls: CallRecord, exported: _Exported, graph: fx.Graph) -> CapturedModule:
-    return install(
-        calls.module,
-        graph=graph,
-        signature=calls.signatures[0],
-        shapes=exported.shapes,
-        output_spec=exported.result.spec,
-        output_constants=exported.result.constants,
-    )
-
-
-def _user_line(error: BaseException) -> str:
-    """File and line, in the model's own code, where the export stopped."""
-    import traceback
-
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "/torch/" not in f.filename and not f.filename.endswith("graph/capture.py")]
-    return f" (at {own[-1].filename}:{own[-1].lineno}, in {own[-1].name})" if own else ""
-
-
-def _dynamic_dimensions(inputs: list[list[Tensor]]) -> list[set[int]]:
-    """For each input, the dimensions in which its records differ."""
-    return [
-        {d for d in range(records[0].dim()) if len({x.shape[d] for x in records}) > 1}
-        for records in zip(*inputs, strict=True)
-    ]
-
-
-def _require_dynamic(name: str, program: Any, shapes: list[set[int]]) -> None:
-    """`Dim.AUTO` silently becomes a constant where the code fixes it; that would break every other batch size."""
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    user_inputs = set(program.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in placeholders if node.name in user_inputs]
-    for position, (value, dims) in enumerate(zip(values, shapes, strict=True)):
-        fixed = [d for d in dims if is_concrete_int(value.shape[d])]
-        if fixed:
-            raise CaptureError(
-                f"{name} fixes dimension {fixed[0]} of its input {position} to {value.shape[fixed[0]]}, so it would "
-                f"run at one batch size only; leave it in float with QATConfig(exclude={name!r})."
-            )

@@ -1,72 +1,111 @@
-"""Make an exported graph one that trains: no in-place writes, live dropout, constants folded, any device."""
+"""Make an exported graph one that runs on the child itself: no wrapper, no writes over saved values, any device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hf_qat.graph.capture.dropout import TrainingProbabilities, revive_dropout
+from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.identities import drop_identities
 from hf_qat.graph.capture.padding import merge_padding
+from hf_qat.graph.capture.regions import SETTINGS, inline_regions
 from hf_qat.graph.capture.views import replace_writes
 from hf_qat.graph.captured import fetch
 
 
 aten = torch.ops.aten
 
-#: The name under which the wrapper of `capture.py` holds the child; it is stripped from every path.
+#: The name under which the wrapper of `exporting.py` holds the child; it is stripped from every path.
 WRAPPER_PREFIX = "child"
 
 #: Key in `node.meta`: path of the innermost module, relative to the captured child, whose forward made the node.
 MODULE_PATH = "module_path"
 
-#: How the names of constants begin that `add_constant` registers.
+#: How the names of constants begin that are added to a captured module.
 CONSTANT_PREFIX = "_constant_"
 
 #: Checks that the exporter writes down; the shim does its own.
 ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 
 
-def clean(exported: fx.GraphModule, child: nn.Module, probabilities: TrainingProbabilities) -> fx.Graph:
+class Constants:
+    """Tensors that graphs of one module need beside its parameters and buffers; they are added to it at the end.
+
+    Args:
+        module: whose names are taken.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._first = sum(name.startswith(CONSTANT_PREFIX) for name in module._buffers)
+
+    def add(self, value: Tensor) -> str:
+        """Keep `value` under the next free name `_constant_<k>`; that name."""
+        name = f"{CONSTANT_PREFIX}{self._first + len(self.values)}"
+        self.values[name] = value.detach()
+        return name
+
+
+class Extended:
+    """A module together with constants that it does not have yet, for graphs that read both."""
+
+    def __init__(self, module: nn.Module, constants: dict[str, Tensor]) -> None:
+        self._module, self._constants = module, constants
+
+    def __getattr__(self, name: str) -> Any:
+        constants = self.__dict__["_constants"]
+        return constants[name] if name in constants else getattr(self.__dict__["_module"], name)
+
+
+class UnclearWriteError(CaptureError):
+    """A write to memory that other values of the graph share; torch's own functionalization is needed."""
+
+
+def clean(exported: fx.GraphModule, child: nn.Module, constants: Constants) -> fx.Graph:
     """The graph of `exported`, rewritten to run on `child` itself.
 
     Args:
         exported: from `ExportedProgram.module()`, made of a wrapper that holds the child as `child`.
-        child: gets constants (non-persistent buffers `_constant_<k>`) and dropout modules that the graph needs.
-        probabilities: of functional dropouts, in training.
+        child: is only read.
+        constants: what the graph needs beside is added here.
 
     Returns:
         A graph of flat tensors; nodes carry `meta["module_path"]` and `meta["val"]` (a fake tensor).
+
+    Raises:
+        UnclearWriteError: the graph writes to memory in a way that cannot be undone here.
     """
     graph = exported.graph
+    inline_regions(exported)
     graph.set_codegen(fx.graph.CodeGen())
     graph.owning_module = None  # it runs on the child from now on
     _strip_wrapper(graph)
     _drop_assertions(graph)
-    _adopt_constants(exported, child)
+    _adopt_constants(exported, child, constants)
     _make_functional(graph)
     _reshape_views(graph)
-    _fold_constants(graph, child)
+    _fold_constants(graph, Extended(child, constants.values), constants)
     replace_writes(graph, MODULE_PATH)
-    drop_identities(graph, lambda node: _constant(child, node))
+    _require_clear_writes(graph)
+    drop_identities(graph, lambda node: constants.values.get(str(node.target)))
     merge_padding(graph)
-    revive_dropout(graph, child, probabilities)
     _follow_device(graph)
     eliminate_dead_code(graph)
     return graph
 
 
 def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Erase nodes without users, but for inputs, outputs and in-place writes."""
+    """Erase nodes without users, but for inputs, outputs, in-place writes, settings and random numbers."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output") and not _writes(node):
+        needed = node.op in ("placeholder", "output") or node.target in SETTINGS or _writes(node)
+        if not node.users and not needed and _is_pure(node):
             graph.erase_node(node)
 
 
-def copy_outputs(graph: fx.Graph, positions: set[int]) -> None:
+def copy_outputs(graph: fx.Graph, positions: Iterable[int]) -> None:
     """Return copies at `positions`, which the caller writes to in place: a quantizer may have saved the original."""
     output = next(node for node in graph.nodes if node.op == "output")
     returned: Any = output.args[0]
@@ -89,7 +128,7 @@ def _strip_wrapper(graph: fx.Graph) -> None:
 
 
 def _relative(path: str) -> str:
-    """`child.a.b` → `a.b`; a module called twice has an `@1` behind its path, which goes too."""
+    """`child.a.b` → `a.b`; a module called twice has an `@1` at the end of its path, which goes too."""
     path = path.split("@")[0]
     return "" if path in ("", WRAPPER_PREFIX) else path.removeprefix(f"{WRAPPER_PREFIX}.")
 
@@ -98,12 +137,13 @@ def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and any(name in str(node.target) for name in ASSERTIONS):
             graph.erase_node(node)
-        elif node.op == "call_module" and str(node.target).startswith("_epsilon_guards"):
+        elif node.op == "call_module" and str(node.target).startswith("_guards"):
             graph.erase_node(node)
 
 
-def _adopt_constants(exported: fx.GraphModule, child: nn.Module) -> None:
-    """Tensors that the exporter lifted out of the code become non-persistent buffers of the child."""
+def _adopt_constants(exported: fx.GraphModule, child: nn.Module, constants: Constants) -> None:
+    """Tensors that the exporter lifted out of the code become constants."""
+    known: dict[str, str] = {}
     for node in exported.graph.nodes:
         if node.op != "get_attr":
             continue
@@ -113,21 +153,9 @@ def _adopt_constants(exported: fx.GraphModule, child: nn.Module) -> None:
             value = fetch(exported, node.target) if hasattr(exported, node.target.split(".")[0]) else None
             if value is None:
                 value = fetch(exported, f"{WRAPPER_PREFIX}.{node.target}")
-            node.target = add_constant(child, value)
-
-
-def add_constant(child: nn.Module, value: Tensor) -> str:
-    """Register `value` as the next non-persistent buffer `_constant_<k>` of `child`; its name."""
-    taken = sum(name.startswith(CONSTANT_PREFIX) for name in child._buffers)
-    name = f"{CONSTANT_PREFIX}{taken}"
-    child.register_buffer(name, value.detach(), persistent=False)
-    return name
-
-
-def _constant(child: nn.Module, node: fx.Node) -> Tensor | None:
-    """The tensor at a `get_attr` node, if `add_constant` has put it there."""
-    value: Tensor | None = fetch(child, str(node.target)) if _is_constant(node) else None
-    return value
+            if node.target not in known:
+                known[node.target] = constants.add(value)
+            node.target = known[node.target]
 
 
 def _is_constant(node: fx.Node) -> bool:
@@ -135,28 +163,73 @@ def _is_constant(node: fx.Node) -> bool:
 
 
 def _make_functional(graph: fx.Graph) -> None:
-    """Replace in-place operations on plain values by their functional twins.
+    """Replace in-place operations on values that nothing else shares by operations that return a new one.
 
     A quantizer saves tensors for its backward pass; Hugging Face models add residuals in place and would overwrite
-    them. A write through a view (`mask[:, 1:] = …`) stays: it goes to a tensor that the graph itself has just made.
+    them. Writes to parameters and buffers of the module stay, as do those through a view.
     """
     for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        twin = functional_twin(node)
+        if twin is None:
             continue
-        schema = node.target._schema
-        if not (schema.is_mutable and schema.name.endswith("_") and node.args and isinstance(node.args[0], fx.Node)):
-            continue
-        written = node.args[0]
-        twin = _functional_twin(node.target)
-        if twin is None or _is_view(written):
+        written: Any = node.args[0]
+        if _is_of_module(written) or _is_view(written) or _viewed_before(written, node):
             continue
         node.target = twin
-        later = False
-        for user in [n for n in graph.nodes if n is node or n in written.users]:
-            if user is node:
-                later = True
-            elif later:
-                user.replace_input_with(written, node)
+        _read_new_value(written, node)
+
+
+def _read_new_value(written: fx.Node, node: fx.Node) -> None:
+    """Let what reads `written` after `node` read the result of `node`."""
+    later = False
+    for user in [n for n in written.graph.nodes if n is node or n in written.users]:
+        if user is node:
+            later = True
+        elif later:
+            user.replace_input_with(written, node)
+
+
+def _viewed_before(written: fx.Node, write: fx.Node) -> bool:
+    """Whether a view of the memory, made before the write, is read after it: it would show the new values."""
+    order = {node: position for position, node in enumerate(write.graph.nodes)}
+
+    def read_later(node: fx.Node) -> bool:
+        views = [user for user in node.users if order[user] < order[write] and _is_view(user)]
+        return any(any(order[user] > order[write] for user in view.users) or read_later(view) for view in views)
+
+    return read_later(written)
+
+
+def _require_clear_writes(graph: fx.Graph) -> None:
+    """Left are writes to buffers of the module, and to tensors that the graph itself has just made."""
+    for node in graph.nodes:
+        for written in written_values(node):
+            memory = _memory_of(written)
+            fresh = memory.op == "call_function" and not any(map(_is_floating, memory.all_input_nodes))
+            if not (fresh or _is_of_module(written)):
+                raise UnclearWriteError(f"{node.target} writes to memory that {memory} shares with other values")
+
+
+def _is_of_module(node: Any) -> bool:
+    """Whether the value is a whole parameter or buffer of the module, perhaps after it was written to."""
+    while _writes(node) and (written := written_values(node)):
+        node = written[0]
+    return bool(node.op == "get_attr")
+
+
+def written_values(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the operation writes to."""
+    if not _writes(node):
+        return []
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    named = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)) | dict(node.kwargs)
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [value for name in written if isinstance(value := named.get(name), fx.Node)]
+
+
+def _is_floating(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _reshape_views(graph: fx.Graph) -> None:
@@ -166,10 +239,16 @@ def _reshape_views(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
 
 
-def _functional_twin(target: Any) -> Any:
-    namespace, name = target._schema.name.split("::")
+def functional_twin(node: fx.Node) -> Any:
+    """The operation that returns what `node` writes into its first argument; `None` for anything but such a write."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    schema = node.target._schema
+    if not (schema.is_mutable and schema.name.endswith("_") and node.args and isinstance(node.args[0], fx.Node)):
+        return None
+    namespace, name = schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    return getattr(packet, target._overloadname, None) if packet is not None else None
+    return getattr(packet, node.target._overloadname, None) if packet is not None else None
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -179,14 +258,14 @@ def _is_view(node: fx.Node) -> bool:
     return any(a.alias_info is not None and not a.alias_info.is_write for a in target._schema.arguments[:1])
 
 
-def _fold_constants(graph: fx.Graph, child: nn.Module) -> None:
+def _fold_constants(graph: fx.Graph, module: Any, constants: Constants) -> None:
     """Run once, now, whatever depends on neither inputs nor parameters (masks, position grids)."""
     foldable = _foldable_nodes(graph)
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node in foldable:
             if node.op == "get_attr":
-                values[node] = fetch(child, node.target).clone()  # later nodes may write to it
+                values[node] = fetch(module, node.target).clone()  # later nodes may write to it
                 continue
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
             values[node] = node.target(*args, **_on_real_device(kwargs))
@@ -194,7 +273,7 @@ def _fold_constants(graph: fx.Graph, child: nn.Module) -> None:
         outside = [user for user in node.users if user not in values]
         if outside and isinstance(value, Tensor) and node.op != "get_attr":
             with graph.inserting_before(node):
-                constant = graph.get_attr(add_constant(child, value.clone()))
+                constant = graph.get_attr(constants.add(value.clone()))
             constant.meta = dict(node.meta)
             for user in outside:
                 user.replace_input_with(node, constant)
@@ -207,10 +286,10 @@ def _foldable_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose value is known now; none of them shares memory with a tensor that other nodes write to."""
     foldable: set[fx.Node] = set()
     for node in graph.nodes:
-        computed = node.op == "call_function" and all(n in foldable for n in node.all_input_nodes) and _is_pure(node)
-        if _is_constant(node) or computed:
+        computed = node.op == "call_function" and node.target not in SETTINGS and _is_pure(node)
+        if _is_constant(node) or (computed and all(n in foldable for n in node.all_input_nodes)):
             foldable.add(node)
-    written = [_memory_of(n.args[0]) for n in graph.nodes if _writes(n) and n not in foldable]
+    written = [_memory_of(w) for n in graph.nodes if n not in foldable for w in written_values(n)]
     while written:
         node = written.pop()
         if node in foldable:
@@ -225,12 +304,18 @@ def _writes(node: fx.Node) -> bool:
 
 def _memory_of(node: Any) -> Any:
     """The node that made the memory that `node` is a view of."""
-    while isinstance(node.args[0] if node.args else None, fx.Node) and (_is_view(node) or _writes(node)):
-        node = node.args[0]
-    return node
+    while True:
+        written = written_values(node)
+        if written:
+            node = written[0]
+        elif _is_view(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        else:
+            return node
 
 
 def _is_pure(node: fx.Node) -> bool:
+    """Whether computing it changes nothing: the state of the random numbers, above all."""
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded not in tags
 
@@ -259,11 +344,3 @@ def _follow_device(graph: fx.Graph) -> None:
 
 def _fixes_device(node: fx.Node) -> bool:
     return node.kwargs.get("device") is not None or any(isinstance(a, torch.device) for a in node.args)
-
-
-def tensor_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Nodes whose value is a floating-point tensor."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.is_floating_point():
-            yield node

@@ -133,23 +133,45 @@ def _same_calls(recorded: dict[str, CallRecord], repeated: dict[str, CallRecord]
     )
 
 
-def differs_in_training(
+def training_records(
     model: nn.Module, inputs: Inputs, calls: list[CallRecord], excluded: Callable[[str], bool], opened: Collection[str]
-) -> set[str]:
-    """Paths of the parts that return other tensors in training than in evaluation (D-FINE's decoder does)."""
+) -> dict[str, CallRecord]:
+    """How each of the recorded parts is called in training: as in evaluation, unless training itself shows otherwise.
+
+    The model runs without labels, on a copy without weights. Where a part is called in another way, its record holds
+    random inputs of the shapes that were seen.
+    """
 
     def observe(candidate: nn.Module) -> dict[str, CallRecord]:
         recorded: dict[str, CallRecord] = {}
-        with _recording(list(_candidates(candidate, excluded, opened)), recorded):
-            forward(candidate, inputs, BATCH_SIZES[0])
+        for size in BATCH_SIZES:
+            with _recording(list(_candidates(candidate, excluded, opened)), recorded):
+                forward(candidate, inputs, size)
         return recorded
 
-    recorded = in_training(model, observe) or {}
-    return {call.path for call in calls if call.path in recorded and _shapes(call) != _shapes(recorded[call.path])}
+    seen = in_training(model, observe) or {}
+    return {call.path: _training_record(call, seen.get(call.path)) for call in calls}
 
 
-def _shapes(calls: CallRecord) -> list[torch.Size]:
-    return [output.shape for output in calls.outputs[0]]
+def _training_record(call: CallRecord, seen: CallRecord | None) -> CallRecord:
+    if seen is None or _called_alike(call, seen):
+        return call
+    inputs = [[_random_like(x) for x in tensors] for tensors in seen.inputs]
+    return CallRecord(call.path, call.module, seen.signatures, inputs)
+
+
+def _called_alike(call: CallRecord, seen: CallRecord) -> bool:
+    pairs = zip(call.signatures, seen.signatures, strict=False)
+    shapes = ([[x.shape for x in tensors] for tensors in record.inputs] for record in (call, seen))
+    return all(a.same_constants(b) for a, b in pairs) and next(shapes) == next(shapes)
+
+
+def _random_like(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "meta":
+        return tensor
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
 def forward(model: nn.Module, inputs: Inputs, size: int) -> Any:

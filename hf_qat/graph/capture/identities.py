@@ -18,6 +18,9 @@ aten = torch.ops.aten
 #: Operations whose result holds nothing but values of their first argument.
 VIEWS = {aten.expand, aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.slice, aten.select, aten.transpose}
 
+#: They change nothing in evaluation, nor with a probability of 0; arguments are the input, the probability and the mode.
+DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
+
 #: Reads the tensor at a `get_attr` node if it is a constant: neither a parameter nor a buffer that may change.
 Constant = Callable[[fx.Node], torch.Tensor | None]
 
@@ -59,6 +62,8 @@ def _uniform_value(node: fx.Node, uniform: dict[Any, bool | int | float], consta
 def _unchanged(node: fx.Node, uniform: dict[Any, bool | int | float]) -> Any:
     """The argument that the value of `node` equals, element by element, if there is one."""
     packet, args = _packet(node), node.args
+    if packet in DROPOUTS:
+        return args[0] if len(args) > 2 and (not args[2] or args[1] == 0) else None
     if packet is aten.pad or packet is aten.constant_pad_nd:
         return args[0] if not any(args[1]) else None  # type: ignore[arg-type]
     if packet is aten.add and len(args) == 2:

@@ -1,0 +1,42 @@
+"""Batch norms by their own name again: torch's functionalization splits each into an operation and its writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+
+aten = torch.ops.aten
+
+#: In evaluation: (x, weight, bias, mean, variance, momentum, eps). In training: a flag comes before the momentum.
+EVALUATION = aten._native_batch_norm_legit_no_training.default
+TRAINING = aten._native_batch_norm_legit_functional.default
+
+
+def restore_batch_norms(graph: fx.Graph) -> None:
+    """Make each split batch norm one `batch_norm` that writes its running statistics itself, in place."""
+    for node in list(graph.nodes):
+        if node.target in (EVALUATION, TRAINING):
+            _restore(graph, node)
+
+
+def _restore(graph: fx.Graph, node: fx.Node) -> None:
+    arguments: Any = node.args
+    training = node.target is TRAINING
+    *inputs, momentum, eps = arguments
+    tensors = inputs[:-1] if training else inputs
+    with graph.inserting_before(node):
+        norm = graph.call_function(aten.batch_norm.default, (*tensors, training, momentum, eps, False))
+    norm.meta = dict(node.meta)
+    for user in list(node.users):
+        if user.args[1] == 0:
+            norm.meta["val"] = user.meta.get("val")
+            user.replace_all_uses_with(norm)
+        else:  # new running statistics, which are copied into the buffers
+            for copy in list(user.users):
+                if copy.target is aten.copy_.default:
+                    graph.erase_node(copy)
+        graph.erase_node(user)
+    graph.erase_node(node)

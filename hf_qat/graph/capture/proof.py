@@ -1,0 +1,141 @@
+"""Proof that a captured graph computes what the module computes: outputs, gradients, written buffers, random numbers.
+
+The exporter follows Python, and Python can do what it does not see: a backward pass of its own, a hook on a tensor, a
+branch on the size of the batch. So the two are run side by side, and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hf_qat.graph.capture.clean import Extended
+from hf_qat.graph.capture.modes import modes_kept
+from hf_qat.graph.captured import CapturedGraph
+
+
+#: Largest difference that counts as none, relative to the largest value of a tensor: that of another order of sums.
+TOLERANCE = 1e-4
+
+#: Seed of the random numbers of both runs.
+SEED = 20
+
+
+@dataclass
+class _Observed:
+    """What one run showed; gradients are `None` where there are none."""
+
+    outputs: list[Any]
+    gradients: list[Tensor | None]
+    buffers: list[Tensor]
+    inputs: list[Tensor]
+
+
+def first_difference(
+    module: nn.Module,
+    captured: CapturedGraph,
+    constants: dict[str, Tensor],
+    tensors: Sequence[Tensor],
+    gradients: bool,
+) -> str | None:
+    """In which respect the graph differs from the module on these inputs, in words; `None` if in none.
+
+    Args:
+        module: the float module; its buffers, modes and the random state are afterwards as before.
+        captured: its graph.
+        constants: what the graph reads that the module does not have.
+        tensors: flat inputs.
+        gradients: compare those of the inputs and of every parameter, too.
+    """
+    extended = Extended(module, constants)
+
+    def run_module(inputs: list[Tensor]) -> Any:
+        args, kwargs = captured.signature.rebuild(inputs)
+        return module(*args, **kwargs)
+
+    def run_graph(inputs: list[Tensor]) -> Any:
+        return captured.compute(extended, inputs)
+
+    with modes_kept(module):
+        module.train(captured.training)
+        theirs = _observe(module, run_module, tensors, gradients)
+        ours = _observe(module, run_graph, tensors, gradients)
+    return _compare(ours, theirs)
+
+
+def _observe(module: nn.Module, run: Any, tensors: Sequence[Tensor], gradients: bool) -> _Observed | Exception:
+    inputs = [x.detach().clone() for x in tensors]
+    leaves = [x for x in inputs if gradients and x.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    # A module may write to what it is given, which a leaf that needs a gradient does not allow.
+    given = [x.clone() if x.requires_grad else x for x in inputs]
+    parameters = [p for p in module.parameters() if p.requires_grad] if gradients else []
+    with _buffers_kept(module) as buffers, torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
+        torch.manual_seed(SEED)
+        try:
+            outputs = pytree.tree_leaves(run(given))
+            found = _gradients(outputs, [*leaves, *parameters])
+        except Exception as error:
+            return error
+        return _Observed(
+            [x.detach().clone() if isinstance(x, Tensor) else x for x in outputs],
+            found,
+            [buffer.clone() for buffer in buffers],
+            [x.detach() for x in given],
+        )
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[list[Tensor]]:
+    buffers = list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield buffers
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+def _gradients(outputs: list[Any], leaves: list[Tensor]) -> list[Tensor | None]:
+    """Those of a sum of all outputs in which every value has another weight."""
+    differentiable = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+    if not leaves or not differentiable:
+        return [None] * len(leaves)
+    weights = [torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in differentiable]
+    return list(torch.autograd.grad(differentiable, leaves, weights, allow_unused=True))
+
+
+def _compare(ours: _Observed | Exception, theirs: _Observed | Exception) -> str | None:
+    if isinstance(theirs, Exception):
+        return None if isinstance(ours, Exception) else f"its own code fails there ({theirs})"
+    if isinstance(ours, Exception):
+        return f"the captured graph fails ({ours})"
+    if len(ours.outputs) != len(theirs.outputs) or not all(map(_same, ours.outputs, theirs.outputs)):
+        return "its outputs are others"
+    if not all(map(_same, ours.gradients, theirs.gradients)):
+        return "its gradients are others: it has a backward pass of its own"
+    if not all(map(_same, ours.buffers, theirs.buffers)):
+        return "it writes other values into its buffers"
+    if not all(map(_same, ours.inputs, theirs.inputs)):
+        return "it writes into what it is given"
+    return None
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+        return ours is theirs or (not isinstance(ours, Tensor) and not isinstance(theirs, Tensor) and ours == theirs)
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    if not theirs.is_floating_point() or theirs.numel() == 0:
+        return torch.equal(ours, theirs)
+    finite = theirs[theirs.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(ours, theirs, rtol=0.0, atol=TOLERANCE * size, equal_nan=True)

@@ -199,16 +199,16 @@ class CapturedModule(nn.Module):
 
     Attributes:
         graphs: one for each way to call it; the first one is for evaluation.
-        links: input position → (child, output position): which output of an earlier child comes in there.
-        linked: input position → (child, path) of the quantizer that the input carries already.
+        producer_of_input: input position → (child, output position): which output of an earlier child comes in there.
+        incoming_quantizer: input position → (child, path) of the quantizer that the input carries already.
         output_quantizers: a path below the child per output, `None` where none is carried.
         float_operations: what stays float, and why.
         inner: the modules inside, whose mode and hooks a graph cannot follow.
     """
 
     graphs: list[CapturedGraph]
-    links: dict[int, tuple[str, int]]
-    linked: dict[int, tuple[str, str]]
+    producer_of_input: dict[int, tuple[str, int]]
+    incoming_quantizer: dict[int, tuple[str, str]]
     output_quantizers: list[str | None]
     float_operations: list[tuple[str, str, str]]
     inner: list[nn.Module]
@@ -326,13 +326,13 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
         The same object, with its class exchanged.
     """
     python_signature = inspect.signature(module.forward)
-    for name, value in constants.items():
-        module.register_buffer(name, value, persistent=False)
+    for name, constant in constants.items():
+        module.register_buffer(name, constant, persistent=False)
     captured = swap_class(module, CapturedModule, _graph_forward(type(module)))
     for name, value in {
         "graphs": graphs,
-        "links": {},
-        "linked": {},
+        "producer_of_input": {},
+        "incoming_quantizer": {},
         "output_quantizers": [],
         "float_operations": [],
         "inner": [inner for inner in module.modules() if inner is not module],
@@ -347,11 +347,3 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
 def captured_modules(model: nn.Module) -> dict[str, CapturedModule]:
     """Captured modules in `model`, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, CapturedModule)}
-
-
-def fetch(module: nn.Module, target: str) -> Any:
-    """The attribute of `module` at a dotted path."""
-    value: Any = module
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +63,13 @@ def _hooked(layers: dict[str, QATLayer], action: Callable[[str, QATLayer, Tensor
         original = layer.compute
 
         def compute(
-            x: Tensor, path: str = path, layer: QATLayer = layer, original: Callable[[Tensor], Tensor] = original
+            x: Tensor,
+            arguments: tuple[Any, ...] | None = None,
+            path: str = path,
+            layer: QATLayer = layer,
+            original: Callable[..., Tensor] = original,
         ) -> Tensor:
-            output = original(x)
+            output = original(x, arguments)
             replaced = action(path, layer, output)
             return output if replaced is None else replaced
 

@@ -98,19 +98,20 @@ class QuantizedLayer(nn.Module):
             return torch.empty(self.weight_shape, device="meta")
         return dequantize(self.codes, self.weight_scale, None, self._axis(self.weight_scale))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
         """See `compute`."""
-        return self.compute(x)
+        return self.compute(x, arguments)
 
-    def compute(self, x: Tensor) -> Tensor:
-        """(N, C_in, …) → (N, C_out, …)."""
+    def compute(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
+        """(N, C_in, …) → (N, C_out, …); `arguments` in place of `operation_args`."""
+        arguments = self.operation_args if arguments is None else arguments
         if not exporting_to_onnx():
-            return self.operation(x, self.weight, self.float_bias(), *self.operation_args)
+            return self.operation(x, self.weight, self.float_bias(), *arguments)
         weight = dequantize_linear(self.codes, self.weight_scale, None, self._axis(self.weight_scale))
         bias = self._buffers["bias"]
         if bias is not None and self.bias_scale is not None:
             bias = dequantize_linear(bias, self.bias_scale, None, 0 if self.bias_scale.dim() else None)
-        return self.operation(x, weight, bias, *self.operation_args)
+        return self.operation(x, weight, bias, *arguments)
 
     def float_bias(self) -> Tensor | None:
         """(C,) float32, dequantized."""

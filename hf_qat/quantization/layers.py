@@ -20,6 +20,7 @@ from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
 from hf_qat.quantization.class_swap import original_class, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
+from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
@@ -64,23 +65,26 @@ class QATLayer(nn.Module):
         """Say whose codes come in."""
         self._input_quantizer = (quantizer,)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
         """See `compute`."""
-        return self.compute(x)
+        return self.compute(x, arguments)
 
-    def compute(self, x: Tensor) -> Tensor:
-        """(N, C_in, …) → (N, C_out, …), batch norm included."""
-        batch_norm = self.batch_norm
-        live = isinstance(batch_norm, nn.modules.batchnorm._BatchNorm) and batch_norm.training
-        if live and not self.batch_norm_frozen:
-            assert batch_norm is not None
-            out: Tensor = batch_norm(self.operation(x, self._unfolded_weight(), self.bias, *self.operation_args))
-            return out
+    def compute(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
+        """(N, C_in, …) → (N, C_out, …), batch norm included.
+
+        Args:
+            x: the input.
+            arguments: in place of `operation_args`, where a layer is called in several ways.
+        """
+        batch_norm, arguments = self.batch_norm, self.operation_args if arguments is None else arguments
+        if batch_norm is not None and is_live(batch_norm) and not self.batch_norm_frozen:
+            out = self.operation(x, self._unfolded_weight(), self.bias, *arguments)
+            return normalise_live(batch_norm, out)
         scale = self._scale() if self.training else self.device_scale()
         weight, bias = self.folded(scale)
         if not self.training and bias is not None:
             bias = self._rounded_bias(bias, scale)
-        return self.operation(x, weight, bias, *self.operation_args)
+        return self.operation(x, weight, bias, *arguments)
 
     def device_scale(self) -> Tensor:
         """Scale of the weight on the device: the quantizer's, or larger where a channel's bias would not fit int32."""
@@ -191,6 +195,11 @@ class QATLayer(nn.Module):
         return True
 
 
+def plain(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Arguments of an operation as tuples all the way down: a compiler stops at the immutable lists of a graph."""
+    return tuple(plain(value) if isinstance(value, (list, tuple)) else value for value in values)
+
+
 def install_layer(
     module: nn.Module,
     operation: Callable[..., Tensor],
@@ -212,7 +221,7 @@ def install_layer(
     """
     layer = swap_class(module, QATLayer, type(module).forward if keep_forward else None)
     layer.operation = operation
-    layer.operation_args = tuple(operation_args)
+    layer.operation_args = plain(operation_args)
     layer.channel_axis = channel_axis
     layer.batch_norm_frozen = False
     layer._input_quantizer = ()

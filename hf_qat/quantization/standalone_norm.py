@@ -16,6 +16,7 @@ from hf_qat.quantization.class_swap import original_class, rebased, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.layers import QATLayer
+from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -38,14 +39,11 @@ class QATStandaloneBatchNorm(QATLayer):
     weight_shape: tuple[int, ...]
     norm_class: type[nn.Module]
 
-    def compute(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
         """(N, C, …) → the same shape."""
-        # DETR's frozen batch norms have no batch statistics.
-        live = isinstance(self, nn.modules.batchnorm._BatchNorm) and self.training
-        if live and not self.batch_norm_frozen:
-            out: Tensor = self.norm_class.forward(self, x)
-            return out
-        return super().compute(x)
+        if is_live(self) and not self.batch_norm_frozen:
+            return normalise_live(self, x)
+        return super().compute(x, arguments)
 
     def fold_factor(self) -> Tensor:
         """gamma / sqrt(running variance + eps), (C,)."""

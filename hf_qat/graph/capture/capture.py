@@ -71,7 +71,8 @@ def capture(
 
     Returns:
         The captured modules by path ("" for the model itself), in the order in which they are first called. A link
-        from an input to the output of an earlier child is in `captured.links`.
+        from an input to the output of an earlier child is in
+        `captured.producer_of_input`.
 
     Raises:
         CaptureError: nothing can be captured; with the part and the reason.
@@ -86,11 +87,9 @@ def capture(
         for graph in candidate.graphs:
             copy_outputs(graph.graph, candidate.call.written)
             graph.recompile()
-        captured[candidate.call.path] = install(
-            candidate.call.module, candidate.graphs, candidate.constants.values
-        )
+        captured[candidate.call.path] = install(candidate.call.module, candidate.graphs, candidate.constants.values)
     for call in calls:
-        captured[call.path].links = links(call, calls)
+        captured[call.path].producer_of_input = links(call, calls)
     return captured
 
 

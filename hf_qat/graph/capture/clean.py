@@ -11,21 +11,28 @@ from torch import Tensor, fx, nn
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.identities import drop_identities
 from hf_qat.graph.capture.padding import merge_padding
-from hf_qat.graph.capture.regions import SETTINGS, inline_regions
+from hf_qat.graph.capture.regions import inline_regions
 from hf_qat.graph.capture.views import replace_writes
-from hf_qat.graph.captured import fetch
+from hf_qat.graph.nodes import (
+    CONSTANT_PREFIX,
+    MODULE_PATH,
+    SETTINGS,
+    draws_random_numbers,
+    eliminate_dead_code,
+    fetch,
+    functional_twin,
+    is_floating,
+    is_view,
+    writes,
+    writes_first_argument,
+    written_values,
+)
 
 
 aten = torch.ops.aten
 
 #: The name under which the wrapper of `exporting.py` holds the child; it is stripped from every path.
 WRAPPER_PREFIX = "child"
-
-#: Key in `node.meta`: path of the innermost module, relative to the captured child, whose forward made the node.
-MODULE_PATH = "module_path"
-
-#: How the names of constants begin that are added to a captured module.
-CONSTANT_PREFIX = "_constant_"
 
 #: Checks that the exporter writes down; the shim does its own.
 ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
@@ -88,21 +95,13 @@ def clean(exported: fx.GraphModule, child: nn.Module, constants: Constants) -> f
     _make_functional(graph)
     _reshape_views(graph)
     _fold_constants(graph, Extended(child, constants.values), constants)
-    replace_writes(graph, MODULE_PATH)
+    replace_writes(graph)
     _require_clear_writes(graph)
     drop_identities(graph, lambda node: constants.values.get(str(node.target)))
     merge_padding(graph)
     _follow_device(graph)
     eliminate_dead_code(graph)
     return graph
-
-
-def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Erase nodes without users, but for inputs, outputs, in-place writes, settings and random numbers."""
-    for node in reversed(list(graph.nodes)):
-        needed = node.op in ("placeholder", "output") or node.target in SETTINGS or _writes(node)
-        if not node.users and not needed and _is_pure(node):
-            graph.erase_node(node)
 
 
 def copy_outputs(graph: fx.Graph, positions: Iterable[int]) -> None:
@@ -169,11 +168,11 @@ def _make_functional(graph: fx.Graph) -> None:
     them. Writes to parameters and buffers of the module stay, as do those through a view.
     """
     for node in list(graph.nodes):
-        twin = functional_twin(node)
+        twin = functional_twin(node.target) if writes_first_argument(node) else None
         if twin is None:
             continue
         written: Any = node.args[0]
-        if _is_of_module(written) or _is_view(written) or _viewed_before(written, node):
+        if _is_of_module(written) or is_view(written) or _viewed_before(written, node):
             continue
         node.target = twin
         _read_new_value(written, node)
@@ -194,7 +193,7 @@ def _viewed_before(written: fx.Node, write: fx.Node) -> bool:
     order = {node: position for position, node in enumerate(write.graph.nodes)}
 
     def read_later(node: fx.Node) -> bool:
-        views = [user for user in node.users if order[user] < order[write] and _is_view(user)]
+        views = [user for user in node.users if order[user] < order[write] and is_view(user)]
         return any(any(order[user] > order[write] for user in view.users) or read_later(view) for view in views)
 
     return read_later(written)
@@ -205,31 +204,16 @@ def _require_clear_writes(graph: fx.Graph) -> None:
     for node in graph.nodes:
         for written in written_values(node):
             memory = _memory_of(written)
-            fresh = memory.op == "call_function" and not any(map(_is_floating, memory.all_input_nodes))
+            fresh = memory.op == "call_function" and not any(map(is_floating, memory.all_input_nodes))
             if not (fresh or _is_of_module(written)):
                 raise UnclearWriteError(f"{node.target} writes to memory that {memory} shares with other values")
 
 
 def _is_of_module(node: Any) -> bool:
     """Whether the value is a whole parameter or buffer of the module, perhaps after it was written to."""
-    while _writes(node) and (written := written_values(node)):
+    while writes(node) and (written := written_values(node)):
         node = written[0]
     return bool(node.op == "get_attr")
-
-
-def written_values(node: fx.Node) -> list[fx.Node]:
-    """The arguments that the operation writes to."""
-    if not _writes(node):
-        return []
-    schema: Any = node.target._schema  # type: ignore[union-attr]
-    named = dict(zip([argument.name for argument in schema.arguments], node.args, strict=False)) | dict(node.kwargs)
-    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return [value for name in written if isinstance(value := named.get(name), fx.Node)]
-
-
-def _is_floating(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _reshape_views(graph: fx.Graph) -> None:
@@ -237,25 +221,6 @@ def _reshape_views(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.view.default:
             node.target = aten.reshape.default
-
-
-def functional_twin(node: fx.Node) -> Any:
-    """The operation that returns what `node` writes into its first argument; `None` for anything but such a write."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    schema = node.target._schema
-    if not (schema.is_mutable and schema.name.endswith("_") and node.args and isinstance(node.args[0], fx.Node)):
-        return None
-    namespace, name = schema.name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    return getattr(packet, node.target._overloadname, None) if packet is not None else None
-
-
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return any(a.alias_info is not None and not a.alias_info.is_write for a in target._schema.arguments[:1])
 
 
 def _fold_constants(graph: fx.Graph, module: Any, constants: Constants) -> None:
@@ -286,7 +251,7 @@ def _foldable_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose value is known now; none of them shares memory with a tensor that other nodes write to."""
     foldable: set[fx.Node] = set()
     for node in graph.nodes:
-        computed = node.op == "call_function" and node.target not in SETTINGS and _is_pure(node)
+        computed = node.op == "call_function" and node.target not in SETTINGS and not draws_random_numbers(node)
         if _is_constant(node) or (computed and all(n in foldable for n in node.all_input_nodes)):
             foldable.add(node)
     written = [_memory_of(w) for n in graph.nodes if n not in foldable for w in written_values(n)]
@@ -298,26 +263,16 @@ def _foldable_nodes(graph: fx.Graph) -> set[fx.Node]:
     return foldable
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def _memory_of(node: Any) -> Any:
     """The node that made the memory that `node` is a view of."""
     while True:
         written = written_values(node)
         if written:
             node = written[0]
-        elif _is_view(node) and isinstance(node.args[0], fx.Node):
+        elif is_view(node) and isinstance(node.args[0], fx.Node):
             node = node.args[0]
         else:
             return node
-
-
-def _is_pure(node: fx.Node) -> bool:
-    """Whether computing it changes nothing: the state of the random numbers, above all."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded not in tags
 
 
 def _on_real_device(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from enum import Enum
+from io import StringIO
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def _put_into_mode(module: nn.Module, training: bool) -> None:
 def _export(name: str, wrapper: nn.Module, examples: tuple[Tensor, ...], dynamic: list[set[int]]) -> Any:
     shapes = tuple({d: torch.export.Dim.AUTO for d in dims} for dims in dynamic)
     try:
-        with torch.enable_grad(), _swiftly(), _Finite(), warnings.catch_warnings():
+        with torch.enable_grad(), _swiftly(), _Finite(), warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")  # of tensors in attributes: caches, which are dropped afterwards
             return torch.export.export(wrapper, examples, dynamic_shapes=(shapes,), strict=False)
     except Exception as error:

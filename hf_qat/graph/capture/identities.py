@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from hf_qat.graph.nodes import writes
+
 
 aten = torch.ops.aten
 
 #: Operations whose result holds nothing but values of their first argument.
 VIEWS = {aten.expand, aten.view, aten.reshape, aten.unsqueeze, aten.squeeze, aten.slice, aten.select, aten.transpose}
 
-#: They change nothing in evaluation, nor with a probability of 0; arguments are the input, the probability and the mode.
+#: They change nothing in evaluation, nor at probability 0. Arguments: the input, the probability, the mode.
 DROPOUTS = {aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout}
 
 #: Reads the tensor at a `get_attr` node if it is a constant: neither a parameter nor a buffer that may change.
@@ -38,7 +40,7 @@ def drop_identities(graph: fx.Graph, constant: Constant) -> None:
         if value is not None:
             uniform[node] = value
         kept = _unchanged(node, uniform)
-        if kept is not None and _same_type(kept, node) and not any(map(_writes, node.users)):
+        if kept is not None and _same_type(kept, node) and not any(map(writes, node.users)):
             node.replace_all_uses_with(kept)
 
 
@@ -88,7 +90,3 @@ def _same_type(kept: Any, node: fx.Node) -> bool:
 
 def _packet(node: fx.Node) -> Any:
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from hf_qat.graph.nodes import fetch
 
-#: Calls that change a setting; they stay where they are, and are no dead code although nothing reads their result.
-SETTINGS: frozenset[Any] = frozenset(
-    {
-        torch.is_grad_enabled,
-        torch._C._set_grad_enabled,
-        torch.amp.autocast_mode._enter_autocast,
-        torch.amp.autocast_mode._exit_autocast,
-    }
-)
 
 GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -32,7 +24,7 @@ def inline_regions(exported: fx.GraphModule) -> None:
         for call in calls:
             _inline(exported, call)
     for node in reversed(list(exported.graph.nodes)):
-        if node.op == "get_attr" and not node.users and isinstance(_fetch(exported, str(node.target)), fx.GraphModule):
+        if node.op == "get_attr" and not node.users and isinstance(fetch(exported, str(node.target)), fx.GraphModule):
             exported.graph.erase_node(node)
 
 
@@ -43,7 +35,7 @@ def has_regions(graph: fx.Graph) -> bool:
 
 def _inline(exported: fx.GraphModule, call: fx.Node) -> None:
     position = 1 if call.target is GRAD else 4
-    body = _fetch(exported, str(call.args[position].target))  # type: ignore[union-attr]
+    body = fetch(exported, str(call.args[position].target))  # type: ignore[union-attr]
     values: dict[fx.Node, Any] = {}
     operands = iter(call.args[position + 1 :])
     with exported.graph.inserting_before(call):
@@ -56,7 +48,7 @@ def _inline(exported: fx.GraphModule, call: fx.Node) -> None:
             elif node.op == "get_attr":
                 # Constants and bodies of inner regions belong to the sub-graph: they move up under a free name.
                 name = f"{call.args[position].target}_{node.target}"  # type: ignore[union-attr]
-                setattr(exported, name, _fetch(body, str(node.target)))
+                setattr(exported, name, fetch(body, str(node.target)))
                 values[node] = exported.graph.get_attr(name)
                 values[node].meta = dict(node.meta)
             else:
@@ -83,9 +75,3 @@ def _leave(graph: fx.Graph, call: fx.Node, entered: fx.Node) -> None:
         graph.call_function(torch._C._set_grad_enabled, (entered,))
     else:
         graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
-
-
-def _fetch(module: Any, target: str) -> Any:
-    for name in target.split("."):
-        module = getattr(module, name)
-    return module

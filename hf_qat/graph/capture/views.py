@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from hf_qat.graph.nodes import emitter, functional_twin, is_view, writes_first_argument
 
 
 aten = torch.ops.aten
@@ -18,19 +20,18 @@ aten = torch.ops.aten
 OPEN_END = 2**63 - 1
 
 
-def replace_writes(graph: fx.Graph, path_key: str) -> None:
+def replace_writes(graph: fx.Graph) -> None:
     """Rewrite each in-place operation on a slice or a selection of a tensor, in place; others stay what they are.
 
     Args:
         graph: of flat tensors.
-        path_key: key in `node.meta` that new nodes inherit from the write.
     """
     for node in list(graph.nodes):
-        twin = _twin(node)
+        twin = functional_twin(node.target) if writes_first_argument(node) else None
         chain = _chain(node.args[0]) if twin is not None else None
         if twin is None or not chain or _has_other_views(chain, node):
             continue
-        emit = _emitter(graph, node, path_key)
+        emit = emitter(node)
         source = node.args[1] if node.target is aten.copy_.default else None
         part = emit(twin, *node.args, **node.kwargs) if source is None else _like(emit, node.args[0], source)
         _replace_later(node.args[0], node, part)
@@ -40,17 +41,6 @@ def replace_writes(graph: fx.Graph, path_key: str) -> None:
             _replace_later(_holder(view), node, whole, keep={whole})
             part = whole
         graph.erase_node(node)
-
-
-def _twin(node: fx.Node) -> Any:
-    """The operation that returns what `node` writes; `None` for anything but a write."""
-    target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not node.args:
-        return None
-    namespace, name = target._schema.name.split("::")
-    if not (target._schema.is_mutable and name.endswith("_") and isinstance(node.args[0], fx.Node)):
-        return None
-    return getattr(getattr(getattr(torch.ops, namespace), name[:-1], None), target._overloadname, None)
 
 
 def _chain(view: Any) -> list[fx.Node]:
@@ -71,15 +61,10 @@ def _has_other_views(chain: list[fx.Node], write: fx.Node) -> bool:
     order = {node: position for position, node in enumerate(write.graph.nodes)}
     for holder in map(_holder, chain):
         for user in holder.users:
-            before = order[user] < order[write] and user not in chain and _is_view(user)
+            before = order[user] < order[write] and user not in chain and is_view(user)
             if before and any(order[later] > order[write] for later in user.users):
                 return True
     return False
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(argument.alias_info is not None for argument in schema.arguments[:1])
 
 
 def _replace_later(old: Any, write: fx.Node, new: fx.Node, keep: Any = frozenset()) -> None:
@@ -140,18 +125,3 @@ def _like(emit: Callable[..., fx.Node], view: Any, source: Any) -> fx.Node:
     if isinstance(source, fx.Node) and source.meta["val"].shape == view.meta["val"].shape:
         return source
     return emit(aten.expand_as.default, source, view)
-
-
-def _emitter(graph: fx.Graph, before: fx.Node, path_key: str) -> Callable[..., fx.Node]:
-    mode = before.meta["val"].fake_mode
-
-    def emit(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        with graph.inserting_before(before):
-            node = graph.call_function(target, args, kwargs)
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with mode:
-            value: Tensor = target(*values[0], **values[1])
-        node.meta = {path_key: before.meta.get(path_key, ""), "val": value}
-        return node
-
-    return emit

@@ -55,11 +55,10 @@ def _key(node: fx.Node) -> Key:
 
 
 def _aligned(nodes: Sequence[fx.Node], candidates: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Pairs of the longest common sequence, by what the operations are given: one graph has some that the other lacks."""
+    """Pairs of the longest common sequence, by what the operations are given."""
     matcher = SequenceMatcher(None, [*map(_given, nodes)], [*map(_given, candidates)], autojunk=False)
-    return {
-        nodes[block.a + k]: candidates[block.b + k] for block in matcher.get_matching_blocks() for k in range(block.size)
-    }
+    pairs = [(a + k, b + k) for a, b, size in matcher.get_matching_blocks() for k in range(size)]
+    return {nodes[ours]: candidates[theirs] for ours, theirs in pairs}
 
 
 def _given(node: fx.Node) -> tuple[Any, ...]:

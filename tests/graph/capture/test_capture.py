@@ -152,8 +152,8 @@ def test_the_children_of_a_task_model_are_linked_where_one_feeds_the_next():
     assert list(children) == ["resnet", "classifier"]
     assert isinstance(model.resnet, transformers.ResNetModel)
     # The pooled features are the second output of the body, and reach the classifier as they are.
-    assert children["classifier"].links == {0: ("resnet", 1)}
-    assert children["resnet"].links == {}
+    assert children["classifier"].producer_of_input == {0: ("resnet", 1)}
+    assert children["resnet"].producer_of_input == {}
 
 
 class Structured(nn.Module):

@@ -287,7 +287,7 @@ def test_the_input_of_a_child_carries_the_quantizer_of_the_child_before():
     model = prepare_qat(resnet(), QATConfig(), {"pixel_values": torch.zeros(2, 3, 32, 32)})
     pooled = model.resnet.pooler.activation_quantizer
     assert captured_modules(model)["resnet"].output_quantizers[1] == "pooler.activation_quantizer"
-    assert captured_modules(model)["classifier"].linked == {0: ("resnet", "pooler.activation_quantizer")}
+    assert captured_modules(model)["classifier"].incoming_quantizer == {0: ("resnet", "pooler.activation_quantizer")}
     assert model.classifier[1].input_quantizer is pooled
     assert not any("input" in path for path in fake_quantizers(model))
 

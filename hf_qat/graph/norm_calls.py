@@ -1,0 +1,72 @@
+"""Which nodes of a captured graph are a batch norm module's own call, and not something else done with its tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from hf_qat.graph.capture.modes import modes_kept
+from hf_qat.graph.captured import CapturedGraph, CapturedModule
+from hf_qat.graph.nodes import fetch
+
+
+aten = torch.ops.aten
+
+#: Tensors of a batch norm, at positions 1 to 4 of `batch_norm`.
+TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+#: Name of the buffer that counts batches.
+COUNTER = "num_batches_tracked"
+
+
+def norm_path(captured: CapturedModule, way: CapturedGraph, node: fx.Node) -> str | None:
+    """Path of the module that a `batch_norm` node computes for; `None` where it is no module's own call.
+
+    `F.batch_norm(x, bn.running_mean, bn.running_var, other_weight, …)` is none: its tensors, epsilon, momentum and
+    mode are those of the node, whatever the module says.
+
+    Args:
+        captured: the child that has the module.
+        way: the graph that `node` is in.
+        node: any.
+    """
+    if node.target is not aten.batch_norm.default:
+        return None
+    _, *tensors, training, momentum, eps, _ = node.args
+    mean: Any = tensors[2]
+    if not isinstance(mean, fx.Node) or mean.op != "get_attr":
+        return None
+    path = str(mean.target).rpartition(".")[0]
+    module = captured.get_submodule(path)
+    own = all(_is_own(module, path, name, value) for name, value in zip(TENSORS, tensors, strict=True))
+    same = own and getattr(module, "eps", eps) == eps and getattr(module, "momentum", momentum) == momentum
+    return path if same and training == _normalises_by_batch(module, way) else None
+
+
+def _is_own(module: nn.Module, path: str, name: str, value: Any) -> bool:
+    own = getattr(module, name, None)
+    if value is None or own is None:
+        return value is own
+    return isinstance(value, fx.Node) and value.target == (f"{path}.{name}" if path else name)
+
+
+def _normalises_by_batch(module: nn.Module, way: CapturedGraph) -> bool:
+    """Whether the module's own forward would use batch statistics in the mode of the graph."""
+    if not way.training or not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return False
+    with modes_kept(module):
+        return module.train(True).training  # some stay in evaluation whatever one says
+
+
+def drop_counting(captured: CapturedModule, graph: fx.Graph, path: str) -> None:
+    """Let the graph count no batches of the norm at `path`, in place: the layer does, while batch norm is live."""
+    counter = f"{path}.{COUNTER}" if path else COUNTER
+    if not isinstance(getattr(fetch(captured, path) if path else captured, COUNTER, None), torch.Tensor):
+        return
+    for node in list(graph.nodes):
+        written = node.args[0] if node.args else None
+        if node.target is aten.add_.Tensor and isinstance(written, fx.Node) and written.target == counter:
+            if not node.users:
+                graph.erase_node(node)

@@ -189,7 +189,7 @@ def test_a_target_of_ones_own_is_trained_with_its_bits_under_each_of_its_names()
 def test_a_rule_of_ones_own_is_in_the_report_on_a_trained_model(tmp_path):
     @layer_rule("Conv")
     def even_channels(layer, device):
-        if layer.output.shape[1] % 2:
+        if layer.output_shape[1] % 2:
             yield Finding("house-odd-channels", "an odd number of channels", "make it even", "our lab book, page 7")
 
     model = spread(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3)))

@@ -229,11 +229,15 @@ class FreezableBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, …) → the same shape; by running statistics if frozen."""
-        if not self.batch_norm_frozen or not self.training:
+        frozen = self.batch_norm_frozen and self.training
+        if frozen:
+            self.training = False  # for its own forward, which may do more than normalise
+        try:
             out: Tensor = super().forward(x)
-            return out
-        bn: Any = self
-        return nn.functional.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+        finally:
+            if frozen:
+                self.training = True
+        return out
 
 
 def install_freezable_norm(module: nn.Module) -> None:

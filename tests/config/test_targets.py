@@ -117,7 +117,10 @@ def test_cutoff_zero_always_suggests():
         (Target("tda4vm", TensorScheme(), TensorScheme()), "'tda4vm' exists already: TDA4VM"),
         (Target("mine", TensorScheme(), TensorScheme(), aliases=("j721e",)), "'j721e' exists already: TDA4VM"),
         (Target("mine", TensorScheme(symmetric=False), TensorScheme()), "weights must be symmetric"),
-        (Target("mine", TensorScheme(), TensorScheme(per_channel=True)), "activations cannot have a scale per channel"),
+        (
+            Target("mine", TensorScheme(), TensorScheme(per_channel=True)),
+            "activations cannot have a scale per channel",
+        ),
     ],
     ids=["name", "alias", "weights", "activations"],
 )

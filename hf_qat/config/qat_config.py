@@ -22,7 +22,6 @@ from hf_qat.config.checks import (
     Overrides,
     SchemeChanges,
     check_origin,
-    check_schemes,
     count,
     flag,
     globs_on_paths,
@@ -33,7 +32,7 @@ from hf_qat.config.checks import (
     refuse_unknown,
     scheme_changes,
 )
-from hf_qat.config.targets import Target, TensorScheme, did_you_mean, find_target
+from hf_qat.config.targets import Target, TensorScheme, check_schemes, did_you_mean, find_target
 from hf_qat.errors import ConfigError
 from hf_qat.version import __version__
 

@@ -411,3 +411,36 @@ def test_every_target_ends_in_a_model_near_the_float_one(target):
     result = convert(calibrate(model, [x]))(x)
     noise = (result - float_model(x)).norm() / float_model(x).norm()
     assert 0 < noise < (0.3 if target.startswith("w4") else 0.05)
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """As timm's `BatchNormAct2d`: more than a batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class TwoParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), NormWithActivation(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        self.head = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("excluded", ["body", "head", ["body.1", "body.3"], ["body", "head.0"]], ids=str)
+def test_a_frozen_batch_norm_of_an_excluded_part_stands_still_and_computes_by_running_statistics(excluded):
+    float_model, x = spread(TwoParts()), torch.randn(4, 3, 8, 8)
+    model = prepare_qat(copy.deepcopy(float_model), QATConfig(exclude=excluded), x)
+    freeze_batch_norm(model).train()
+    with fake_quant_disabled(model):
+        result = model(x)
+    torch.testing.assert_close(result, float_model.eval()(x), rtol=1e-4, atol=1e-4)
+    before, after = dict(float_model.named_buffers()), dict(model.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(module.training for module in model.modules())
+
+    freeze_batch_norm(model, False)(x)
+    assert not any(torch.equal(after[name], value) for name, value in before.items() if "running_mean" in name)

@@ -23,6 +23,7 @@ PROVIDER = "TIDLExecutionProvider"
 
 
 def main() -> None:
+    """Infer, print and save the outputs of each image."""
     import onnxruntime
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

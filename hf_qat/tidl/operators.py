@@ -34,6 +34,10 @@ TRANSPOSED_KERNELS_SINCE_11_0 = frozenset({3})
 #: `max_num_subgraphs`: what lies beyond runs on the Arm core (examples/osrt_python/README.md).
 MAX_SUBGRAPHS = 16
 
+#: `max_num_subgraph_nodes`: a part with more is cut in two. edgeai-benchmark's figure; the default of tools 11.0, 864,
+#: is less than the nodes of a ViT of 12 layers in Q/DQ.
+MAX_SUBGRAPH_NODES = 2000
+
 
 @dataclass(frozen=True)
 class Operator:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 #: More sizes above 1 than this an operator's inputs may not have: most operators, and those that multiply.
 MOST_DIMS, PRODUCT_DIMS = 6, 4
 
+#: Of batch norm, the input must have fewer axes; what a slice cuts has just so many.
+BATCH_NORM_DIMS, SLICE_DIMS = 6, 4
+
 #: Depthwise convolutions: (kernel height, kernel width, stride).
 DEPTHWISE_KERNELS = frozenset({(1, 3, 1), (3, 3, 1), (3, 3, 2), (5, 5, 1), (5, 5, 2), (7, 7, 1), (7, 7, 2)})
 

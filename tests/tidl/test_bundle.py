@@ -207,6 +207,15 @@ class TestClip:
 class TestRefusals:
     """Nothing is left behind."""
 
+    @pytest.mark.parametrize(("device", "ranges"), [("AM68A", "qdq"), ("TDA4VM", "qdq"), ("TDA4VM", "clip")])
+    def test_activations_of_4_bits(self, device, ranges, tmp_path):
+        x = torch.randn(4, 3, 16, 16)
+        config = QATConfig(device, activations={"bits": 4})
+        model = convert(calibrate(prepare_qat(hand_written(), config, x), [x]))
+        with pytest.raises(ExportError, match="fewer than 8 bits"):
+            export_tidl(model, tmp_path / "b", device, [x], ranges=ranges)
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_model_trained_for_another_device(self, converted, exported_once, tmp_path):
         with pytest.raises(ExportError, match=r"TIDL refuses .* on TDA4VM.*QATConfig\(target='TDA4VM'\)"):
             export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "TDA4VM", [HUGGING_FACE["resnet"].pixels(2)])

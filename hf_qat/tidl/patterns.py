@@ -6,6 +6,7 @@ LayerNorm, GELU, SiLU only require QDQ nodes at the end").
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 from onnx import NodeProto
@@ -13,32 +14,48 @@ from onnx import NodeProto
 from hf_qat.tidl.graph import DEQUANTIZE, QUANTIZE, Graph
 
 
-@lru_cache(maxsize=1)  # all rules of one check ask about the same graph
-def insides(graph: Graph) -> dict[str, str]:
-    """Of each node inside a pattern, by its first output, the name of the pattern.
+@dataclass(frozen=True)
+class Place:
+    """Where a node stands in a pattern.
 
-    The last node of a pattern is not inside. Q/DQ pairs between the nodes are, and are looked through.
+    Attributes:
+        pattern: `"GELU"`, `"SiLU"` or `"LayerNorm"`.
+        last: it makes the pattern's result; all others are inside.
     """
-    found: dict[str, str] = {}
+
+    pattern: str
+    last: bool
+
+
+@lru_cache(maxsize=1)  # all rules of one check ask about the same graph
+def places(graph: Graph) -> dict[str, Place]:
+    """The nodes that belong to patterns, by their first outputs; Q/DQ pairs between them belong there too."""
+    found: dict[str, Place] = {}
     for node in graph.proto.node:
         name, nodes = _pattern_from(graph, node)
-        found.update({inside.output[0]: name for inside in nodes})
+        found.update({part.output[0]: Place(name, last=part is nodes[-1]) for part in nodes})
     return found
 
 
+def inside(graph: Graph, node: NodeProto) -> str | None:
+    """The pattern that a node is inside, if any."""
+    place = places(graph).get(node.output[0])
+    return None if place is None or place.last else place.pattern
+
+
 def _pattern_from(graph: Graph, node: NodeProto) -> tuple[str, list[NodeProto]]:
-    """The pattern that a node is the mark of, with all nodes inside it; none for most nodes."""
+    """The pattern that a node is the mark of, with all its nodes, the last one last; none for most nodes."""
     if node.op_type == "Erf":
-        return "GELU", [*_scaled_before(graph, node), *_gelu_after(graph, node)[:-1]]
+        return "GELU", [*_scaled_before(graph, node), *_gelu_after(graph, node)]
     if node.op_type in ("Sigmoid", "HardSigmoid"):
         chain = _chain(graph, node, ["Mul"])
         source = _unquantized(graph, node.input[0])
         if len(_layers(chain)) == 2 and source in {_unquantized(graph, name) for name in chain[-1].input}:
-            return "SiLU", chain[:-1]
+            return "SiLU", chain
     if node.op_type == "ReduceMean":
         chain = _chain(graph, node, ["Sub", "Pow", "ReduceMean", "Add", "Sqrt", "Div"])
         if len(_layers(chain)) == 7:
-            return "LayerNorm", chain[:-1]
+            return "LayerNorm", chain
     return "", []
 
 

@@ -90,6 +90,29 @@ def test_a_convolution_needs_no_pair_in_front_of_a_relu_only(after, rules, saved
     assert said(saved, model) == rules
 
 
+@pytest.mark.parametrize(
+    ("after", "rules"),
+    [
+        ("y = Add(p, b)", set()),
+        ("y = Mul(p, half)", set()),
+        ("y = Add(p, d)", {"pair-missing"}),
+        ("y = Softmax(p)", {"pair-missing"}),
+    ],
+    ids=["bias", "factor", "sum of two activations", "softmax"],
+)
+def test_a_product_with_its_bias_or_factor_is_one_layer(after, rules, saved):
+    codes = ", ".join(["1"] * 16)
+    model = from_text(
+        f"""g (float[1, 3, 4] x) => (float[1, 3, 4] z)
+        <float s = {{0.25}}, int8 o = {{0}}, int8[4, 4] w = {{{codes}}}, float[4] b = {{1, 2, 3, 4}},
+         float half = {{0.5}}> {{
+            q = QuantizeLinear(x, s, o) d = DequantizeLinear(q, s, o) v = DequantizeLinear(w, s, o)
+            p = MatMul(d, v) {after}
+            r = QuantizeLinear(y, s, o) z = DequantizeLinear(r, s, o) }}"""
+    )
+    assert said(saved, model) == rules
+
+
 def test_convolutions_take_zero_points_and_one_scale_per_channel(saved):
     assert said(saved, qdq(scale=0.3, zero=3, input_zero=0)) == set()
 
@@ -98,29 +121,30 @@ def test_transposed_convolutions_take_one_scale(saved):
     assert said(saved, transposed_per_channel()) == {"per-channel-weights"}
 
 
-def gelu(inside: bool = False) -> object:
+def gelu(inside: bool = False, zero: int = 0) -> object:
     """x · ½ · (1 + erf(x / √2)) between pairs, and perhaps a pair inside."""
     between = "qe = QuantizeLinear(e, s, o) de = DequantizeLinear(qe, s, o)" if inside else ""
     return from_text(
         f"""g (float[1, 17, 16] x) => (float[1, 17, 16] z)
-        <float r = {{1.4142135}}, float h = {{0.5}}, float one = {{1.0}}, float s = {{0.25}}, int8 o = {{0}}> {{
+        <float r = {{1.4142135}}, float h = {{0.5}}, float one = {{1.0}}, float s = {{0.25}}, int8 o = {{0}},
+         int8 oz = {{{zero}}}> {{
             q = QuantizeLinear(x, s, o) d = DequantizeLinear(q, s, o)
             a = Div(d, r) e = Erf(a) {between} c = Add({"de" if inside else "e"}, one) m = Mul(d, c) y = Mul(m, h)
-            u = QuantizeLinear(y, s, o) z = DequantizeLinear(u, s, o) }}"""
+            u = QuantizeLinear(y, s, oz) z = DequantizeLinear(u, s, oz) }}"""
     )
 
 
-def layer_norm(inside: bool) -> object:
+def layer_norm(inside: bool = False, zero: int = 0) -> object:
     """A layer norm written out, between pairs, and perhaps a pair inside."""
     between = "qd = QuantizeLinear(n, s, o) dn = DequantizeLinear(qd, s, o)" if inside else ""
     name = "dn" if inside else "n"
     return from_text(
         f"""g (float[1, 17, 16] x) => (float[1, 17, 16] z)
-        <float two = {{2.0}}, float e = {{1e-5}}, float s = {{0.25}}, int8 o = {{0}}> {{
+        <float two = {{2.0}}, float e = {{1e-5}}, float s = {{0.25}}, int8 o = {{0}}, int8 oz = {{{zero}}}> {{
             q = QuantizeLinear(x, s, o) d = DequantizeLinear(q, s, o)
             m = ReduceMean<axes=[-1]>(d) n = Sub(d, m) {between} p = Pow({name}, two) v = ReduceMean<axes=[-1]>(p)
             w = Add(v, e) t = Sqrt(w) y = Div({name}, t)
-            u = QuantizeLinear(y, s, o) z = DequantizeLinear(u, s, o) }}"""
+            u = QuantizeLinear(y, s, oz) z = DequantizeLinear(u, s, oz) }}"""
     )
 
 
@@ -131,10 +155,21 @@ def layer_norm(inside: bool) -> object:
         (lambda: silu(inside=True), {"pair-inside"}),
         (lambda: gelu(), set()),
         (lambda: gelu(inside=True), {"pair-inside"}),
-        (lambda: layer_norm(inside=False), set()),
+        (lambda: gelu(zero=3), {"asymmetric-layer"}),  # TIDL's BatchNormLayer
+        (lambda: layer_norm(), set()),
+        (lambda: layer_norm(zero=3), set()),  # TIDL's LayerNormLayer
         (lambda: layer_norm(inside=True), {"pair-inside"}),
     ],
-    ids=["SiLU", "SiLU, pair inside", "GELU", "GELU, pair inside", "layer norm", "layer norm, pair inside"],
+    ids=[
+        "SiLU",
+        "SiLU, pair inside",
+        "GELU",
+        "GELU, pair inside",
+        "GELU, asymmetric",
+        "layer norm",
+        "layer norm, asymmetric",
+        "layer norm, pair inside",
+    ],
 )
-def test_patterns_want_a_pair_at_their_end_only(make, rules, saved):
+def test_patterns_want_a_pair_at_their_end_only_and_take_what_their_tidl_layer_takes(make, rules, saved):
     assert said(saved, make()) == rules

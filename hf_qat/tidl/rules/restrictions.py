@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from onnx import NodeProto
+
 from hf_qat.tidl.devices import Device
 from hf_qat.tidl.graph import MOVING, QUANTIZE, Graph, Layer, Quantizer
 from hf_qat.tidl.layer_table import BEFORE_BATCH_NORM, BEFORE_RELU, LAYER_TABLE, LAYER_TABLE_DOC
-from hf_qat.tidl.patterns import insides
+from hf_qat.tidl.patterns import inside, places
 from hf_qat.tidl.rules.registry import Finding, graph_rule, layer_rule
 
 
@@ -42,8 +44,9 @@ def network_input(graph: Graph, device: Device) -> Iterator[Finding]:
 @layer_rule(*LAYER_TABLE)
 def symmetric(layer: Layer, device: Device) -> Iterator[Finding]:
     """Layers that take activations without a zero point only."""
-    if not device.asymmetric.value or layer.node.output[0] in insides(layer.graph):
-        return  # a device without zero points refuses them anyway
+    place = places(layer.graph).get(layer.node.output[0])
+    if not device.asymmetric.value or (place is not None and place.pattern == "LayerNorm"):
+        return  # a device without zero points refuses them anyway; a layer norm takes them
     remedy = "quantize it without a zero point"
     if layer.operator == "MatMul" and len(layer.variables) > 1:
         for what in _asymmetric(layer):
@@ -82,7 +85,7 @@ def per_tensor_weights(layer: Layer, device: Device) -> Iterator[Finding]:
 @layer_rule(*(operator for operator, row in LAYER_TABLE.items() if row.pair))
 def pair(layer: Layer, device: Device) -> Iterator[Finding]:
     """A Q/DQ pair of its own after it."""
-    if layer.graph.quantizers and layer.node.output[0] not in insides(layer.graph) and _lacks_pair(layer):
+    if layer.graph.quantizers and not inside(layer.graph, layer.node) and _lacks_pair(layer):
         yield _warning("pair-missing", "no Q/DQ pair follows it", "quantize its output")
 
 
@@ -93,9 +96,14 @@ def _lacks_pair(layer: Layer) -> bool:
     between |= {"Relu", "Clip"} if layer.operator in BEFORE_RELU else set()
     if len(readers) == 1 and readers[0].op_type in between:
         return _lacks_pair(Layer(layer.graph, readers[0]))
-    if layer.operator == "MatMul" and layer.graph.behind(layer.node.output[0]) is not None:
-        return False  # a product and the constant factor after it count as one layer
+    if layer.operator == "MatMul" and len(readers) == 1 and _belongs_to_product(layer.graph, readers[0]):
+        return not any(_is_pair(layer.graph, name) for name in readers[0].output)
     return not any(_is_pair(layer.graph, name) for name in layer.node.output if name)
+
+
+def _belongs_to_product(graph: Graph, node: NodeProto) -> bool:
+    """Whether a node adds a bias to a product, or multiplies it by a constant: both count as one layer."""
+    return node.op_type in ("Add", "Mul", "Div") and len(graph.fixed.intersection(node.input)) == 1
 
 
 def _is_pair(graph: Graph, name: str) -> bool:
@@ -110,7 +118,7 @@ def _is_pair(graph: Graph, name: str) -> bool:
 @layer_rule(QUANTIZE)
 def pair_inside(layer: Layer, device: Device) -> Iterator[Finding]:
     """No pair inside what TIDL takes for one layer."""
-    pattern = insides(layer.graph).get(layer.node.output[0])
+    pattern = inside(layer.graph, layer.node)
     if pattern is not None:
         yield _warning(
             "pair-inside",

@@ -19,12 +19,13 @@ from hf_qat.checkpoints.validation import check_tensors, open_tensors
 from hf_qat.config.checkpoint_info import CheckpointInfo, Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError, WeightsError
+from hf_qat.graph.capture.capture import Parts
 from hf_qat.graph.capture.meta_device import MetaCapture
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.fingerprint import first_difference
 from hf_qat.graph.nodes import CONSTANT_PREFIX
 from hf_qat.model.conversion import swap_to_integer_modules
-from hf_qat.model.prepare import prepare_qat
+from hf_qat.model.prepare import prepare_parts
 from hf_qat.model.saved_config import keep_names, rebuild_inputs
 from hf_qat.model.state import state_of
 from hf_qat.model.state_dict import initialize_weight_scales
@@ -77,7 +78,9 @@ def rebuild(model: PreTrainedModel, config: QATConfig, files: list[str] | None) 
         # transformers makes everything on the meta device in here; what a graph holds as constants has values.
         with torch.device("cpu"):
             with MetaCapture():
-                prepare_qat(model, config.with_checkpoint(None), rebuild_inputs(saved.inputs))
+                recipe = config.with_checkpoint(None)
+                parts = Parts(recipe.excludes, saved.operations.keys(), saved.stage is Stage.PREPARED)
+                prepare_parts(model, recipe, rebuild_inputs(saved.inputs), parts)
             _require_same_graph(model, saved)
             if saved.stage is Stage.CONVERTED:
                 swap_to_integer_modules(model)

@@ -65,8 +65,14 @@ def drop_counting(captured: CapturedModule, graph: fx.Graph, path: str) -> None:
     counter = f"{path}.{COUNTER}" if path else COUNTER
     if not isinstance(getattr(fetch(captured, path) if path else captured, COUNTER, None), torch.Tensor):
         return
-    for node in list(graph.nodes):
-        written = node.args[0] if node.args else None
-        if node.target is aten.add_.Tensor and isinstance(written, fx.Node) and written.target == counter:
-            if not node.users:
-                graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.target is aten.add_.Tensor and not node.users and _memory(node).target == counter:
+            graph.erase_node(node)
+
+
+def _memory(node: Any) -> fx.Node:
+    """What a chain of additions in place adds to."""
+    while node.target is aten.add_.Tensor:
+        node = node.args[0]
+    memory: fx.Node = node
+    return memory

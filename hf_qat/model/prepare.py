@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import StageError
-from hf_qat.graph.capture.capture import capture
+from hf_qat.graph.capture.capture import Parts, capture
 from hf_qat.graph.capture.inputs import Inputs, device_of, guess_inputs
 from hf_qat.graph.fingerprint import operations
 from hf_qat.graph.passes.connect import connect
@@ -57,8 +57,17 @@ def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: I
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
+    return prepare_parts(model, config, inputs, Parts(config.excludes))
+
+
+def prepare_parts(model: Model, config: QATConfig, inputs: Inputs, parts: Parts) -> Model:
+    """`prepare_qat`, for a checkpoint that says which parts are captured.
+
+    Raises:
+        CaptureError: one of them cannot become a graph.
+    """
     with _eager_attention(model):
-        captured = capture(model, inputs, config.excludes)
+        captured = capture(model, inputs, parts)
     plan = make_plan(model, captured, config, inputs)
     found = operations(captured)
     _drop_out_of_place(model)

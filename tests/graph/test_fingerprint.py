@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 def lines(activation: nn.Module) -> dict[str, list[str]]:
-    return operations(capture(Block(activation).eval(), torch.randn(2, 3, 4, 4), lambda path: False))
+    return operations(capture(Block(activation).eval(), torch.randn(2, 3, 4, 4)))
 
 
 def test_operations_are_listed_by_module_in_order_and_views_are_left_out():

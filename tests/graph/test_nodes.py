@@ -77,7 +77,7 @@ def test_emitted_nodes_stand_before_the_node_and_have_values_and_its_module():
         node = graph.call_function(aten.relu.default, (x,))
         node.meta = {"val": mode.from_tensor(torch.empty(2, 3)), MODULE_PATH: "act"}
     graph.output((node,))
-    replace_node(node, emitter(graph, node)(aten.transpose.int, x, 0, 1))
+    replace_node(node, emitter(node)(aten.transpose.int, x, 0, 1))
     (new,) = output_values(graph)
     assert new.target is aten.transpose.int and new.meta["val"].shape == (3, 2) and new.meta[MODULE_PATH] == "act"
     assert [n.op for n in graph.nodes] == ["placeholder", "call_function", "output"]

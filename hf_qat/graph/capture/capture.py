@@ -57,17 +57,14 @@ class _Candidate:
     constants: Constants
 
 
-def capture(
-    model: nn.Module, inputs: Inputs, excluded: Callable[[str], bool] = lambda path: False, parts: Parts | None = None
-) -> dict[str, CapturedModule]:
+def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dict[str, CapturedModule]:
     """Turn the children that `model` calls into captured modules, in place.
 
     Args:
         model: any module; one whose forward takes `labels` is captured by its children, another as a whole. Where a
             part cannot be captured, its own children are, and the rest of it stays float.
         inputs: example inputs; the first axis of every tensor is the batch.
-        excluded: says of a module path whether it stays float.
-        parts: which parts to capture, in place of `excluded`.
+        parts: which parts to capture; all that prove to be possible if left out.
 
     Returns:
         The captured modules by path ("" for the model itself), in the order in which they are first called. A link
@@ -77,7 +74,7 @@ def capture(
     Raises:
         CaptureError: nothing can be captured; with the part and the reason.
     """
-    parts = Parts(excluded) if parts is None else parts
+    parts = Parts() if parts is None else parts
     with evaluating(model):
         candidates = _candidates(model, inputs, parts)
     # Only now, when nothing can fail any more, is the model changed.
@@ -101,6 +98,8 @@ def _candidates(model: nn.Module, inputs: Inputs, parts: Parts) -> list[_Candida
         try:
             return [_try(call, call, parts)]
         except CaptureError as error:
+            if parts.paths is not None:
+                raise
             errors[""] = error
     found: dict[str, _Candidate] = {}
     opened = {""} if parts.paths is None else _ancestors(parts.paths)
@@ -114,6 +113,8 @@ def _candidates(model: nn.Module, inputs: Inputs, parts: Parts) -> list[_Candida
             try:
                 found[call.path] = _try(call, in_training.get(call.path, call), parts)
             except CaptureError as error:
+                if parts.paths is not None:
+                    raise
                 failed[call.path] = error
         errors |= failed
         opened |= failed.keys()

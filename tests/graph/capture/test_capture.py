@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_qat.errors import CaptureError
-from hf_qat.graph.capture.capture import capture
+from hf_qat.graph.capture.capture import Parts, capture
 from hf_qat.graph.capture.meta_device import MetaCapture
 from hf_qat.graph.captured import CapturedModule, captured_modules
 from tests.models import HUGGING_FACE, Case, HandWritten, hand_written, resnet, spread, vit
@@ -256,8 +256,33 @@ def line_of(cls: type, text: str) -> int:
     return start + next(k for k, line in enumerate(lines) if text in line)
 
 
-def test_data_dependent_control_flow_is_refused_with_module_and_line_and_the_model_stays_as_it_was():
+def test_data_dependent_control_flow_stays_python_and_is_named_with_module_and_line(caplog):
     model = spread(TaskModel())
+    x = torch.randn(5, 4)
+    expected = model(x)
+    with caplog.at_level("WARNING"):
+        assert list(capture(model, torch.randn(2, 4))) == ["body", "head.linear"]
+    assert type(model.head) is DataDependent
+    assert "the code of head itself stays float" in caplog.text
+    assert f"{__file__}:{line_of(DataDependent, 'must name')}" in caplog.text
+    assert torch.equal(model(x), expected)
+
+
+class Reads(nn.Module):
+    """Nothing but control flow that no graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # the line that the message must name
+            x = -x
+        return x * self.scale
+
+
+def test_what_cannot_be_captured_at_all_is_refused_with_module_and_line_and_the_model_stays_as_it_was():
+    model = nn.Sequential(Reads())
     before = {path: (type(m), m.training, set(vars(m))) for path, m in model.named_modules()}
     state = copy.deepcopy(model.state_dict())
     x = torch.randn(5, 4)
@@ -265,9 +290,9 @@ def test_data_dependent_control_flow_is_refused_with_module_and_line_and_the_mod
     with pytest.raises(CaptureError) as caught:
         capture(model, torch.randn(2, 4))
     message = str(caught.value)
-    assert message.startswith("head ")
-    assert f"{__file__}:{line_of(DataDependent, 'must name')}" in message
-    assert "exclude='head'" in message
+    assert message.startswith("Sequential ")
+    assert f"{__file__}:{line_of(Reads, 'must name')}" in message
+    assert "exclude=" in message
     assert {path: (type(m), m.training, set(vars(m))) for path, m in model.named_modules()} == before
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
     assert torch.equal(model(x), expected)
@@ -277,7 +302,7 @@ def test_the_advice_to_exclude_the_child_works():
     model = spread(TaskModel())
     x = torch.randn(5, 4)
     expected = model(x)
-    assert list(capture(model, torch.randn(2, 4), lambda path: path == "head")) == ["body"]
+    assert list(capture(model, torch.randn(2, 4), Parts(lambda path: path == "head"))) == ["body"]
     assert type(model.head) is DataDependent
     assert torch.equal(model(x), expected)
 

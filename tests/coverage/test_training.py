@@ -1,4 +1,4 @@
-"""What is trained is the user's model: in training mode, with gradients and randomness on, it equals the float model."""
+"""What is trained is the user's model: with gradients and randomness on, it equals the float model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from hf_qat import QATConfig, fake_quant_disabled, freeze_batch_norm, prepare_qa
 from tests.coverage.case import Case
 from tests.coverage.models import CASES
 
+
+#: By name or position.
+Tensors = dict[Any, Tensor | None]
 
 #: Largest difference relative to the largest value of a tensor: weights of convolutions are folded in another order.
 TOLERANCE = 2e-3
@@ -56,7 +59,7 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[list[Tensor], dict[s
     buffers = {
         name: buffer for name, buffer in model.named_buffers() if "_quantizer" not in name and "_constant_" not in name
     }
-    return outputs, gradients, buffers
+    return [x.detach() for x in outputs], gradients, buffers
 
 
 def differences(

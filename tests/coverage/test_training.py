@@ -34,7 +34,7 @@ def noisy(case: Case) -> nn.Module:
         made = case.config()
         for part in (made, getattr(made, "backbone_config", None), getattr(made, "vision_config", None)):
             for name in RANDOMNESS:
-                if isinstance(getattr(part, name, None), (int, float)):
+                if isinstance(getattr(part, name, None), float):
                     setattr(part, name, PROBABILITY)
         return made
 

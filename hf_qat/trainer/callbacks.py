@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def needs_calibration(model: nn.Module) -> bool:
 
 
 class CalibrationCallback(TrainerCallback):
-    """CallRecord `calibrate` when training begins with a model that needs it; not so after resuming."""
+    """Calls `calibrate` when training begins with a model that needs it; not so after resuming."""
 
     def __init__(self, calibrate: Callable[[], None]) -> None:
         self.calibrate = calibrate
@@ -88,6 +88,14 @@ class ScheduleCallback(TrainerCallback, ExportableState):
             numbers["qat_scale_drift"] = (scales - self.initial_scales).abs().mean()
         values = torch.stack(list(numbers.values())).tolist()  # one wait for the device
         return {"qat_phase": float(PHASES.index(self.schedule.phase)), **dict(zip(numbers, values, strict=True))}
+
+
+def metrics_of_schedule(callbacks: Iterable[TrainerCallback], model: nn.Module) -> dict[str, float]:
+    """`ScheduleCallback.metrics` of the one among a trainer's callbacks; resuming may have put a new one there."""
+    for callback in callbacks:
+        if isinstance(callback, ScheduleCallback):
+            return callback.metrics(model)
+    return {}
 
 
 @torch.no_grad()

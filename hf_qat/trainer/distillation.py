@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import Trainer
 
 from hf_qat.errors import ConfigError
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
@@ -92,6 +93,15 @@ class Distillation:
                 f"the teacher's logits have shape {shapes['teacher']} and the student's {shapes['student']}: a "
                 "teacher must be trained on the same classes, and give logits of the same size."
             )
+
+
+def loss_is_scaled(trainer: Trainer, num_items_in_batch: Tensor | int | None) -> bool:
+    """Whether `training_step` takes a loss as it is; else it divides it by the number of accumulated batches."""
+    stated: bool | None = getattr(trainer, "loss_is_scaled_for_ga", None)  # newer than our oldest transformers
+    if stated is not None:
+        return stated
+    by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return by_model or trainer.compute_loss_func is not None
 
 
 def class_logits(outputs: Any, role: str, model: nn.Module) -> Tensor:

@@ -19,14 +19,16 @@ def count_missing(optimizer: torch.optim.Optimizer, parameters: list[nn.Paramete
     return sum(id(parameter) not in present for parameter in parameters)
 
 
-def separate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], lr_multiplier: float) -> None:
-    """Move those of `parameters` that the optimizer has into a new last group, in place, before its first step.
+def move_scales_to_own_group(
+    optimizer: torch.optim.Optimizer, scales: list[nn.Parameter], lr_multiplier: float
+) -> None:
+    """Move those of `scales` that the optimizer has into a new last group, in place, before its first step.
 
     The group has no weight decay, and `lr_multiplier` times the learning rate of the first one; schedulers scale the
     rate that each group starts with. Groups that are left without parameters go: torch 2.13 gives the settings of an
     empty group to another one when it loads the state of a split optimizer.
     """
-    wanted = {id(parameter) for parameter in parameters}
+    wanted = {id(scale) for scale in scales}
     moved: list[nn.Parameter] = []
     for group in optimizer.param_groups:
         moved += [parameter for parameter in group["params"] if id(parameter) in wanted]

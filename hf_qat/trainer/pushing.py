@@ -6,18 +6,19 @@ Trainer's own background push gives up at the first trouble, and nobody hears of
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from huggingface_hub import run_as_future
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from hf_qat.files.atomic import written_whole
-from hf_qat.publish.hub import make_repository, push_directory
+from hf_qat.publish.hub import push_directory
 from hf_qat.trainer.publishing import EXPORT_DIRECTORY
 
 
@@ -36,119 +37,131 @@ class Saved:
     job: Future[None] | None = None
 
     @property
+    def is_being_pushed(self) -> bool:
+        """Whether its push has begun, and not come to an end."""
+        return self.job is not None and not self.job.done()
+
+    @property
     def is_pushed(self) -> bool:
         """Whether it is known to be there."""
         return self.job is not None and self.job.done() and self.job.exception() is None
 
 
-class BackgroundPush(Trainer):
-    """A Trainer that keeps `hub_strategy`'s promise, or says that it could not.
+@dataclass(frozen=True)
+class Destination:
+    """Where the checkpoints of a training go, and what of them."""
 
-    As Trainer's, a push that comes due while another is going on is left out, unless `hub_always_push`: then training
-    waits, as the files must not change under it. Failures do not disturb the training: each is logged as an error with
-    the command to go on, and at the end of `train()` what is not on the Hub is pushed again.
-    """
+    repo_id: str
+    token: str | None
+    revision: str | None
+    strategy: HubStrategy
+    directory: Path
 
-    hub_model_id: Any
-    push_in_progress: Any
-    _saved: list[Saved]
-    _pusher: ThreadPoolExecutor | None = None
+    @classmethod
+    def of(cls, args: TrainingArguments, repo_id: object) -> Destination:
+        """What the arguments say; `repo_id` is the full name."""
+        strategy, directory = HubStrategy(args.hub_strategy), Path(str(args.output_dir))
+        return cls(str(repo_id), args.hub_token, args.hub_revision, strategy, directory)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As Trainer's, with patience.
+    def place_of_checkpoint(self, folder: Path) -> str | None:
+        """Its directory in the repository; `None` where only the model is pushed."""
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        return places.get(self.strategy)
 
-        Raises:
-            PublishError: the Hub refuses, or it is to be private and exists for all to see.
-        """
-        if not self.is_world_process_zero():
-            return
-        self.hub_model_id = make_repository(
-            self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name,
-            token=self.args.hub_token if token is None else token,
-            private=self.args.hub_private_repo if private is None else private,
+    def push(self, directory: Path, message: str, **options: Any) -> None:
+        """Push a directory, with the patience of `push_directory`."""
+        push_directory(
+            directory, self.repo_id, token=self.token, revision=self.revision, commit_message=message, **options
         )
-        self.push_in_progress = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; at the end, what could not be pushed in the background is pushed again.
+    def push_model(self, saved: Saved) -> None:
+        """Push what `copy_model` has made."""
+        self.push(self.directory, saved.message, ignore=(EXPORT_DIRECTORY,))
 
-        If that fails too, it is logged as an error: the results of training are on the disk and are returned.
-        """
-        self._saved = []
-        output = super().train(*args, **kwargs)
-        if self._saved:
-            self._push_what_is_missing()
-        return output
+    def push_checkpoint(self, saved: Saved) -> None:
+        """Push the checkpoint to resume from, where `hub_strategy` asks for it."""
+        place = self.place_of_checkpoint(saved.folder)
+        if place is not None:
+            self.push(saved.folder, f"{saved.message}, checkpoint", path_in_repo=place)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push `output_dir` with the model of a checkpoint, and the checkpoint itself if `hub_strategy` says so."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        saved = Saved(Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}")
-        self._saved.append(saved)
-        going_on = [one.job for one in self._saved if one.job is not None and not one.job.done()]
-        if going_on and not self.args.hub_always_push:
-            return
-        wait(going_on)
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        try:
-            self._copy_model(saved)
-        except OSError as error:  # a full disk, for one; the end of training tries once more
-            logger.error(f"A checkpoint is not on the Hub: {error}")
-            return
-        if self._pusher is None:
-            self._pusher = ThreadPoolExecutor(1, thread_name_prefix="push")
-        saved.job = self._pusher.submit(self._push_aloud, saved)
-        self.push_in_progress = PushInProgress([saved.job])  # type: ignore[arg-type]  # its hint is wrong
-
-    def _copy_model(self, saved: Saved) -> None:
-        """Put the model of a checkpoint into `output_dir`, where it stays when the checkpoint goes."""
-        with written_whole(str(self.args.output_dir)) as new:
+    def copy_model(self, saved: Saved) -> None:
+        """Put the model of a checkpoint into the output directory, where it stays when the checkpoint goes."""
+        with written_whole(self.directory) as new:
             for file in saved.folder.iterdir():
                 if file.is_file() and not any(fnmatch(file.name, pattern) for pattern in STATE_OF_TRAINING):
                     shutil.copy2(file, new)
 
-    def _push_aloud(self, saved: Saved) -> None:
+
+class BackgroundPush:
+    """The pushes of one training, which keep `hub_strategy`'s promise, or say that they could not.
+
+    As in Trainer, a push that comes due while another is going on is left out, unless it is to be waited for: the
+    files must not change under it. Failures do not disturb the training: each is logged as an error with the command
+    to go on, and `push_missing` tries again.
+    """
+
+    def __init__(self) -> None:
+        self._saved: list[Saved] = []
+
+    def add(self, folder: str, step: int) -> Saved:
+        """Note that a checkpoint is to be on the Hub."""
+        saved = Saved(Path(folder), f"Training in progress, step {step}")
+        self._saved.append(saved)
+        return saved
+
+    def is_idle(self, wait_for_it: bool) -> bool:
+        """Whether no push is going on; if so wanted, it is waited for."""
+        running = [saved.job for saved in self._saved if saved.job is not None and saved.is_being_pushed]
+        if wait_for_it:
+            wait(running)
+        return wait_for_it or not running
+
+    def in_use(self) -> set[Path]:
+        """The checkpoints that are being pushed: they must not be deleted."""
+        return {saved.folder for saved in self._saved if saved.is_being_pushed}
+
+    def in_progress(self) -> PushInProgress:
+        """What Trainer waits for at the end of training."""
+        return PushInProgress([saved.job for saved in self._saved if saved.job is not None])  # type: ignore[arg-type]
+
+    def start(self, saved: Saved, destination: Destination) -> None:
+        """Push a checkpoint in the background; no other push may be going on."""
         try:
-            self._push_model(saved)
-            self._push_checkpoint(saved)
-        except Exception as error:
+            destination.copy_model(saved)
+        except OSError as error:  # a full disk, for one; the end of training tries once more
             logger.error(f"A checkpoint is not on the Hub: {error}")
-            raise
+        else:
+            saved.job = run_as_future(_push_aloud, saved, destination)
 
-    def _push_model(self, saved: Saved) -> None:
-        """Push what `_copy_model` has made."""
-        self._push(Path(str(self.args.output_dir)), saved.message, ignore=(EXPORT_DIRECTORY,))
+    def push_missing(self, destination: Destination) -> None:
+        """Push the newest checkpoint if it is not on the Hub, and all others if all are wanted there.
 
-    def _push_checkpoint(self, saved: Saved) -> None:
-        """Push the checkpoint to resume from, where `hub_strategy` asks for it."""
-        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: saved.folder.name}
-        place = places.get(HubStrategy(self.args.hub_strategy))
-        if place is not None:
-            self._push(saved.folder, f"{saved.message}, checkpoint", path_in_repo=place)
-
-    def _push(self, directory: Path, message: str, **options: Any) -> None:
-        push_directory(
-            directory,
-            str(self.hub_model_id),
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            commit_message=message,
-            **options,
-        )
-
-    def _push_what_is_missing(self) -> None:
-        """Push the newest checkpoint if it is not on the Hub, and all others if all are wanted there."""
-        newest, everything = self._saved[-1], self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS
-        missing = [saved for saved in self._saved if (everything or saved is newest) and not saved.is_pushed]
+        If that fails too, it is logged as an error: what training gave is on the disk.
+        """
+        everything = destination.strategy == HubStrategy.ALL_CHECKPOINTS
+        wanted = self._saved if everything else self._saved[-1:]
         try:
-            for saved in missing:
-                if not saved.folder.is_dir():
-                    logger.error(f"{saved.folder} is not on the Hub, and was deleted meanwhile.")
-                    continue
-                if saved is newest:
-                    self._copy_model(saved)
-                    self._push_model(saved)
-                self._push_checkpoint(saved)
+            for saved in wanted:
+                if not saved.is_pushed:
+                    _push_again(saved, destination, newest=saved is self._saved[-1])
         except Exception as error:
             logger.error(f"The training is done and saved, but what it gave is not all on the Hub: {error}")
+
+
+def _push_aloud(saved: Saved, destination: Destination) -> None:
+    try:
+        destination.push_model(saved)
+        destination.push_checkpoint(saved)
+    except Exception as error:
+        logger.error(f"A checkpoint is not on the Hub: {error}")
+        raise
+
+
+def _push_again(saved: Saved, destination: Destination, newest: bool) -> None:
+    if not saved.folder.is_dir():
+        logger.error(f"{saved.folder} is not on the Hub, and was deleted meanwhile.")
+        return
+    if newest:
+        destination.copy_model(saved)
+        destination.push_model(saved)
+    destination.push_checkpoint(saved)

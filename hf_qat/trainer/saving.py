@@ -1,98 +1,111 @@
 """What is saved is there as a whole or not at all: it is written aside, forced to the disk, and then moved into place.
 
-A process that is killed leaves at most a directory `_incomplete` behind. Nobody takes that for a checkpoint, the
-Trainer's uploads leave it out, and the next time something is saved it goes.
+Trainer writes the files of a checkpoint one after the other under its final name, and resumes from the highest number
+there is. Here a process that is killed leaves at most a directory `_incomplete` behind. Nobody takes that for a
+checkpoint, the Trainer's uploads leave it out, and the next time something is saved it goes.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from hf_qat.files.atomic import INCOMPLETE, discard, put_back, put_in_place, written_whole
+from hf_qat.files.atomic import INCOMPLETE, discard, put_in_place, written_whole
 
 
-class AtomicSaving(Trainer):
-    """A Trainer whose `checkpoint-N` appears under that name when it is complete, and whose models are saved whole.
+class CheckpointFolder:
+    """Where the checkpoints of a trainer are: Trainer asks for it each time that it writes or looks for one."""
 
-    Trainer writes its files one after the other under the final name, and resumes from the highest number there is.
-    """
+    def __init__(self) -> None:
+        self._aside: str | None = None
 
-    _aside: str | None = None
-    """The directory in which a checkpoint is being made, `None` between checkpoints."""
+    def path(self, run: str) -> str:
+        """The directory of the checkpoints of a run; while one is being written, the directory `_incomplete` in it."""
+        return run if self._aside is None else self._aside
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; a checkpoint that a killed training was about to replace is there again before."""
-        if self.args.should_save:
-            put_back(str(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
-        return super().train(*args, **kwargs)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._aside is None else self._aside
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer's, in a directory aside; uploads and deletes older checkpoints once the new one is in place.
+    @contextmanager
+    def completed(self, trainer: Trainer, run: str) -> Iterator[str]:
+        """Inside, Trainer writes the checkpoint of this step aside; in the end it gets its name, which this yields.
 
         Every process of a distributed training comes here, and most write a file of their own.
+
+        Args:
+            trainer: whose state says which step it is.
+            run: directory of the checkpoints.
         """
-        run, name = self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        aside, best = os.path.join(run, INCOMPLETE), self.state.best_model_checkpoint
-        if self.args.should_save:
+        state, together = trainer.state, trainer.accelerator.wait_for_everyone
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        aside, best = os.path.join(run, INCOMPLETE), state.best_model_checkpoint
+        if trainer.args.should_save:
             discard(aside)
-        self.accelerator.wait_for_everyone()
+        together()
         self._aside = aside
         try:
-            super()._save_checkpoint(model, trial)
+            yield os.path.join(run, name)
         finally:
             self._aside = None
-            self.state.best_model_checkpoint = best
-        self._note_best(run)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
+            state.best_model_checkpoint = best  # Trainer looks for it aside, where only the new one is
+        _note_best(state, run)
+        together()
+        if trainer.args.should_save:
+            state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
             put_in_place(os.path.join(aside, name), os.path.join(run, name))
             discard(aside)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(os.path.join(run, name))
-        if self.args.should_save:
-            self._delete_older(run)
+        together()
 
-    def _note_best(self, run: str) -> None:
-        """What Trainer looks for in the directory of the new checkpoint, where only that one is."""
-        if self.state.best_global_step:
-            path = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
-            if self.state.best_global_step == self.state.global_step or os.path.exists(path):
-                self.state.best_model_checkpoint = path
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not before the checkpoint has its final name: uploads go on in the background."""
-        if self._aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
+def is_unfinished(directory: str | Path) -> bool:
+    """Whether a checkpoint is still being written: it lies aside, and not under its final name."""
+    return Path(directory).parent.name == INCOMPLETE
 
-    def _delete_older(self, run: str) -> None:
-        """What `rotate_checkpoints` of transformers deletes, which leaves half of a checkpoint where it is killed."""
-        limit = self.args.save_total_limit
-        if limit is None or limit <= 0:
-            return
-        checkpoints = sort_checkpoints(run, use_mtime=True)
-        kept = {checkpoints[-1], str(Path(self.state.best_model_checkpoint or checkpoints[-1]))}
-        others = [path for path in checkpoints if path not in kept]
-        for path in others[: max(0, len(checkpoints) - max(limit, len(kept)))]:
+
+@contextmanager
+def model_written_whole(directory: str) -> Iterator[str]:
+    """Yields where to write the files of a model that is to be in `directory`: aside, unless all of that is aside."""
+    if is_unfinished(directory):
+        yield directory
+        return
+    with written_whole(directory) as aside:
+        yield str(aside)
+
+
+def delete_older(state: TrainerState, run: str, limit: int | None, in_use: Collection[Path]) -> None:
+    """Delete the oldest checkpoints beyond `limit`, as `rotate_checkpoints` of transformers does, but each at once.
+
+    Args:
+        state: knows the best checkpoint, which stays, as the latest does.
+        run: directory of the checkpoints.
+        limit: `save_total_limit`; `None` or 0 keeps all.
+        in_use: checkpoints that are being read; they stay until the next time.
+    """
+    if limit is None or limit <= 0:
+        return
+    checkpoints = sort_checkpoints(run, use_mtime=True)
+    kept = {checkpoints[-1], str(Path(state.best_model_checkpoint or checkpoints[-1]))}
+    others = [path for path in checkpoints if path not in kept]
+    for path in others[: max(0, len(checkpoints) - max(limit, len(kept)))]:
+        if Path(path) not in in_use:
             discard(path)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As Trainer's: what `save_model` writes."""
-        directory = str(self.args.output_dir if output_dir is None else output_dir)
-        if self._aside is not None or not self.args.should_save:
-            super()._save(directory, state_dict)
-            return
-        with written_whole(directory) as aside:
-            super()._save(str(aside), state_dict)
+
+def is_about_to_go(trainer: Trainer) -> bool:
+    """Whether Trainer will delete the checkpoint that was just saved: the last one, of one that may stay, if not best.
+
+    It does so when training ends, before it waits for pushes.
+    """
+    only_best = trainer.args.save_total_limit == 1 and trainer.state.best_model_checkpoint is not None
+    return only_best and trainer.control.should_training_stop
+
+
+def _note_best(state: TrainerState, run: str) -> None:
+    """Name the best checkpoint, by the place where it is or is about to be."""
+    if state.best_global_step:
+        path = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if state.best_global_step == state.global_step or os.path.exists(path):
+            state.best_model_checkpoint = path

@@ -1,47 +1,54 @@
 """`QATTrainer`: the Trainer that users of transformers know, for quantization-aware training.
 
-A subclass that adds to the hooks of `transformers.Trainer` and copies none of its loop.
+A subclass that adds to the hooks of `transformers.Trainer` and copies none of its loop. The hooks stand in the order
+of a run; what they add is in the other files of this room.
 """
 
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainingArguments
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import CalibrationError
+from hf_qat.errors import CalibrationError, ConfigError
+from hf_qat.export.verify import require_onnxruntime
+from hf_qat.files.atomic import put_back
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import require_stage, state_of
+from hf_qat.publish.accuracy import given_accuracy
+from hf_qat.publish.card import CardFacts, CardOptions, render
+from hf_qat.publish.directory import CARD, save_model
+from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
-from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, needs_calibration
-from hf_qat.trainer.checks import (
-    check_arguments,
-    check_distribution,
-    check_loaded,
-    check_model,
-    check_teacher,
-    check_train_set,
-)
-from hf_qat.trainer.distillation import Distillation
-from hf_qat.trainer.distributed import ManyProcesses
-from hf_qat.trainer.optimizer import count_missing, scale_parameters, separate
-from hf_qat.trainer.publishing import Publisher
-from hf_qat.trainer.pushing import BackgroundPush
+from hf_qat.trainer import checks, distributed, publishing, saving
+from hf_qat.trainer.batches import first_batch, first_inputs, inputs_of, without_labels
+from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
+from hf_qat.trainer.ddp import average_gradients
+from hf_qat.trainer.distillation import Distillation, loss_is_scaled
+from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
+from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group, scale_parameters
+from hf_qat.trainer.pushing import BackgroundPush, Destination
 from hf_qat.trainer.random_state import random_state_kept
-from hf_qat.trainer.saving import AtomicSaving
+from hf_qat.trainer.training_facts import schedule_of
 
 
 logger = logging.get_logger(__name__)
 
 
-class QATTrainer(Publisher, AtomicSaving, BackgroundPush, ManyProcesses):
+class QATTrainer(Trainer):
     """A `transformers.Trainer` that makes a model ready for int8: exchange the class, keep the rest of the script.
 
     It prepares the model in place, calibrates it before the first step (batches of the train set; the order in which
@@ -53,17 +60,34 @@ class QATTrainer(Publisher, AtomicSaving, BackgroundPush, ManyProcesses):
     measurements a twentieth was better at 8 bits, and a fifth to two fifths at 4 bits. One to three epochs, a cosine
     or linear schedule.
 
+    A subclass overrides the hooks as those of Trainer, and calls `super()` to keep what is added to them:
+
+    | hook | what is added |
+    |---|---|
+    | `__init__`, `call_model_init` | the model is prepared, and the same in all processes |
+    | `train` | before: a checkpoint that was half replaced is put back; after: what failed to be pushed is pushed |
+    | `_prepare_for_training` | several processes: loss scaled right, model made ready for DDP, or split for FSDP2 |
+    | `create_optimizer`, `get_decay_parameter_names` | scales: no weight decay, a learning rate of their own |
+    | `training_step` | several processes: the gradients of scales are averaged |
+    | `compute_loss` | a teacher's distillation loss; mixed precision of a model that FSDP2 split |
+    | `log` | metrics of quantization |
+    | `evaluate`, `evaluation_loop` | what was measured before training is noted for the card; FSDP2 before training |
+    | `_save_checkpoint`, `_get_output_dir`, `_save`, `save_model` | whole or not at all; of FSDP2, gathered |
+    | `_issue_warnings_after_load` | raises where Trainer warns |
+    | `init_hf_repo`, `_push_from_checkpoint` | patience with the Hub, and errors that are heard of |
+    | `create_model_card`, `push_to_hub` | our own card; the exported model instead of the training checkpoint |
+
     Args:
         model: a float model with float32 weights, or one that `prepare_qat` has prepared, calibrated or not. With
             `model_init` instead, every `train()` prepares and calibrates a new one.
         args: as for Trainer.
+        trainer_positional, trainer_arguments: everything else that Trainer takes, in its order or by keyword. A train
+            set is read for the shape of the images; a one-pass stream loses that batch, and those of calibration.
         qat_config: the recipe; `QATConfig()` if left out, or that of the prepared model.
         teacher: a float model to learn from beside the labels (`distillation_weight` and `distillation_temperature` of
             the config), or `"float"` for a copy of `model` as it is given; for models whose `logits` are scores of
             classes. It moves to the training device; it is neither trained nor saved. Losses of `evaluate()` are the
             task's alone.
-        trainer_arguments: everything else that Trainer takes, by keyword. A train set is read for the shape of the
-            images; a one-pass stream loses that batch, and those of calibration.
 
     Raises:
         ConfigError: arguments or a teacher that cannot be honoured.
@@ -80,32 +104,71 @@ class QATTrainer(Publisher, AtomicSaving, BackgroundPush, ManyProcesses):
     """
 
     model: nn.Module  # from the constructor on, never None
+    hub_model_id: Any
+    push_in_progress: Any
 
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
         args: TrainingArguments | None = None,
-        *,
+        *trainer_positional: Any,
         qat_config: QATConfig | None = None,
         teacher: nn.Module | Literal["float"] | None = None,
         **trainer_arguments: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args  # Trainer's own default
-        check_arguments(args)
+        checks.check_arguments(args)
         if model is not None:
-            check_model(model, qat_config)
-        check_teacher(teacher, model)
-        check_train_set(trainer_arguments.get("train_dataset"))
-        self._qat_config = qat_config
-        self._teacher = teacher
-        super().__init__(model, args, **trainer_arguments)
-        check_distribution(self)
+            checks.check_model(model, qat_config)
+        checks.check_teacher(teacher, model)
+        self._qat_config, self._teacher = qat_config, teacher
+        self._record = Record()
+        self._checkpoints = saving.CheckpointFolder()
+        self._pushes = BackgroundPush()
+        self._first_batch: Mapping[str, Any] | None = None
+        self._loss_facts: distributed.LossFacts | None = None
         self.distillation: Distillation | None = None
+        self.is_in_train = False  # as Trainer sets it, but before it calls `call_model_init`
+        super().__init__(model, args, *trainer_positional, **trainer_arguments)
+        checks.check_train_set(self.train_dataset)
+        checks.check_distribution(self)
         self._prepare_model(self.model)
         self.add_callback(CalibrationCallback(self.calibrate))
         self.add_callback(ScheduleCallback)
 
-    def calibrate(self, dataset: Dataset | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository on the Hub unless it is there, trying again where trouble may pass.
+
+        Raises:
+            PublishError: the Hub refuses, or it is to be private and exists for all to see.
+        """
+        if not self.is_world_process_zero():
+            return
+        self.hub_model_id = make_repository(
+            self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name,
+            token=self.args.hub_token if token is None else token,
+            private=self.args.hub_private_repo if private is None else private,
+        )
+        self.push_in_progress = None
+
+    def _prepare_model(self, model: nn.Module) -> None:
+        """Prepare `model` in place if it is not yet, set the teacher, and forget what is known of an earlier model."""
+        checks.check_model(model, self._qat_config)
+        self._record, self._loss_facts = reset_record(model), None
+        self._first_batch = first_batch(self)
+        distributed.synchronize_initial_model(self, model)
+        inputs = None if self._first_batch is None else without_labels(self, self._first_batch)
+        teacher = copy.deepcopy(model) if self._teacher == "float" else self._teacher
+        if state_of(model) is None:
+            with random_state_kept(self.args.device):
+                prepare_qat(model, self._qat_config, inputs)
+        if isinstance(teacher, nn.Module):
+            temperature = require_stage(model, "prepared", "train").config.distillation_temperature
+            self.distillation = Distillation(teacher, temperature, self.args.device)
+            if inputs is not None:
+                self.distillation.check(model, inputs)
+
+    def calibrate(self, dataset: Dataset[Any] | None = None) -> None:
         """Find the scales from data, without training; `evaluate()` then tells what that gives.
 
         `train()` does so by itself where it has not been done. It draws no random numbers of the training's.
@@ -123,32 +186,66 @@ class QATTrainer(Publisher, AtomicSaving, BackgroundPush, ManyProcesses):
             raise CalibrationError("no train set to calibrate from: pass train_dataset=, or call calibrate(dataset).")
         with random_state_kept(self.args.device):
             loader = self.get_train_dataloader() if dataset is None else self.get_test_dataloader(dataset)
-            calibrate(self.model, self._inputs_of(loader), config.calibration_batches, config.bias_correction)
+            calibrate(self.model, inputs_of(self, loader), config.calibration_batches, config.bias_correction)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does, beginning with a calibration where the model needs one.
+
+        Before, a checkpoint that a killed training was about to replace is put back. Afterwards, what could not be
+        pushed in the background is pushed again; if that fails too, it is logged as an error: the results of training
+        are on the disk and are returned.
+
+        Args:
+            args, kwargs: `resume_from_checkpoint` and so on, of Trainer.
+        """
+        if self.args.should_save:
+            put_back(str(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        self._pushes = BackgroundPush()
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            self._record.trained |= self.state.global_step > 0
+        self._pushes.push_missing(self._destination())
+        return output
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """As Trainer's; for `train()` also prepared."""
+        """Make a new model by `model_init`, and prepare it; the constructor does that itself, when it has the data."""
         model = super().call_model_init(trial)
-        if getattr(self, "is_in_train", False):  # the constructor prepares its own when it is done
+        if self.is_in_train:
             self._prepare_model(model)
         return model
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
+    ) -> Any:
+        """Before the optimizer is made and the model wrapped: see to it that N processes train what one would."""
+        if self.is_fsdp_enabled and self.state.global_step == 0 and needs_calibration(self.model):
+            self.calibrate()  # not when training begins: the weights are split by then
+        if self._loss_facts is None:
+            without_teacher = copy.copy(self)
+            without_teacher.distillation = None
+            self._loss_facts = distributed.rehearse(without_teacher, self.model, self._first_batch)
+            self._first_batch = None
+        self.model_accepts_loss_kwargs = self._loss_facts.divided
+        distributed.make_ready_to_wrap(self, self.model, self._loss_facts)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As Trainer's, without scales and offsets: nothing says that a log2 scale should be near 0."""
+        """Names of the parameters that decay; no scale or offset: nothing says that a log2 scale should be near 0."""
         quantizers = tuple(f"{path}." for path in fake_quantizers(model))
         return [name for name in super().get_decay_parameter_names(model) if not name.startswith(quantizers)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As Trainer's, with scales and offsets in a group of their own, at `scale_lr_multiplier` times the rate.
+        """Make the optimizer; scales and offsets are a group of their own, at `scale_lr_multiplier` times the rate.
 
-        An optimizer that the user gave is left alone.
+        An optimizer that the user gave is left alone; a warning says so if it lacks scales.
         """
-        if self.is_fsdp_enabled and self.state.global_step == 0 and needs_calibration(self.model):
-            self.calibrate()  # not when training begins: the weights are split by then
         given = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         scales = scale_parameters(self.model)
         if not given:
-            separate(optimizer, scales, self._recipe().scale_lr_multiplier)
+            move_scales_to_own_group(optimizer, scales, self._recipe().scale_lr_multiplier)
         elif absent := count_missing(optimizer, scales):
             logger.warning(
                 f"The optimizer that was passed in lacks {absent} of the {len(scales)} learned scales and offsets of "
@@ -157,6 +254,16 @@ class QATTrainer(Publisher, AtomicSaving, BackgroundPush, ManyProcesses):
             )
         return optimizer
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one batch; after the last of a step, the gradients of scales are averaged.
+
+        That is over processes; DDP and FSDP2 see to the weights. In one process an override need not call this.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            average_gradients(scale_parameters(self.model))
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -164,18 +271,19 @@ class QATTrainer(Publisher, AtomicSaving, BackgroundPush, ManyProcesses):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """As Trainer's; in training with a teacher, (1 - w) · loss + w · `distillation_loss`.
+        """The loss of the task; in training with a teacher, (1 - w) · loss + w · `distillation_loss`.
 
         Raises:
             ConfigError: a model gives no logits of classes.
         """
-        if self.distillation is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        images = self._without_labels(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with distributed.autocast_if_sharded(self):
+            if self.distillation is None or not model.training:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            images = without_labels(self, inputs)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with self.accelerator.autocast():
             distance = self.distillation.loss(self.model, outputs, images)
-        if self._loss_is_scaled(num_items_in_batch):
+        if loss_is_scaled(self, num_items_in_batch):
             # `loss` is this batch's part of the mean over all accumulated ones, and `distance` a mean over the batch.
             distance = distance / self.current_gradient_accumulation_steps
         weight = self._recipe().distillation_weight
@@ -183,49 +291,239 @@ class QATTrainer(Publisher, AtomicSaving, BackgroundPush, ManyProcesses):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's; the training loss comes with metrics of quantization and the mean `qat_distillation_loss`."""
+        """Log; with the training loss come metrics of quantization, and the mean `qat_distillation_loss`."""
         if "loss" in logs:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ScheduleCallback):
-                    logs.update(callback.metrics(self.model))
+            logs.update(metrics_of_schedule(self.callback_handler.callbacks, self.model))
             if self.distillation is not None:
                 logs["qat_distillation_loss"] = self.distillation.mean_loss()
         super().log(logs, start_time)
 
+    def evaluate(
+        self,
+        eval_dataset: Dataset[Any] | dict[str, Dataset[Any]] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate; the metrics of the own evaluation set before training will stand in the model card.
+
+        Within `fake_quant_disabled(trainer.model)`, before calibration, those are metrics of the float model.
+        """
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is None and metric_key_prefix == "eval":  # figures of one card are of one data set
+            self._record.note(self.measured_as, metrics)
+        return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model over a data set, also before training where FSDP2 is to split it."""
+        distributed.make_ready_to_evaluate(self)
+        return super().evaluation_loop(*args, **kwargs)
+
+    @property
+    def measured_as(self) -> str | None:
+        """What was done to the model, a key of `hf_qat.publish.accuracy.STAGES`; `None` while it has no ranges."""
+        return self._record.measured_as(self.model, self.state.global_step)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the checkpoints of a run are; the directory aside while one is being written."""
+        return self._checkpoints.path(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, and give it its name when it is complete; then push it, and delete older ones."""
+        run = self._get_output_dir(trial)
+        with self._checkpoints.completed(self, run) as checkpoint:
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(checkpoint)
+        if saving.is_about_to_go(self):
+            self._finish_current_push()
+        if self.args.should_save:
+            saving.delete_older(self.state, run, self.args.save_total_limit, self._pushes.in_use())
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what `from_pretrained` loads and training goes on from; of a split model, too.
+
+        Called by the user with `push_to_hub=True`, it also exports and pushes, as `push_to_hub` does.
+        """
+        with distributed.gathered_to_save(self):
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write model, processor and arguments; all of them are there or none."""
+        directory = str(self.args.output_dir if output_dir is None else output_dir)
+        with saving.model_written_whole(directory) if self.args.should_save else nullcontext(directory) as place:
+            super()._save(place, state_dict)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise `WeightsError` for a checkpoint that leaves a part of the model unfilled, where Trainer warns."""
+        checks.check_loaded(self.model, load_result.missing_keys, load_result.unexpected_keys)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push `output_dir` with the model of a checkpoint, and the checkpoint itself if `hub_strategy` says so.
+
+        Trainer asks for that while the checkpoint is written aside, and `_save_checkpoint` again when it has its name.
+        """
+        if saving.is_unfinished(checkpoint_folder) or not self.is_world_process_zero():
+            return
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        saved = self._pushes.add(checkpoint_folder, self.state.global_step)
+        if self._pushes.is_idle(wait_for_it=self.args.hub_always_push):
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self._pushes.start(saved, self._destination())
+            self.push_in_progress = self._pushes.in_progress()
+
+    def convert(self) -> nn.Module:
+        """A converted copy of the model, for inference; `trainer.model` stays as it is, and trains on.
+
+        Raises:
+            StageError: neither calibrated nor trained.
+        """
+        return publishing.converted_copy(self.model)
+
+    def save_quantized(self, directory: str | os.PathLike[str]) -> None:
+        """Write the converted model, and what prepares its images, for `from_pretrained`.
+
+        Raises:
+            StageError: neither calibrated nor trained.
+            ExportError: no Hugging Face model.
+        """
+        model = self.convert()  # in all processes: each may hold a part of the weights
+        if self.is_world_process_zero():
+            save_model(model, Path(directory), self.processing_class)
+        self.accelerator.wait_for_everyone()
+
+    def export(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        metrics: Mapping[str, Mapping[str, object]] | None = None,
+        **card: Any,
+    ) -> Path:
+        """Write all that others need, ready to be a repository: int8 safetensors, ONNX, TIDL bundle and model card.
+
+        The ONNX file is verified on real images, and on ONNX Runtime over the whole evaluation set if there is one
+        with `compute_metrics`; so is the model. The directory appears as a whole or not at all.
+
+        Args:
+            directory: absent, empty, or an earlier export without compiled artifacts, which is replaced.
+            metrics: what was measured elsewhere, for the card: `{"float": float_trainer.evaluate()}`.
+            card: as in `create_model_card`.
+
+        Returns:
+            The directory.
+
+        Raises:
+            StageError: neither calibrated nor trained.
+            ExportError: the model cannot be expressed as ONNX; the directory holds something else.
+            ConfigError: an unknown stage in `metrics`.
+        """
+        directory, options, given = Path(directory), publishing.card_options(card), given_accuracy(metrics)
+        require_onnxruntime()
+        facts = self._facts(self.convert(), directory.name)
+        inputs = first_inputs(self, publishing.VERIFIED_INPUTS)
+        publishing.export(self, facts, options, given, inputs, directory)
+        self.accelerator.wait_for_everyone()
+        return directory
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the card of the training checkpoint in `output_dir`. `export` writes one of its own.
+
+        Args:
+            language, license, tags: metadata; tags are added to our own.
+            model_name: the title; the name of the repository if left out.
+            finetuned_from: the float model on the Hub; the one that the model was loaded from if left out.
+            tasks: the Hub's name of the task, where it is not the usual one of the model's class.
+            dataset_tags, dataset, dataset_args: ids, names and arguments of the data set of the evaluation.
+        """
+        if self.is_world_process_zero():
+            options = CardOptions(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+            output = Path(str(self.args.output_dir))
+            render(self._facts(self.model, output.absolute().name), options).save(output / CARD)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Export to `output_dir/export`, and bring that to the Hub, in one commit.
+
+        The name of the repository, `private`, `revision` and `token` are those of the arguments (`hub_model_id`, or
+        the name of `output_dir`; `hub_private_repo`, `hub_revision`, `hub_token`) where they are left out here.
+
+        Args:
+            commit_message: of the commit.
+            blocking: must be true: a push in the background could fail unseen.
+            token: with write permission.
+            revision: a branch.
+            private: of a new repository.
+            kwargs: `metrics` of `export`, and the arguments of `create_model_card`.
+
+        Returns:
+            The commit; `None` in all processes but the main one.
+
+        Raises:
+            PublishError: with the command to go on. The export is whole then.
+            StageError, ExportError, ConfigError: as `export`.
+        """
+        if not blocking:
+            raise ConfigError("push_to_hub(blocking=False) could fail unseen: leave it out, or call it in a thread.")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if "/" not in self._repository(""):
+            self.init_hf_repo(token=token, private=private)  # only the Hub knows whose token it is
+        directory = self.export(Path(str(self.args.output_dir)) / publishing.EXPORT_DIRECTORY, **kwargs)
+        if not self.is_world_process_zero():
+            return None  # type: ignore[return-value]  # as Trainer does
+        self._finish_current_push()
+        return push_directory(
+            directory,
+            self._repository(""),
+            token=token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=self.args.hub_revision if revision is None else revision,
+            commit_message=commit_message or "End of training",
+        )
+
     def _recipe(self) -> QATConfig:
         return require_stage(self.model, "prepared", "train").config
 
-    def _prepare_model(self, model: nn.Module) -> None:
-        """Prepare `model` in place if it is not yet, and set the teacher."""
-        check_model(model, self._qat_config)
-        self.reset_record(model)
-        batch = self._example_batch()
-        self.synchronize_initial_model(model, batch)
-        inputs = None if batch is None else self._without_labels(batch)
-        teacher = copy.deepcopy(model) if self._teacher == "float" else self._teacher
-        if state_of(model) is None:
-            with random_state_kept(self.args.device):
-                prepare_qat(model, self._qat_config, inputs)
-        if isinstance(teacher, nn.Module):
-            temperature = require_stage(model, "prepared", "train").config.distillation_temperature
-            self.distillation = Distillation(teacher, temperature, self.args.device)
-            if inputs is not None:
-                self.distillation.check(model, inputs)
+    def _facts(self, model: nn.Module, directory: str) -> CardFacts:
+        """What a card tells of the model, or of its converted copy; `directory` names it if nothing else does."""
+        config = self._recipe()
+        return CardFacts(
+            model=model,
+            repo_id=self._repository(directory),
+            config=config,
+            schedule=schedule_of(self, config, self.distillation is not None),
+            stage=self.measured_as or "quantized",
+            accuracy=dict(self._record.accuracy),
+            images=evaluation_images(self),
+            dataset=publishing.dataset_name(self.eval_dataset),
+            summary=None,
+            contents=None,
+        )
 
-    def _example_batch(self) -> dict[str, Any] | None:
-        """The first one of the data: the config of many models does not know the size of the images."""
-        with random_state_kept(self.args.device):
-            loader = self._any_loader()
-            return None if loader is None else next(iter(loader), None)
+    def _repository(self, otherwise: str) -> str:
+        """The name of the repository, as far as it is known."""
+        return str(self.hub_model_id or self.args.hub_model_id or otherwise)
 
-    def _loss_is_scaled(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether `training_step` takes the loss as it is; else it divides by the number of accumulated batches."""
-        stated: bool | None = getattr(self, "loss_is_scaled_for_ga", None)  # newer than our oldest transformers
-        if stated is not None:
-            return stated
-        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return by_model or self.compute_loss_func is not None
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Instead of warnings: raises `WeightsError` for a checkpoint that leaves a part of the model unfilled."""
-        check_loaded(self.model, load_result.missing_keys, load_result.unexpected_keys)
+    def _destination(self) -> Destination:
+        """Where the checkpoints of a training are pushed to."""
+        return Destination.of(self.args, self.hub_model_id)

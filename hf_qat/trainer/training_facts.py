@@ -7,12 +7,13 @@ from transformers import Trainer
 from hf_qat.config.qat_config import QATConfig
 
 
-def schedule_of(trainer: Trainer, config: QATConfig) -> dict[str, object]:
+def schedule_of(trainer: Trainer, config: QATConfig, distilled: bool) -> dict[str, object]:
     """Name → value; empty if the trainer has made no step.
 
     Args:
         trainer: after training, or in it.
         config: the recipe, for the fractions at which things freeze.
+        distilled: whether a teacher taught too.
     """
     state, args = trainer.state, trainer.args
     if not state.global_step:
@@ -31,7 +32,7 @@ def schedule_of(trainer: Trainer, config: QATConfig) -> dict[str, object]:
     }
     if args.bf16 or args.fp16:
         schedule["Mixed precision"] = "bfloat16" if args.bf16 else "float16"
-    if getattr(trainer, "distillation", None) is not None:
+    if distilled:
         schedule["Distillation"] = (
             f"weight {config.distillation_weight:.4g}, temperature {config.distillation_temperature:.4g}"
         )

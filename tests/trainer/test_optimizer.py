@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from hf_qat.model.prepare import prepare_qat
-from hf_qat.trainer.optimizer import count_missing, scale_parameters, separate
+from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group, scale_parameters
 from tests.models import hand_written
 from tests.training import FOLLOWED, recipe
 
@@ -28,7 +28,7 @@ def test_a_model_without_learned_scales_has_none():
 def test_every_parameter_stays_in_exactly_one_group(model: nn.Module):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.3)
     scales = scale_parameters(model)
-    separate(optimizer, scales, 10.0)
+    move_scales_to_own_group(optimizer, scales, 10.0)
     weights, separated = optimizer.param_groups
     assert {id(p) for p in separated["params"]} == {id(p) for p in scales}
     ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -40,7 +40,7 @@ def test_every_parameter_stays_in_exactly_one_group(model: nn.Module):
 def test_a_group_that_is_left_without_parameters_goes(model: nn.Module):
     scales = scale_parameters(model)
     optimizer = torch.optim.SGD([{"params": scales}, {"params": [torch.nn.Parameter(torch.ones(3))]}], lr=0.5)
-    separate(optimizer, scales, 10.0)
+    move_scales_to_own_group(optimizer, scales, 10.0)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, len(scales)]
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 5.0]
 
@@ -48,7 +48,7 @@ def test_a_group_that_is_left_without_parameters_goes(model: nn.Module):
 def test_one_step_of_sgd_moves_scales_by_the_multiplied_rate_without_decay(model: nn.Module):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.5)
     scale = scale_parameters(model)[0]
-    separate(optimizer, scale_parameters(model), 10.0)
+    move_scales_to_own_group(optimizer, scale_parameters(model), 10.0)
     before = scale.detach().clone()
     scale.grad = torch.ones_like(scale)
     optimizer.step()
@@ -58,7 +58,7 @@ def test_one_step_of_sgd_moves_scales_by_the_multiplied_rate_without_decay(model
 
 def test_a_scheduler_scales_both_rates_alike(model: nn.Module):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    separate(optimizer, scale_parameters(model), 10.0)
+    move_scales_to_own_group(optimizer, scale_parameters(model), 10.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     optimizer.step()
     scheduler.step()
@@ -68,13 +68,13 @@ def test_a_scheduler_scales_both_rates_alike(model: nn.Module):
 def test_a_rate_that_the_optimizer_finds_itself_stays_open(model: nn.Module):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     optimizer.param_groups[0]["lr"] = None
-    separate(optimizer, scale_parameters(model), 10.0)
+    move_scales_to_own_group(optimizer, scale_parameters(model), 10.0)
     assert optimizer.param_groups[1]["lr"] is None
 
 
 def test_without_scales_nothing_changes():
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0)
-    separate(optimizer, [], 10.0)
+    move_scales_to_own_group(optimizer, [], 10.0)
     assert len(optimizer.param_groups) == 1
 
 

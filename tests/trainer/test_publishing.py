@@ -16,6 +16,7 @@ from hf_qat.errors import ConfigError, ExportError, StageError
 from hf_qat.model.state import state_of
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.trainer import publishing as publisher_module
+from hf_qat.trainer.measuring import measure
 from hf_qat.trainer.trainer import QATTrainer
 from tests.exported import Exported, accuracy, processor, publisher, run
 from tests.models import hand_written
@@ -103,27 +104,28 @@ class TestFigures:
         file.graph.initializer.append(bias)
         file.graph.node.append(onnx.helper.make_node("Add", ["before", "bias"], [output]))
         onnx.save(file, tmp_path / "always_2.onnx")
-        measured = trainer.measured(trainer.convert(), tmp_path / "always_2.onnx")
+        measured = measure(trainer, "calibrated", trainer.convert(), tmp_path / "always_2.onnx")
         labels = trainer.eval_dataset["labels"][:].numpy()
         assert measured["onnxruntime"] == {"accuracy": pytest.approx((labels == 2).mean())}
         assert measured["calibrated"] == {"accuracy": trainer.evaluate()["eval_accuracy"]}
+        assert trainer.measured_as == "calibrated"
         assert "qat" not in measured and "float" not in measured
 
     def test_within_fake_quant_disabled_evaluate_measures_the_float_model(self, tmp_path: Path):
         trainer = publisher(tmp_path, "int8")
         with fake_quant_disabled(trainer.model):
             evaluated = trainer.evaluate()
-        assert trainer.stage() is None
+        assert trainer.measured_as is None
         trainer.calibrate()
-        assert trainer.stage() == "calibrated"
+        assert trainer.measured_as == "calibrated"
         trainer.evaluate(images(5, seed=3))  # another data set is none of the card's business
         trainer.evaluate(metric_key_prefix="test")
-        assert trainer._accuracy == {"float": {"accuracy": evaluated["eval_accuracy"]}}
+        assert trainer._record.accuracy == {"float": {"accuracy": evaluated["eval_accuracy"]}}
 
     def test_a_model_that_was_trained_before_is_not_called_calibrated(self, exported: Exported, tmp_path: Path):
         trainer = publisher(tmp_path, "AM68A", model=exported.trainer.model)
         trainer.evaluate()
-        assert trainer.stage() == "quantized" and trainer._accuracy == {}
+        assert trainer.measured_as == "quantized" and trainer._record.accuracy == {}
 
     def test_stages_that_cannot_be_given_are_refused_before_anything_is_done(self, exported: Exported, tmp_path: Path):
         for metrics, message in [

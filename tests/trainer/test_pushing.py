@@ -15,8 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 from hf_qat.cli import main as cli
 from hf_qat.errors import PublishError
-from hf_qat.trainer.pushing import BackgroundPush
-from hf_qat.trainer.saving import AtomicSaving
+from hf_qat.trainer.trainer import QATTrainer
 from tests.hub.faults import ALWAYS
 from tests.hub.server import HubServer
 from tests.training import arguments, images, trainer_of, values, vit
@@ -32,25 +31,22 @@ class Tiny(PreTrainedModel):
 
     def __init__(self) -> None:
         super().__init__(PreTrainedConfig(architectures=["Tiny"]))
-        self.linear = nn.Linear(3, 5)
+        self.head = nn.Sequential(nn.Linear(3, 5))
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": nn.functional.cross_entropy(self.linear(pixel_values.mean((2, 3))), labels)}
-
-
-class PlainTrainer(AtomicSaving, BackgroundPush):
-    """What `QATTrainer` has of it, without quantization."""
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        logits = self.head(pixel_values.mean((2, 3)))
+        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
 
 
 @pytest.fixture
 def trainer(hub, tmp_path):
     """Makes a trainer that saves, and pushes to user/model, after each of three steps."""
 
-    def make(**changes: object) -> PlainTrainer:
+    def make(**changes: object) -> QATTrainer:
         hub_options = {"push_to_hub": True, "hub_model_id": "user/model", "save_strategy": "steps", "save_steps": 1}
         args = arguments(tmp_path / "out", **{**hub_options, "max_steps": 3, **changes})
-        return PlainTrainer(Tiny(), args, train_dataset=images(16, size=8))
+        return QATTrainer(Tiny(), args, train_dataset=images(16, size=8))
 
     return make
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForImageClassification, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from hf_qat.files.atomic import INCOMPLETE, discard, put_back, put_in_place, written_whole
-from hf_qat.trainer.saving import AtomicSaving
 from hf_qat.trainer.trainer import QATTrainer
 from tests.training import arguments, differing, images, recipe, trainer_of, values, values_in, vit
 
@@ -28,7 +27,7 @@ def steps_in(directory: Path) -> list[int]:
 
 class TestCheckpoints:
     def test_they_hold_the_files_that_trainer_writes_and_nothing_else_is_there(self, tmp_path: Path):
-        for kind, place in ((Trainer, tmp_path / "plain"), (AtomicSaving, tmp_path / "ours")):
+        for kind, place in ((Trainer, tmp_path / "plain"), (QATTrainer, tmp_path / "ours")):
             args = arguments(place, max_steps=2, save_strategy="steps", save_steps=1)
             kind(vit(), args, train_dataset=images(8)).train()
         assert files_in(tmp_path / "plain") == files_in(tmp_path / "ours")
@@ -103,14 +102,17 @@ class TestCheckpoints:
     def test_one_is_uploaded_under_its_final_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         pushed = []
         monkeypatch.setattr(
-            Trainer, "_push_from_checkpoint", lambda self, path: pushed.append((path, files_in(Path(path))))
+            "hf_qat.trainer.pushing.push_directory",
+            lambda path, repo_id, **options: pushed.append((path, files_in(path), options.get("path_in_repo"))),
         )
-        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
-        trainer = AtomicSaving(vit(), args, train_dataset=images(8))
-        args.push_to_hub = True
+        trainer = trainer_of(vit(), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+        trainer.args.push_to_hub, trainer.args.hub_strategy = True, HubStrategy.CHECKPOINT
         trainer.train()
-        ((path, files),) = pushed
-        assert path == str(tmp_path / "checkpoint-2") and "trainer_state.json" in files
+        assert [(path, place) for path, _, place in pushed] == [
+            (tmp_path, None),
+            (tmp_path / "checkpoint-2", "last-checkpoint"),
+        ]
+        assert "trainer_state.json" in pushed[1][1]
 
 
 class TestModels:

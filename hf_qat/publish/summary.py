@@ -11,13 +11,14 @@ from torch import nn
 from hf_qat.checkpoints.stored_format import quantized_layers
 from hf_qat.errors import listed
 from hf_qat.model.in_float import by_reason, float_operations
+from hf_qat.model.plan import EXCLUDED
 from hf_qat.model.state import captured_children, require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
 from hf_qat.quantization.spec import QuantizerSpec
 
 
-#: What is said of a node of the ONNX file whose operation is in no captured graph, or in one that knows no reason.
-EXCLUDED, UNKNOWN = "excluded by the recipe", "an input of it is not quantized, by the rules of the target"
+#: What is said of a node of the ONNX file of which the graphs of the model know nothing.
+UNKNOWN = "an input of it is not quantized, by the rules of the target"
 
 
 @dataclass(frozen=True)

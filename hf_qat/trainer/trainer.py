@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.export.verify import require_onnxruntime
-from hf_qat.files.atomic import put_back
+from hf_qat.files.atomic import put_back, whole_file
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import require_stage, state_of
@@ -451,7 +451,8 @@ class QATTrainer(Trainer):
                 language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
             )
             output = Path(str(self.args.output_dir))
-            render(self._facts(self.model, output.absolute().name), options).save(output / CARD)
+            with whole_file(output / CARD) as file:
+                render(self._facts(self.model, output.absolute().name), options).save(file)
 
     def push_to_hub(
         self,

@@ -65,4 +65,4 @@ def test_an_export_reports_the_operations_and_reasons_of_its_model(tmp_path):
     convert(calibrate(model, [torch.randn(8, 3, 16, 16)]))
     for verify in (False, True):
         report = export_onnx(model, tmp_path / "model.onnx", verify=verify)
-        assert report.float_operations == (FloatOperation("body", "conv2d", "excluded"),)
+        assert report.float_operations == (FloatOperation("body", "conv2d", "excluded by the recipe"),)

@@ -21,7 +21,7 @@ class TwoFloatParts(nn.Module):
 
 
 def test_operations_are_named_with_their_module_and_the_reason_before_and_after_conversion():
-    expected = [FloatOperation("kept", "linear", "excluded"), FloatOperation("", "cumsum", "no rule")]
+    expected = [FloatOperation("kept", "linear", "excluded by the recipe"), FloatOperation("", "cumsum", "no rule")]
     x = torch.randn(8, 4)
     model = prepare_qat(TwoFloatParts(), QATConfig(exclude="kept"), x)
     assert float_operations(model) == expected

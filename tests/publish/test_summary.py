@@ -54,7 +54,7 @@ def test_what_stays_in_float_inside_of_a_graph_has_the_reason_that_the_graph_kno
     model = converted(exclude="body")
     float_ops = export_onnx(model, tmp_path / "model.onnx", verify=False).float_ops
     assert float_ops == {"Conv": ["Conv"]}  # the file has no name of the module, the graph has
-    assert summarize(model, float_ops).in_float == [InFloat("conv2d", "`body`", "excluded")]
+    assert summarize(model, float_ops).in_float == [InFloat("conv2d", "`body`", "excluded by the recipe")]
 
 
 def test_what_stays_in_float_outside_of_the_graphs_is_named_after_the_nodes_of_the_file(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_qat.graph.nodes import short_name
 from hf_qat.model.state import captured_children
 
 
@@ -31,7 +32,7 @@ def float_operations(model: nn.Module) -> list[FloatOperation]:
     Children that are not captured, because the config excludes them, run their own Python and are not looked into.
     """
     return [
-        FloatOperation(path, operation.removeprefix("aten.").partition(".")[0], reason)
+        FloatOperation(path, short_name(operation), reason)
         for child in captured_children(model).values()
         for path, operation, reason in child.float_operations
     ]

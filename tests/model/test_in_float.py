@@ -28,6 +28,12 @@ def test_operations_are_named_with_their_module_and_the_reason_before_and_after_
     assert float_operations(convert(calibrate(model, [x]))) == expected
 
 
+def test_the_text_of_a_model_says_what_stays_in_float_in_its_graphs():
+    text = repr(prepare_qat(TwoFloatParts(), QATConfig(exclude="kept"), torch.randn(8, 4)))
+    assert text.splitlines()[1].strip() == "in float: 1 linear, 1 cumsum"
+    assert "in float" not in repr(prepare_qat(HandWritten(), QATConfig(), torch.randn(2, 3, 8, 8)))
+
+
 def test_a_float_model_and_one_that_is_quantized_throughout_have_none():
     assert float_operations(HandWritten()) == []
     assert float_operations(prepare_qat(HandWritten(), QATConfig(), torch.randn(2, 3, 8, 8))) == []

@@ -52,7 +52,7 @@ class Stored:
 
     @property
     def dtype(self) -> str:
-        """As safetensors calls it."""
+        """The name that safetensors has for it, as `F32`."""
         return str(self.handle.get_slice(self.key).get_dtype())
 
     @property

@@ -82,8 +82,8 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
     """An empty directory to write a model into; at the end its files are moved to `directory`, whose others stay.
 
     Weights of a model that was there before go, also those in other files. While files are moved, `directory` has no
-    weights, which `from_pretrained` always refuses; without a config.json, a model class would take its defaults. An
-    error while the model is written leaves all as it was.
+    weights, which `from_pretrained` always refuses; without a config.json, a model class would take its defaults. What
+    is raised while the model is written leaves all as it was; while files are moved, either all as it was, or all new.
 
     Args:
         directory: is made if it is not there.
@@ -125,8 +125,7 @@ def put_in_place(source: str | Path, target: str | Path) -> None:
 
 
 def put_back(run: str | Path) -> None:
-    """Settle what a killed process was replacing in a directory: the old checkpoint or model is there again, or the
-    new one as a whole.
+    """Settle what a killed process was replacing: the old checkpoint or model is back, or the new one complete.
 
     Args:
         run: directory of the checkpoints, or of a model.

@@ -320,7 +320,7 @@ class QATTrainer(Trainer):
 
     @property
     def measured_as(self) -> str | None:
-        """What was done to the model, a key of `hf_qat.publish.accuracy.STAGES`; `None` while it has no ranges."""
+        """What was done to the model, a key of `publish.accuracy.MEASURED_AS`; `None` while it has no ranges."""
         return self._record.measured_as(self.model, self.state.global_step)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -513,7 +513,7 @@ class QATTrainer(Trainer):
             repo_id=self._repository(directory),
             config=config,
             schedule=schedule_of(self, config, self.distillation is not None),
-            stage=self.measured_as or "quantized",
+            measured_as=self.measured_as or "quantized",
             accuracy=dict(self._record.accuracy),
             images=evaluation_images(self),
             dataset=publishing.dataset_name(self.eval_dataset),

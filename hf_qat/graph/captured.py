@@ -7,6 +7,7 @@ whatever outer code reads of the child go on working.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
+from hf_qat.graph.nodes import short_name
 from hf_qat.quantization.class_swap import swap_class
 
 
@@ -127,6 +129,12 @@ class CapturedModule(nn.Module):
     float_operations: list[tuple[str, str, str]]
     _run: Callable[..., Any]
     _python_signature: inspect.Signature
+
+    def extra_repr(self) -> str:
+        """That of the original class, and what of the graph stays in float: `in float: 2 add, 1 where`."""
+        counts = Counter(short_name(operation) for _, operation, _ in self.float_operations)
+        in_float = f"in float: {', '.join(f'{count} {name}' for name, count in counts.items())}" if counts else ""
+        return ", ".join(part for part in (super().extra_repr(), in_float) if part)
 
     def recompile(self) -> None:
         """Generate the Python function of `graph` anew, after a pass has changed the graph."""

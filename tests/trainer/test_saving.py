@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForImageClassification, Trainer
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
-from hf_qat.files.atomic import INCOMPLETE, discard, put_in_place, written_whole
+from hf_qat.files.atomic import INCOMPLETE, discard, put_back, put_in_place, written_whole
 from hf_qat.trainer.trainer import QATTrainer
 from tests.training import arguments, differing, images, recipe, trainer_of, values, values_in, vit
 
@@ -161,11 +161,11 @@ class TestModels:
         assert [name for name, _ in seen] == ["a.json", "config.json", "z.json", *weights]
         assert all(not {"model.safetensors", "model.safetensors.index.json"} & there for _, there in seen)
 
-    def test_its_class_refuses_it_for_want_of_weights_wherever_the_moving_stops(
+    def test_its_class_refuses_it_for_want_of_weights_wherever_the_moving_is_killed_and_it_is_completed_later(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         # For want of a config.json, the class would take its defaults, which fit some models.
-        class Stopped(BaseException):
+        class Killed(BaseException):
             pass
 
         trainer = trainer_of(vit(), tmp_path)
@@ -175,15 +175,18 @@ class TestModels:
             done = count()
 
             def replace(source: Path, target: Path, done: Iterator[int] = done, stop: int = stop) -> None:
-                if next(done) == stop:
-                    raise Stopped
+                if next(done) >= stop:  # nothing is done after it
+                    raise Killed
                 source.rename(target)
 
-            with monkeypatch.context() as patch, pytest.raises(Stopped):
+            with monkeypatch.context() as patch, pytest.raises(Killed):
                 patch.setattr("os.replace", replace)
                 trainer.save_model()
             with pytest.raises(OSError, match="no file named model.safetensors"):
                 type(trainer.model).from_pretrained(tmp_path)
+            put_back(tmp_path)
+            loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+            assert differing(values(loaded), values(trainer.model)) == []
 
 
 class TestDirectories:

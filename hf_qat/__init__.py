@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 # Registers with transformers, which has no other way to find it than that it is imported.
 from hf_qat.checkpoints import hf_quantizer as _hf_quantizer  # noqa: F401
 from hf_qat.config.targets import targets
+
+# Registers the observers that a recipe can name.
+from hf_qat.quantization import observers as _observers  # noqa: F401
 from hf_qat.version import __version__
 
 

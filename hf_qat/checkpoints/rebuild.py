@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from hf_qat.checkpoints.stored_format import _restore, _weight_key, quantized_layers, stored_shape
 from hf_qat.checkpoints.validation import check_tensors, open_tensors
-from hf_qat.config.checkpoint_info import CheckpointInfo
+from hf_qat.config.checkpoint_info import CheckpointInfo, Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError, WeightsError
 from hf_qat.graph.capture.meta_device import MetaCapture
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.fingerprint import first_difference
+from hf_qat.graph.nodes import CONSTANT_PREFIX
 from hf_qat.model.conversion import swap_to_integer_modules
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.saved_config import keep_names, rebuild_inputs
@@ -33,9 +34,6 @@ from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 
 
 logger = logging.getLogger(__name__)
-
-#: In the name of every tensor that `graph.functional.add_constant` registers.
-CONSTANT = "_constant_"
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,11 @@ def rebuild(model: PreTrainedModel, config: QATConfig, files: list[str] | None) 
             with MetaCapture():
                 prepare_qat(model, config.with_checkpoint(None), rebuild_inputs(saved.inputs))
             _require_same_graph(model, saved)
-            if saved.stage == "converted":
+            if saved.stage is Stage.CONVERTED:
                 swap_to_integer_modules(model)
         layers = {_weight_key(path): layer for path, layer in quantized_layers(model).items()}
         shapes = {key: stored_shape(layer) for key, layer in layers.items()}
-        other_labels = saved.stage == "prepared" and saved.num_labels != _info(model).num_labels
+        other_labels = saved.stage is Stage.PREPARED and saved.num_labels != _info(model).num_labels
         new_heads = check_tensors(model, stored, shapes, other_labels)
     return PendingRestore(set(layers), _constants(model), new_heads)
 
@@ -96,7 +94,7 @@ def _constants(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         WeightsError: the value of one depends on weights, which are not there yet.
     """
-    constants = {path: buffer for path, buffer in model.named_buffers() if CONSTANT in path.rpartition(".")[2]}
+    constants = {path: buffer for path, buffer in model.named_buffers() if CONSTANT_PREFIX in path.rpartition(".")[2]}
     for path, value in constants.items():
         if value.device.type == "meta":
             raise WeightsError(
@@ -137,7 +135,7 @@ def finish(model: PreTrainedModel, rebuilt: PendingRestore) -> None:
         _start_heads(model, rebuilt.new_heads)
     keep_names(model)
     state = state_of(model)
-    if state is not None and state.stage == "converted":
+    if state is not None and state.stage is Stage.CONVERTED:
         model.requires_grad_(False)
     else:
         detach_quantizer(model)

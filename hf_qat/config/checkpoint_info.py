@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from enum import Enum
 from typing import Any
 
 from hf_qat.config.checks import refuse_unknown
 from hf_qat.errors import ConfigError
 
 
-#: `"prepared"`: a training checkpoint, float weights and quantizers. `"converted"`: a quantized one, integer codes.
-STAGES = ("prepared", "converted")
+class Stage(str, Enum):
+    """How far a model has come; a string, as in `config.json`."""
+
+    PREPARED = "prepared"  # it trains: float weights and fake quantizers
+    CONVERTED = "converted"  # it is for inference: integer codes
+
+    __str__ = str.__str__
+
 
 #: What the values of each JSON type are called in messages.
 _KINDS: dict[str, tuple[type, str]] = {
@@ -31,7 +38,7 @@ class CheckpointInfo:
     """The entry `checkpoint` of a saved `quantization_config`.
 
     Attributes:
-        stage: one of `STAGES`.
+        stage: of the model.
         model_class: name of the class that was saved.
         num_labels: its number of labels; another number at loading means a new head.
         inputs: example inputs without their data, see `hf_qat.model.saved_config.describe_inputs`.
@@ -39,7 +46,7 @@ class CheckpointInfo:
         transformers_version, torch_version: of the saving process.
     """
 
-    stage: str
+    stage: Stage
     model_class: str
     num_labels: int
     inputs: list[Any]
@@ -50,7 +57,7 @@ class CheckpointInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return asdict(self)
+        return {**asdict(self), "stage": self.stage.value}
 
     @classmethod
     def from_dict(cls, data: object) -> CheckpointInfo:
@@ -70,9 +77,10 @@ class CheckpointInfo:
             kind, called = _KINDS[name]
             if not isinstance(data.get(name), kind) or isinstance(data[name], bool):
                 raise ConfigError(f"{where}[{name!r}] must be {called}, not {data.get(name)!r}.")
-        if data["stage"] not in STAGES:
-            raise ConfigError(f"{where}['stage'] must be one of {', '.join(STAGES)}, not {data['stage']!r}.")
+        stages = [stage.value for stage in Stage]
+        if data["stage"] not in stages:
+            raise ConfigError(f"{where}['stage'] must be one of {', '.join(stages)}, not {data['stage']!r}.")
         for path, lines in data["operations"].items():
             if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
                 raise ConfigError(f"{where}['operations'][{path!r}] must be a list of strings.")
-        return cls(**data)
+        return cls(**{**data, "stage": Stage(data["stage"])})

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+from hf_qat.config.observers import OBSERVERS
 from hf_qat.config.targets import TensorScheme, did_you_mean
 from hf_qat.errors import ConfigError
 from hf_qat.version import __version__
@@ -19,8 +20,6 @@ from hf_qat.version import __version__
 QUANT_METHOD = "hf_qat"
 #: Widths that a quantizer can have.
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-#: Ways in which calibration finds a range: the registry of `quantization/observers`, a later room, as plain names.
-OBSERVER_NAMES = ("mse", "minmax", "percentile", "moving_average")
 SCHEME_KEYS = tuple(field.name for field in fields(TensorScheme))
 OVERRIDE_KEYS = ("weights", "activations")
 
@@ -84,9 +83,9 @@ def _check_field(where: str, key: str, value: object) -> None:
         if type(value) is not int or value not in BITS:
             raise ConfigError(f"{where} must be one of the whole numbers {', '.join(map(str, BITS))}, not {value!r}.")
     elif key == "observer":
-        if value not in OBSERVER_NAMES:
-            known = ", ".join(OBSERVER_NAMES)
-            raise ConfigError(f"{where} is {value!r}.{did_you_mean(value, OBSERVER_NAMES)} Known observers: {known}.")
+        if not isinstance(value, str) or value not in OBSERVERS:
+            known = ", ".join(sorted(OBSERVERS))
+            raise ConfigError(f"{where} is {value!r}.{did_you_mean(value, OBSERVERS)} Known observers: {known}.")
     else:
         flag(where, value)
 
@@ -106,26 +105,6 @@ def module_changes(overrides: Overrides | None) -> dict[str, dict[str, dict[str,
         refuse_unknown(where, changes, OVERRIDE_KEYS)
         result[glob] = {kind: scheme_changes(f"{where}[{kind!r}]", value) for kind, value in changes.items()}
     return result
-
-
-def check_schemes(where: str, weights: TensorScheme, activations: TensorScheme) -> None:
-    """Refuse mixes that no quantizer can honour."""
-    if not weights.symmetric:
-        raise ConfigError(
-            f"{where}: weights must be symmetric; a zero point on them would cost a correction in every "
-            "multiplication, which no target computes. Remove symmetric=False."
-        )
-    if activations.per_channel:
-        raise ConfigError(
-            f"{where}: activations cannot have a scale per channel, as the next layer sums over channels, and sums of "
-            "codes need one scale. Remove per_channel=True."
-        )
-    for kind, scheme in (("weights", weights), ("activations", activations)):
-        if scheme.learned and scheme.observer == "moving_average":
-            raise ConfigError(
-                f'{where}: {kind} have learned=True and observer="moving_average", but learned scales take over after '
-                'calibration and leave nothing to follow. Choose observer="mse", or set learned=False.'
-            )
 
 
 def globs_on_paths(where: str, globs: Iterable[str]) -> list[str]:

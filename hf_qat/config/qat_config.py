@@ -22,7 +22,6 @@ from hf_qat.config.checks import (
     Overrides,
     SchemeChanges,
     check_origin,
-    check_schemes,
     count,
     flag,
     globs_on_paths,
@@ -33,7 +32,7 @@ from hf_qat.config.checks import (
     refuse_unknown,
     scheme_changes,
 )
-from hf_qat.config.targets import Target, TensorScheme, did_you_mean, find_target
+from hf_qat.config.targets import Target, TensorScheme, check_schemes, did_you_mean, find_target
 from hf_qat.errors import ConfigError
 from hf_qat.version import __version__
 
@@ -60,7 +59,8 @@ class QATConfig(QuantizationConfigMixin):
         exclude: glob or globs on dotted module paths, e.g. `"classifier"` or `["*.attention.*"]`; what they match, and
             all inside it, stays in float. `*` also matches dots; upper and lower case differ.
         overrides: other schemes for some modules: `{glob: {"weights": {...}, "activations": {...}}}`, with the same
-            globs and keys as above. Where several globs match a module, the later one wins.
+            globs and keys as above. Where several globs match a module, the later one wins. `bits` named here also
+            hold in the first and the last layers, which otherwise keep the 8 bits that 4-bit targets have for them.
         freeze_bn_at: fraction of training, 0 to 1, after which batch norm stops following the data and becomes a part
             of the convolution, as it is on the chip. `None`: 0 (from the first step) if the scales of activations are
             learned, else 0.5.
@@ -169,12 +169,18 @@ class QATConfig(QuantizationConfigMixin):
         Raises:
             ConfigError: the overrides that match `path` are each possible, but not together.
         """
-        schemes = self.weight_scheme, self.activation_scheme
-        for glob, changes in self.overrides.items():
-            if _matches(glob, path):
-                schemes = _apply(changes, *schemes)
+        schemes = _apply(self.overrides_for(path), self.weight_scheme, self.activation_scheme)
         check_schemes(f"module {path!r}", *schemes)
         return schemes
+
+    def overrides_for(self, path: str) -> dict[str, dict[str, Any]]:
+        """What `overrides` change for one module, in order: `{"weights": {...}, "activations": {...}}`."""
+        merged: dict[str, dict[str, Any]] = {"weights": {}, "activations": {}}
+        for glob, changes in self.overrides.items():
+            if _matches(glob, path):
+                for kind, values in changes.items():
+                    merged[kind] |= values
+        return merged
 
     def excludes(self, path: str) -> bool:
         """Whether a module stays float: a glob of `exclude` matches its path or a parent's."""

@@ -64,13 +64,33 @@ class Target:
     description: str = ""
 
 
+def check_schemes(where: str, weights: TensorScheme, activations: TensorScheme) -> None:
+    """Refuse mixes that no quantizer can honour."""
+    if not weights.symmetric:
+        raise ConfigError(
+            f"{where}: weights must be symmetric; a zero point on them would cost a correction in every "
+            "multiplication, which no target computes. Remove symmetric=False."
+        )
+    if activations.per_channel:
+        raise ConfigError(
+            f"{where}: activations cannot have a scale per channel, as the next layer sums over channels, and sums of "
+            "codes need one scale. Remove per_channel=True."
+        )
+    for kind, scheme in (("weights", weights), ("activations", activations)):
+        if scheme.learned and scheme.observer == "moving_average":
+            raise ConfigError(
+                f'{where}: {kind} have learned=True and observer="moving_average", but learned scales take over after '
+                'calibration and leave nothing to follow. Choose observer="mse", or set learned=False.'
+            )
+
+
 _PER_CHANNEL = TensorScheme(per_channel=True)
 _PER_CHANNEL_4 = TensorScheme(bits=4, per_channel=True)
 _POWER_OF_TWO = TensorScheme(power_of_two=True)
 _AFFINE = TensorScheme(symmetric=False)
 _AFFINE_4 = TensorScheme(bits=4, symmetric=False)
 
-#: The table of targets. A new device is a new row.
+#: The table of targets. A new device is a new row, from outside by `register_target`.
 #:
 #: The first four run on ONNX Runtime, where unsigned activations are the fast ones and an add or a concatenation is an
 #: integer kernel only if its inputs and its output have one type. First and last layers of the 4-bit targets keep
@@ -80,7 +100,7 @@ _AFFINE_4 = TensorScheme(bits=4, symmetric=False)
 #: first matrix accelerator, MMAv1: `quantization_scale_type` 1; the others MMAv2: 4). Products of two activations:
 #: edgeai-tidl-tools, docs/supported_ops_rts_versions.md (on TDA4VM no mix of signed and unsigned inputs of a MatMul),
 #: and `adjust_matmul_inputs_qconfig` of edgeai-torchmodelopt, which makes both inputs symmetric.
-TARGETS: tuple[Target, ...] = (
+TARGETS: list[Target] = [
     Target(
         "int8",
         weights=_PER_CHANNEL,
@@ -151,7 +171,21 @@ TARGETS: tuple[Target, ...] = (
         symmetric_matmul=True,
         description="TI AM69A: 8 bits, weights per channel, activations with a zero point",
     ),
-)
+]
+
+
+def register_target(target: Target) -> None:
+    """Add a row to the table, whose name and aliases recipes then know.
+
+    Raises:
+        ConfigError: a spelling is taken, or no quantizer can honour the schemes.
+    """
+    taken = {spelling.lower(): known.name for known in TARGETS for spelling in (known.name, *known.aliases)}
+    for spelling in (target.name, *target.aliases):
+        if spelling.lower() in taken:
+            raise ConfigError(f"a target {spelling!r} exists already: {taken[spelling.lower()]}")
+    check_schemes(f"target {target.name!r}", target.weights, target.activations)
+    TARGETS.append(target)
 
 
 def targets() -> list[str]:

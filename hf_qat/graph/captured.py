@@ -121,8 +121,8 @@ class CapturedModule(nn.Module):
     shapes: list[tuple[int | None, ...]]
     output_spec: Any
     output_constants: list[Any]
-    links: dict[int, tuple[str, int]]
-    linked: dict[int, tuple[str, str]]
+    producer_of_input: dict[int, tuple[str, int]]
+    incoming_quantizer: dict[int, tuple[str, str]]
     output_quantizers: list[str | None]
     float_operations: list[tuple[str, str, str]]
     _run: Callable[..., Any]
@@ -202,8 +202,8 @@ def install(
         "shapes": shapes,
         "output_spec": output_spec,
         "output_constants": output_constants,
-        "links": {},
-        "linked": {},
+        "producer_of_input": {},
+        "incoming_quantizer": {},
         "output_quantizers": [],
         "float_operations": [],
         "_python_signature": python_signature,
@@ -217,11 +217,3 @@ def install(
 def captured_modules(model: nn.Module) -> dict[str, CapturedModule]:
     """Captured modules in `model`, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, CapturedModule)}
-
-
-def fetch(module: nn.Module, target: str) -> Any:
-    """The attribute of `module` at a dotted path."""
-    value: Any = module
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value

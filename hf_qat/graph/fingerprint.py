@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby, zip_longest
 
-from torch import Tensor, fx
+from torch import fx
 
-from hf_qat.graph.capture.clean import MODULE_PATH
 from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.nodes import is_floating, module_path, operation_name
 from hf_qat.graph.rules import Kind, rule_of
 
 
@@ -31,7 +31,7 @@ def operations(captured: Mapping[str, CapturedModule]) -> dict[str, list[str]]:
 
 
 def _lines(graph: fx.Graph) -> list[str]:
-    calls = [(str(node.meta.get(MODULE_PATH, "")), _name(node)) for node in graph.nodes if _computes(node)]
+    calls = [(module_path(node), operation_name(node)) for node in graph.nodes if _computes(node)]
     return [
         f"{path}: {' '.join(operation for _, operation in group)}"
         for path, group in groupby(calls, key=lambda call: call[0])
@@ -39,15 +39,7 @@ def _lines(graph: fx.Graph) -> list[str]:
 
 
 def _computes(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    made = node.op == "call_function" and isinstance(value, Tensor) and value.is_floating_point()
-    return made and rule_of(node).kind is not Kind.PASS
-
-
-def _name(node: fx.Node) -> str:
-    """`aten.conv2d.default` → `conv2d`."""
-    schema = getattr(node.target, "_schema", None)
-    return str(node.target) if schema is None else str(schema.name).rpartition("::")[2]
+    return node.op == "call_function" and is_floating(node) and rule_of(node).kind is not Kind.PASS
 
 
 def fingerprint(lines: Operations) -> str:

@@ -1,6 +1,7 @@
 """The table of operations: how each ATen op of a captured graph takes part in quantization.
 
-A rule is added by adding a row. Fixed ranges: softmax and sigmoid lie in [0, 1], so their scale is 1 / 2**bits.
+A rule is added by adding a row, from outside by `register_rule`. Fixed ranges: softmax and sigmoid lie in [0, 1], so
+their scale is 1 / 2**bits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from hf_qat.errors import ConfigError
+from hf_qat.graph.nodes import is_floating
 
 
 aten = torch.ops.aten
@@ -52,6 +56,10 @@ class Rule:
     is_activation_product: bool = False
 
 
+#: The rule of an operation that has none.
+FLOAT = Rule(Kind.FLOAT, "float")
+
+
 def _rows(kind: Kind, *packets: Any, **fields: Any) -> dict[Any, Rule]:
     """One rule for every overload of the given ops, named after each."""
     rows = {}
@@ -61,6 +69,7 @@ def _rows(kind: Kind, *packets: Any, **fields: Any) -> dict[Any, Rule]:
     return rows
 
 
+#: The table: ATen overload → rule. `ARGUMENT_RULES` has the operations whose arguments decide.
 RULES: dict[Callable[..., Any], Rule] = {
     **_rows(Kind.LAYER, aten.conv1d, aten.conv2d, aten.conv3d, aten.linear),
     **_rows(Kind.LAYER, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d),
@@ -95,8 +104,6 @@ RULES: dict[Callable[..., Any], Rule] = {
     operator.getitem: Rule(Kind.PASS, "getitem"),
 }
 
-FLOAT = Rule(Kind.FLOAT, "float")
-
 #: Reasons for operations that stay in float, for the report; any other op has no rule at all.
 FLOAT_REASONS = {
     "where": "selects by a mask",
@@ -121,6 +128,29 @@ BEFORE_ERROR_AMPLIFYING = frozenset(
 #: A constant up to this size that is added, or clamped to, keeps something away from 0.
 LARGEST_EPSILON = 1e-3
 
+#: The sizes of a tensor are not its values, and neither is a constant of that size.
+SIZES = {
+    aten.sym_size.int,
+    getattr,
+    *(
+        getattr(aten, name).default
+        for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
+    ),
+}
+
+
+def register_rule(operation: Any, rule: Rule) -> None:
+    """Add a row for every overload of an operation, such as `torch.ops.aten.cumsum`.
+
+    Raises:
+        ConfigError: the operation has a rule.
+    """
+    rows = {getattr(operation, overload): rule for overload in operation.overloads()}
+    taken = [str(overload) for overload in rows if overload in RULES or overload in ARGUMENT_RULES]
+    if taken:
+        raise ConfigError(f"{taken[0]} has a rule already; a second one would change every model that uses it.")
+    RULES.update(rows)
+
 
 def rule_of(node: fx.Node) -> Rule:
     """The rule of a node; dropout modules pass, hardtanh(0, 6) is ReLU6, padding passes where it pads with 0."""
@@ -129,25 +159,8 @@ def rule_of(node: fx.Node) -> Rule:
     if node.op != "call_function":
         return FLOAT
     target: Any = node.target
-    if target in _overloads(aten.hardtanh, aten.clamp, aten.clamp_min):
-        return _clamp_rule(node)
-    if target in _overloads(aten.clamp_max):
-        return Rule(Kind.ACTIVATION, "clamp")
-    if target in _overloads(aten.pad, aten.constant_pad_nd):
-        return _pad_rule(node)
-    if target in _overloads(aten.to, aten._to_copy):
-        real = _floating(node) and isinstance(node.args[0], fx.Node) and _floating(node.args[0])
-        return Rule(Kind.PASS, "to") if real else FLOAT
-    return RULES.get(target, FLOAT)
-
-
-def _overloads(*packets: Any) -> set[Any]:
-    return {getattr(packet, name) for packet in packets for name in packet.overloads()}
-
-
-def _floating(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+    by_arguments = ARGUMENT_RULES.get(target)
+    return RULES.get(target, FLOAT) if by_arguments is None else by_arguments(node)
 
 
 def _clamp_rule(node: fx.Node) -> Rule:
@@ -170,6 +183,24 @@ def _pad_rule(node: fx.Node) -> Rule:
     return Rule(Kind.PASS, "pad") if mode != "constant" or value in (None, 0, 0.0) else Rule(Kind.COMPUTE, "pad")
 
 
+def _cast_rule(node: fx.Node) -> Rule:
+    real = is_floating(node) and isinstance(node.args[0], fx.Node) and is_floating(node.args[0])
+    return Rule(Kind.PASS, "to") if real else FLOAT
+
+
+def _overloads(*packets: Any) -> list[Any]:
+    return [getattr(packet, name) for packet in packets for name in packet.overloads()]
+
+
+#: ATen overload → what gives the rule of a call.
+ARGUMENT_RULES: dict[Callable[..., Any], Callable[[fx.Node], Rule]] = {
+    **dict.fromkeys(_overloads(aten.hardtanh, aten.clamp, aten.clamp_min), _clamp_rule),
+    **dict.fromkeys(_overloads(aten.clamp_max), lambda node: Rule(Kind.ACTIVATION, "clamp")),
+    **dict.fromkeys(_overloads(aten.pad, aten.constant_pad_nd), _pad_rule),
+    **dict.fromkeys(_overloads(aten.to, aten._to_copy), _cast_rule),
+}
+
+
 def is_scalar_multiple(node: fx.Node) -> bool:
     """`x * c` or `x / c` with a number: belongs to the product before it."""
     scaled = node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
@@ -181,5 +212,5 @@ def tensor_inputs(node: fx.Node, rule: Rule) -> list[fx.Node]:
     found: list[fx.Node] = []
     for argument in node.args[: rule.inputs]:
         items = argument if isinstance(argument, (list, tuple)) else [argument]
-        found += [item for item in items if isinstance(item, fx.Node) and _floating(item)]
+        found += [item for item in items if isinstance(item, fx.Node) and is_floating(item)]
     return found

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.model.batches import run_batches
@@ -43,7 +44,7 @@ def calibrate(
         StageError: the model is not prepared.
         CalibrationError: no batch, or integers, NaN or infinities in one.
     """
-    require_stage(model, "prepared", "calibrate")
+    require_stage(model, Stage.PREPARED, "calibrate")
     kept = _observe(model, islice(batches, num_batches))
     if bias_correction:
         correct_biases(model, kept)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import StageError
 from hf_qat.model.saved_config import attach_hf_quantizer
 from hf_qat.model.state import require_stage
@@ -32,7 +33,7 @@ def convert(model: Model) -> Model:
     Raises:
         StageError: not prepared, converted already, or neither calibrated nor trained.
     """
-    require_stage(model, "prepared", "convert")
+    require_stage(model, Stage.PREPARED, "convert")
     _require_ranges(model)
     return swap_to_integer_modules(model)
 
@@ -48,7 +49,7 @@ def swap_to_integer_modules(model: Model) -> Model:
         norms |= set() if norm is None else {id(norm)}
     _drop(model, norms)
     _replace_quantizers(model)
-    require_stage(model, "prepared", "convert").stage = "converted"
+    require_stage(model, Stage.PREPARED, "convert").stage = Stage.CONVERTED
     if isinstance(model, PreTrainedModel):
         attach_hf_quantizer(model)
     model.eval()

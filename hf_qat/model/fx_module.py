@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError, StageError
 from hf_qat.graph.capture.inputs import Inputs
@@ -81,7 +82,7 @@ class QATFxModule(nn.Module):
             StageError: the model is converted.
         """
         if mode:
-            require_stage(self.module, "prepared", "train")
+            require_stage(self.module, Stage.PREPARED, "train")
             if self._first_epoch_begun:
                 self.schedule.step()
             self._first_epoch_begun = True

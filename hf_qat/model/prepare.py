@@ -1,30 +1,30 @@
-"""`prepare_qat`: capture, fuse, place; and the switches of a prepared model. Usable in any training loop."""
+"""`prepare_qat`: capture, plan, rewrite, fuse, place, connect. Usable in any training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import StageError
 from hf_qat.graph.capture.capture import capture
 from hf_qat.graph.capture.inputs import Inputs, device_of, guess_inputs
-from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.fingerprint import operations
 from hf_qat.graph.passes.connect import connect
-from hf_qat.graph.passes.fuse import fuse, layer_calls
-from hf_qat.graph.passes.place import place, weight_spec
+from hf_qat.graph.passes.fuse import fuse
+from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
+from hf_qat.model.plan import make_plan
 from hf_qat.model.saved_config import attach_quantization_config
 from hf_qat.model.state import STATE, QATState, state_of
 from hf_qat.model.state_dict import initialize_weight_scales, install_hooks
+from hf_qat.quantization.layers import QATLayer, install_freezable_norm, qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
-from hf_qat.quantization.spec import QuantizerSpec
 from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
 
 
@@ -32,7 +32,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: Inputs | None = None) -> Model:
-    """Make `model` compute as the target will, in place: capture, fuse, place fake quantizers.
+    """Make `model` compute as the target will, in place: capture, plan, rewrite, fuse, place, connect.
 
     Parameters stay the same objects under the same names, so an optimizer made before goes on working; the quantizers
     add their own state. Calibrate next, or train: scales start from the weights and need data for the activations.
@@ -59,25 +59,22 @@ def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: I
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
     with _eager_attention(model):
         captured = capture(model, inputs, config.excludes)
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.inplace = False  # it would overwrite what a quantizer has saved for its backward pass
+    plan = make_plan(model, captured, config, inputs)
     found = operations(captured)
+    _drop_out_of_place(model)
     if config.sync_batch_norm:
         synchronize_batch_norms(model)
-    for module in captured.values():
-        rewrite(module)
-    _fuse_all(captured, config)
-    place(captured, config, config.excludes)
+
+    rewrite(captured)
+    fuse(captured, plan)
+    place(captured, plan)
     connect(captured)
-    device = device_of(model)
-    for quantizer in fake_quantizers(model).values():
-        if quantizer.log2_scale.device.type != "meta":  # that of a weight which is not read yet
-            quantizer.to(device)
-        quantizer.train(model.training)
+
+    _make_norms_freezable(model)
+    _follow_model(model)
     initialize_weight_scales(model)
     install_hooks(model)
-    object.__setattr__(model, STATE, QATState(config, "prepared", list(captured)))
+    object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured)))
     if isinstance(model, PreTrainedModel):
         attach_quantization_config(model, config, inputs, found)
     return model
@@ -98,30 +95,26 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _fuse_all(captured: dict[str, CapturedModule], config: QATConfig) -> None:
-    """Fuse every graph; the first and the last layer get `edge_bits`, where the target has them."""
-    order = [(child, path) for child, module in captured.items() for _, path in layer_calls(module)]
-    edges = {order[0], order[-1]} if order else set()
-    callers: dict[nn.Module, set[str]] = {}
-    for child, path in order:
-        callers.setdefault(captured[child].get_submodule(path), set()).add(child)
-    shared = {layer for layer, children in callers.items() if len(children) > 1}
-
-    def spec_in(child: str) -> Callable[[str, int], QuantizerSpec]:
-        def spec(path: str, axis: int) -> QuantizerSpec:
-            scheme = config.schemes_for(join_path(child, path))[0]
-            bits = config.target_spec.edge_bits
-            overridden = scheme.bits != config.weight_scheme.bits
-            if bits is not None and (child, path) in edges and not overridden:
-                scheme = replace(scheme, bits=max(bits, scheme.bits))
-            return weight_spec(scheme, axis)
-
-        return spec
-
-    for child, module in captured.items():
-        fuse(module, lambda path, child=child: config.excludes(join_path(child, path)), spec_in(child), shared)  # type: ignore[misc]
+def _drop_out_of_place(model: nn.Module) -> None:
+    """Dropout in place would overwrite what a quantizer has saved for its backward pass."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.inplace = False
 
 
-def join_path(*parts: str) -> str:
-    """Dotted path of the non-empty parts."""
-    return ".".join(part for part in parts if part)
+def _make_norms_freezable(model: nn.Module) -> None:
+    """Batch norms that no graph calls, as those of an excluded child, can be frozen like all others."""
+    folded = {layer.batch_norm for layer in qat_layers(model).values()}
+    for module in model.modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if is_norm and module not in folded and not isinstance(module, QATLayer):
+            install_freezable_norm(module)
+
+
+def _follow_model(model: nn.Module) -> None:
+    """Bring the quantizers to the device and into the mode of the model."""
+    device = device_of(model)
+    for quantizer in fake_quantizers(model).values():
+        if quantizer.log2_scale.device.type != "meta":  # that of a weight which is not read yet
+            quantizer.to(device)
+        quantizer.train(model.training)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from hf_qat.config.checkpoint_info import CheckpointInfo
+from hf_qat.config.checkpoint_info import CheckpointInfo, Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CaptureError, ConfigError
 from hf_qat.graph.capture.inputs import Inputs, as_call
@@ -45,7 +45,7 @@ def attach_quantization_config(
         CaptureError: `inputs` hold something that JSON cannot.
     """
     info = CheckpointInfo(
-        stage="prepared",
+        stage=Stage.PREPARED,
         model_class=type(model).__name__,
         num_labels=int(getattr(model.config, "num_labels", 0)),
         inputs=describe_inputs(inputs),
@@ -79,7 +79,7 @@ def attach_hf_quantizer(model: PreTrainedModel) -> None:
     `save_pretrained` would ignore the state dict that a distributed Trainer hands it.
     """
     config = model.config.quantization_config
-    config = config.with_checkpoint({**config.checkpoint, "stage": "converted"})
+    config = config.with_checkpoint({**config.checkpoint, "stage": Stage.CONVERTED.value})
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     vars(model)["is_quantized"] = True

@@ -10,6 +10,7 @@ from typing import Literal, TypedDict
 
 from torch import nn
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import ConfigError
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import freeze_batch_norm, freeze_ranges
@@ -73,7 +74,7 @@ class QATSchedule:
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
-        self._config = require_stage(model, "prepared", "schedule quantization-aware training").config
+        self._config = require_stage(model, Stage.PREPARED, "schedule quantization-aware training").config
         self._model = model
         self._applied: Phase | None = None
         self.load_state_dict({"step": 0, "total_steps": total_steps})

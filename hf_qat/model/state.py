@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import StageError
 from hf_qat.graph.captured import CapturedModule
@@ -20,12 +21,12 @@ class QATState:
 
     Attributes:
         config: the recipe.
-        stage: `"prepared"` or `"converted"`.
+        stage: how far the model has come.
         captured: paths of the captured children, in the order of their first call.
     """
 
     config: QATConfig
-    stage: str
+    stage: Stage
     captured: list[str]
 
 
@@ -47,7 +48,8 @@ def require_stage(model: nn.Module, stage: str, action: str) -> QATState:
             f"cannot {action}: {type(model).__name__} is a float model. Call prepare_qat(model, config) first."
         )
     if state.stage != stage:
-        hint = "call convert(model) first" if state.stage == "prepared" else "it is for inference only; prepare a copy"
+        still_trains = state.stage is Stage.PREPARED
+        hint = "call convert(model) first" if still_trains else "it is for inference only; prepare a copy"
         raise StageError(f"cannot {action}: the model is {state.stage} already, not {stage}: {hint}.")
     return state
 

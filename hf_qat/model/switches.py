@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.model.prepare import Model
 from hf_qat.model.state import require_stage
 from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer
@@ -20,7 +21,7 @@ def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         StageError: the model is not a prepared one.
     """
-    require_stage(model, "prepared", "disable fake quantization")
+    require_stage(model, Stage.PREPARED, "disable fake quantization")
     quantizers = list(fake_quantizers(model).values())
     before = [quantizer.enabled for quantizer in quantizers]
     for quantizer in quantizers:
@@ -38,7 +39,7 @@ def freeze_batch_norm(model: Model, frozen: bool = True) -> Model:
     Raises:
         StageError: the model is not a prepared one.
     """
-    require_stage(model, "prepared", "freeze batch norm")
+    require_stage(model, Stage.PREPARED, "freeze batch norm")
     for module in model.modules():
         if isinstance(module, (QATLayer, FreezableBatchNorm)):
             module.batch_norm_frozen = frozen
@@ -51,7 +52,7 @@ def freeze_ranges(model: Model, frozen: bool = True) -> Model:
     Raises:
         StageError: the model is not a prepared one.
     """
-    require_stage(model, "prepared", "freeze ranges")
+    require_stage(model, Stage.PREPARED, "freeze ranges")
     for quantizer in fake_quantizers(model).values():
         quantizer.frozen = frozen
     return model

@@ -129,7 +129,7 @@ def convert_layer(layer: QATLayer) -> QuantizedLayer:
         layer: trained; its batch norm is folded in (and is no longer referred to). Without an input quantizer the bias
             stays float.
     """
-    quantizer, source = layer.weight_quantizer, layer.input_quantizer
+    quantizer, source = layer.weight_quantizer, layer.quantizer_of_input
     input_scale = None if source is None else source.scale.detach()
     bias, scale = layer.float_bias(), layer.device_scale().detach().clone()
     codes, spec = layer.codes(scale), quantizer.spec

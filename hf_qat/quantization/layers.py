@@ -56,7 +56,7 @@ class QATLayer(nn.Module):
         return self._batch_norm[0] if self._batch_norm else None
 
     @property
-    def input_quantizer(self) -> FakeQuantize | None:
+    def quantizer_of_input(self) -> FakeQuantize | None:
         """The quantizer whose codes come in; `None` where the input is not quantized."""
         return self._input_quantizer[0] if self._input_quantizer else None
 
@@ -84,14 +84,14 @@ class QATLayer(nn.Module):
 
     def device_scale(self) -> Tensor:
         """Scale of the weight on the device: the quantizer's, or larger where a channel's bias would not fit int32."""
-        scale, source, bias = self._scale(), self.input_quantizer, self.float_bias()
+        scale, source, bias = self._scale(), self.quantizer_of_input, self.float_bias()
         if source is None or bias is None:
             return scale
         return fit_weight_scale(scale, bias.detach(), source.scale.detach(), self.weight_quantizer.spec.power_of_two)
 
     def _rounded_bias(self, bias: Tensor, weight_scale: Tensor) -> Tensor:
         """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training."""
-        source = self.input_quantizer
+        source = self.quantizer_of_input
         if source is None or not (source.enabled and self.weight_quantizer.enabled):
             return bias
         scale = bias_scale(source.scale.detach(), weight_scale.detach())
@@ -229,11 +229,15 @@ class FreezableBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, …) → the same shape; by running statistics if frozen."""
-        if not self.batch_norm_frozen or not self.training:
+        frozen = self.batch_norm_frozen and self.training
+        if frozen:
+            self.training = False  # for its own forward, which may do more than normalise
+        try:
             out: Tensor = super().forward(x)
-            return out
-        bn: Any = self
-        return nn.functional.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+        finally:
+            if frozen:
+                self.training = True
+        return out
 
 
 def install_freezable_norm(module: nn.Module) -> None:

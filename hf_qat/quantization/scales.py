@@ -7,11 +7,11 @@ error: as in Banner et al. 2019 and Nagel et al. 2021 (§3.1), by search.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from hf_qat.config.observers import OBSERVERS
 from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -75,9 +75,9 @@ def scale_from_range(minimum: Tensor, maximum: Tensor, spec: QuantizerSpec) -> t
 def weight_scale(weight: Tensor, spec: QuantizerSpec) -> Tensor:
     """Scale of a symmetrically quantized weight, per channel where `spec.axis` names one, by `spec.observer`.
 
-    `"minmax"` and `"moving_average"` represent the largest magnitude, `"percentile"` clips 0.1 % of the magnitudes,
-    and `"mse"` clips where the squared error of the quantized weight is least. A channel of zeros gets the scale of
-    the largest magnitude in the whole weight, so that its bias, in units of that scale, still fits int32.
+    See `weight_scales` of the observers: `"minmax"` represents the largest magnitude, `"percentile"` clips 0.1 % of
+    the magnitudes, and `"mse"` clips where the squared error of the quantized weight is least. A channel of zeros gets
+    the scale of the largest magnitude in the whole weight, so that its bias, in units of that scale, still fits int32.
 
     Args:
         weight: any shape, any float type.
@@ -88,11 +88,11 @@ def weight_scale(weight: Tensor, spec: QuantizerSpec) -> Tensor:
 
     Raises:
         CalibrationError: the weight holds NaN or Inf.
-        ConfigError: no rule for weights is called `spec.observer`.
+        ConfigError: no observer is called `spec.observer`.
     """
-    if spec.observer not in WEIGHT_SCALES:
+    if spec.observer not in OBSERVERS:
         raise ConfigError(
-            f"observer {spec.observer!r} has no rule for the scale of a weight; choose one of {sorted(WEIGHT_SCALES)}"
+            f"observer {spec.observer!r} has no rule for the scale of a weight; choose one of {sorted(OBSERVERS)}"
         )
     with torch.no_grad():
         rows = _rows(weight.detach().float(), spec.axis)
@@ -101,7 +101,7 @@ def weight_scale(weight: Tensor, spec: QuantizerSpec) -> Tensor:
                 f"a weight of shape {tuple(weight.shape)} holds NaN or Inf, so it has no scale; "
                 "check the checkpoint it came from"
             )
-        scale = WEIGHT_SCALES[spec.observer](rows, spec)
+        scale: Tensor = OBSERVERS[spec.observer].weight_scales(rows, spec)
         return scale if spec.axis is not None else scale.squeeze(0)
 
 
@@ -133,12 +133,14 @@ def _scale_of_magnitudes(low: Tensor, high: Tensor, spec: QuantizerSpec) -> Tens
     return scale_from_range(low, high, spec)[0]
 
 
-def _absmax_scale(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+def largest_magnitude_scales(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+    """The scales, (C,), that represent the largest magnitude of each row of (C, n)."""
     low, high = torch.aminmax(rows, dim=1)
     return _scale_of_magnitudes(low.clamp(max=0.0), high.clamp(min=0.0), spec)
 
 
-def _percentile_scale(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+def percentile_scales(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+    """The scales, (C,), that represent all but the largest 0.1 % of the magnitudes of each row of (C, n)."""
     kept = math.ceil(WEIGHT_PERCENTILE * rows.shape[1])
     bound = rows.abs().kthvalue(kept, dim=1).values
     low, high = torch.aminmax(rows, dim=1)
@@ -147,8 +149,9 @@ def _percentile_scale(rows: Tensor, spec: QuantizerSpec) -> Tensor:
     return _scale_of_magnitudes(low.clamp(max=0.0).maximum(-bound), high.clamp(min=0.0).minimum(bound), spec)
 
 
-def _mse_scale(rows: Tensor, spec: QuantizerSpec) -> Tensor:
-    largest = _absmax_scale(rows, spec)
+def least_error_scales(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+    """The scales, (C,), with which the quantized rows of (C, n) have the least squared error."""
+    largest = largest_magnitude_scales(rows, spec)
     if spec.power_of_two:
         return _best_scale(rows, largest, POWERS_OF_TWO, spec)
     first = _best_scale(rows, largest, CLIPPING_FRACTIONS, spec)
@@ -173,12 +176,3 @@ def _squared_errors(rows: Tensor, scales: Tensor, spec: QuantizerSpec) -> Tensor
                 error = torch.div(block, scale).round_().clamp_(spec.qmin, spec.qmax).mul_(scale).sub_(block)
                 total += error.square_().sum(dim=1)
     return errors
-
-
-#: How to find the scale of each row of a weight, by the name of the observer.
-WEIGHT_SCALES: dict[str, Callable[[Tensor, QuantizerSpec], Tensor]] = {
-    "minmax": _absmax_scale,
-    "moving_average": _absmax_scale,
-    "percentile": _percentile_scale,
-    "mse": _mse_scale,
-}

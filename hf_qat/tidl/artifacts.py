@@ -55,7 +55,7 @@ def pack_artifacts(bundle: str | os.PathLike[str], artifacts: str | os.PathLike[
     if artifacts.resolve() != own.resolve():
         _copy(artifacts, own)
     if (bundle / "config.yaml").is_file():
-        content = _param(yaml.safe_load((bundle / "config.yaml").read_text(encoding="utf-8")))
+        content = _param(_read(bundle / "config.yaml"), _read(bundle / "dataset.yaml"))
         (bundle / PARAM).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     write_manifest(bundle)
     return bundle
@@ -105,10 +105,22 @@ def check_artifacts(artifacts: Path, bundle: Path, settings: dict[str, Any]) -> 
         )
 
 
-def _param(config: dict[str, Any]) -> dict[str, Any]:
-    """`config.yaml` with the folders that TI's demos read."""
+def _read(file: Path) -> dict[str, Any]:
+    """The content of a YAML file; nothing, where there is none."""
+    return dict(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _param(config: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
+    """`config.yaml` with the folders and the data that TI's demos read.
+
+    They look up class names in `dataset.yaml` only where the data have a name (edgeai-dl-inferer).
+    """
     session = {**config["session"], "artifacts_folder": ARTIFACTS, "model_folder": "model"}
-    return {**config, "session": session}
+    data: dict[str, Any] = {"name": Path(session["model_path"]).stem}
+    if dataset:
+        classes = max(category["id"] for category in dataset["categories"]) + 1
+        data |= {"num_classes": classes, "dataset_info": "dataset.yaml"}
+    return {**config, "session": session, "calibration_dataset": dict(data), "input_dataset": data}
 
 
 def add_artifacts(directory: Path, artifacts: Path) -> Path:

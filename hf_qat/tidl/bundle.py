@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import onnx
@@ -21,7 +20,7 @@ from transformers import BaseImageProcessor
 
 from hf_qat.errors import ConfigError, ExportError
 from hf_qat.export import ExportReport, export_onnx, verify_onnx
-from hf_qat.export.onnx_graph import opset_of, with_shapes
+from hf_qat.export.onnx_graph import with_shapes
 from hf_qat.files.atomic import whole_directory
 from hf_qat.files.manifest import digest, write_manifest
 from hf_qat.graph.capture.inputs import Inputs
@@ -31,13 +30,13 @@ from hf_qat.tidl.adapt import adapt, attention_like, drop_unused
 from hf_qat.tidl.artifacts import ARTIFACTS, SETTINGS, pack_artifacts
 from hf_qat.tidl.check import check_tidl
 from hf_qat.tidl.clip import clips_for_quantizers
-from hf_qat.tidl.config_yaml import Described, config, dataset, task_of
+from hf_qat.tidl.config_yaml import Described, Task, config, dataset, task_of
 from hf_qat.tidl.devices import Device, find_device
 from hf_qat.tidl.frames import Frame, as_batch, frames_of, write_frames
 from hf_qat.tidl.preprocess import Recipe, check_size, recipe_of
+from hf_qat.tidl.readme import Readme, readme
 from hf_qat.tidl.report import TidlReport
 from hf_qat.tidl.runtime_options import PREQUANTIZED, Ranges, runtime_options
-from hf_qat.version import __version__
 
 
 logger = logging.getLogger(__name__)
@@ -48,11 +47,6 @@ OPSET = 17
 #: TI's default number of calibration frames (edgeai-tidl-tools, examples/osrt_python/README.md).
 FRAMES = 20
 
-RANGES_TEXT = {
-    "qdq": "Its quantizers are in the file (Q/DQ), and TIDL calibrates nothing.",
-    "clip": "Its ranges are in the file as Clip nodes, the older form for this device.",
-}
-
 
 @dataclass(frozen=True)
 class _Content:
@@ -61,7 +55,7 @@ class _Content:
     name: str
     device: Device
     ranges: Ranges
-    task: tuple[str, dict[str, Any], str] | None
+    task: Task | None
     labels: dict[int, str]
     frames: list[Frame]
     metrics: dict[str, float]
@@ -91,7 +85,8 @@ def export_tidl(
         directory: where to; absent, empty, or an earlier bundle without compiled artifacts, which is replaced.
         target: the device: `TDA4VM`, `AM62A`, `AM67A`, `AM68A`, `AM69A`, or a part number such as `J721S2`.
         calibration_data: batches as forward takes them, preprocessed: the first `frames` inputs go into the bundle.
-        processor: the model's image processor, for `config.yaml`; without one, that file is left out.
+        processor: the model's image processor, for `config.yaml`; without one, that file is left out, a warning in the
+            log says so, and the bundle's scripts run on prepared frames only.
         labels: names of the classes, by number or in order; from the model's config, if it has one.
         name: of the model and its file; its `model_type` if left out.
         frames: how many calibration frames.
@@ -183,23 +178,21 @@ def _write_files(made: Path, file: ModelProto, content: _Content, check: TidlRep
     _write_json(made / SETTINGS, _settings(file, path, content, options))
     _write_json(made / "check.json", {**check.to_dict(), "onnxruntime": _agreement(verified)})
     why_not = _write_config(made, file, content, options, digest(made / path))
+    if why_not is not None:
+        logger.warning("%s: %s", content.name, why_not)
     for script in ("compile.py", "infer.py"):
         (made / script).write_text(_template(script), encoding="utf-8")
-    readme = Template(_template("README.md")).substitute(
+    described = Readme(
         name=content.name,
-        target=content.device.name,
-        soc=content.device.soc,
-        tools_soc=content.device.tools.value,
-        version=__version__,
-        ranges=RANGES_TEXT[content.ranges],
-        check="\n".join(str(check).replace(f"{check.path} on", f"{path} on").splitlines()),
-        model=path,
-        opset=opset_of(file),
+        device=content.device,
+        ranges=content.ranges,
+        task=content.task,
+        file=file,
+        check=check,
         frames=len(content.frames),
-        config=why_not or "how images are prepared, what the outputs mean",
-        notes="\n".join(f"- {note}" for note in check.notes),
+        why_no_config=why_not,
     )
-    (made / "README.md").write_text(readme, encoding="utf-8")
+    (made / "README.md").write_text(readme(described, _template("README.md")), encoding="utf-8")
     write_manifest(made)
 
 
@@ -209,7 +202,7 @@ def _settings(file: ModelProto, path: str, content: _Content, options: dict[str,
         "model": path,
         "target": content.device.name,
         "soc": content.device.soc,
-        "task": None if content.task is None else content.task[0],
+        "task": None if content.task is None else content.task.type,
         "disable_optimizations": attention_like(file),
         "compile": options,
         "labels": {str(number): label for number, label in content.labels.items()},
@@ -219,15 +212,13 @@ def _settings(file: ModelProto, path: str, content: _Content, options: dict[str,
 def _write_config(made: Path, file: ModelProto, content: _Content, options: dict[str, Any], sha256: str) -> str | None:
     """Write `dataset.yaml`, and `config.yaml` if it can be complete; else return why not."""
     if content.labels:
-        colours = content.task is not None and content.task[0] == "segmentation"
+        colours = content.task is not None and content.task.type == "segmentation"
         offset = 0 if content.recipe is None else content.recipe.label_offset
         _write_yaml(made / "dataset.yaml", dataset(content.name, content.labels, colours, offset))
-    if content.recipe is None:
-        return "`config.yaml` is left out: export_tidl got no processor, so how images are prepared is not known"
-    if content.task is None:
-        return "`config.yaml` is left out: edgeai-benchmark cannot read the outputs of this kind of model"
-    if attention_like(file):  # edgeai-benchmark, core/onnxrt_runtime.py: any value switches optimizations off
-        options = {**options, "onnxruntime:graph_optimization_level": 0}
+    if content.recipe is None or content.task is None:
+        return _left_out(_NO_PROCESSOR if content.recipe is None else _NO_TASK)
+    if content.task.backend == "cv2" and content.recipe.preprocess["interpolation"] is not None:
+        return _left_out(_NO_FILTER)
     described = Described(
         name=content.name,
         file=file,
@@ -237,11 +228,28 @@ def _write_config(made: Path, file: ModelProto, content: _Content, options: dict
         options=options,
         target=content.device.name,
         ranges=content.ranges,
-        classes=len(content.labels),
         metrics=content.metrics,
     )
     _write_yaml(made / "config.yaml", config(described))
     return None
+
+
+_NO_PROCESSOR = (
+    "export_tidl got no processor, so how images are prepared is not known (give it the model's image processor)"
+)
+_NO_TASK = "edgeai-benchmark cannot read the outputs of this kind of model"
+_NO_FILTER = (
+    "edgeai-benchmark resizes images for detection with OpenCV, which has only the bilinear filter in common with "
+    "this processor"
+)
+
+
+def _left_out(reason: str) -> str:
+    """What a bundle without `config.yaml` lacks, in Markdown."""
+    return (
+        f"**`config.yaml` is left out**: {reason}. `infer.py` takes the frames but no images, and `pack_artifacts` "
+        "writes no `param.yaml`"
+    )
 
 
 def _agreement(report: ExportReport) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hf_qat.tidl.devices import OPERATORS_DOC, Device, find_device
 from hf_qat.tidl.graph import Graph, Layer, load
 from hf_qat.tidl.macs import macs
 from hf_qat.tidl.operators import MAX_SUBGRAPHS, OPERATORS
+from hf_qat.tidl.optimizer_rules import OPTIMIZER_RULES
 from hf_qat.tidl.report import HEADINGS, Issue, LayerReport, TidlReport
 from hf_qat.tidl.rules import GRAPH_RULES, LAYER_RULES, Finding
 from hf_qat.tidl.rules.registry import newer_tools, operator_source
@@ -100,7 +101,9 @@ def _dims(layer: Layer, most: int) -> Iterator[Finding]:
 
 def _issue(found: Finding, layer: Layer | None = None) -> Issue:
     name, operator = ("", "") if layer is None else (layer.name, layer.operator)
-    return Issue(found.verdict, found.rule, name, operator, found.why, found.remedy, found.source)
+    rule = OPTIMIZER_RULES.get((found.rule, operator))
+    remedy = found.remedy if rule is None else f"{found.remedy}; or apply {rule} of TI's model optimizer"
+    return Issue(found.verdict, found.rule, name, operator, found.why, remedy, found.source)
 
 
 def _verdict(layer: Layer, issues: list[Issue]) -> LayerReport:

@@ -30,13 +30,18 @@ def clips_for_quantizers(model: ModelProto) -> ModelProto:
         The same object: it computes what the Q/DQ model does, but for the rounding of activations.
 
     Raises:
-        ExportError: another scheme.
+        ExportError: another scheme, or activations of fewer than 8 bits.
     """
     graph = Graph(model)
     renamed: dict[str, str] = {}
     for node in list(model.graph.node):
         if node.op_type == DEQUANTIZE and node.output[0] in graph.fixed:
             _float_constant(model, node, graph)
+        elif node.op_type == "Clip" and _clips_codes(node, graph):
+            raise ExportError(
+                f'{node.input[0]} has fewer than 8 bits, which TIDL does not take and ranges="clip" cannot express: '
+                'train with activations of 8 bits, as QATConfig(target="TDA4VM") does.'
+            )
         elif node.op_type == QUANTIZE:
             _clip(model, node, graph.quantizer(node))
         elif node.op_type == DEQUANTIZE:
@@ -54,6 +59,12 @@ def _float_constant(model: ModelProto, node: NodeProto, graph: Graph) -> None:
         raise ExportError(f"{node.name} dequantizes something that is no constant: the Clip form cannot express it.")
     model.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
     model.graph.node.remove(node)
+
+
+def _clips_codes(node: NodeProto, graph: Graph) -> bool:
+    """Whether a `Clip` stands between the halves of a pair, which makes the codes fewer."""
+    maker = graph.makers.get(node.input[0])
+    return maker is not None and maker.op_type == QUANTIZE
 
 
 def _clip(model: ModelProto, node: NodeProto, quantizer: Quantizer) -> None:

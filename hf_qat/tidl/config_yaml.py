@@ -1,13 +1,14 @@
 """`config.yaml` and `dataset.yaml`, in edgeai-benchmark's schema.
 
 Sources: edgeai-benchmark, examples/configs/yaml/param_template_config.yaml and
-edgeai_benchmark/interfaces/get_configs_from_file.py; edgeai-modelzoo, models/vision/classification/…_config.yaml.
+edgeai_benchmark/interfaces/get_configs_from_file.py; edgeai-modelzoo, models/vision/classification/…_config.yaml;
+for detection, configs/detection_experimental.py of edgeai-benchmark (DETR of Hugging Face).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from onnx import ModelProto, TensorProto, ValueInfoProto
@@ -16,21 +17,58 @@ from hf_qat.tidl.preprocess import Recipe
 from hf_qat.tidl.runtime_options import PREQUANTIZED, Ranges
 
 
-#: Our tasks, by what the name of a Hugging Face class ends in: task_type, postprocess, the start of a model_id.
-TASKS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "ForImageClassification": ("classification", {}, "cl"),
-    "ForSemanticSegmentation": ("segmentation", {"data_layout": "NCHW", "with_argmax": True}, "ss"),
-    "ForDepthEstimation": ("depth_estimation", {"data_layout": "NCHW"}, "de"),
+@dataclass(frozen=True)
+class Task:
+    """What edgeai-benchmark does with the outputs of a kind of model.
+
+    Attributes:
+        type: its `task_type`.
+        prefix: what a `model_id` starts with.
+        postprocess: the section of that name: arguments of the function that makes the steps behind the model.
+        backend: what reads and resizes images.
+    """
+
+    type: str
+    prefix: str
+    postprocess: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "pil"
+
+
+#: Class scores with "no object" as the last class, and boxes as centre, width and height from 0 to 1. The steps of
+#: edgeai-benchmark: softmax, one row (box, label, score) for each query, corners of boxes, size of the image. Its last
+#: step takes only images that OpenCV has read.
+_DETECTION = Task(
+    "detection",
+    "od",
+    {
+        "logits_bbox_to_bbox_ls": True,
+        "reshape_list": [[-1, 4], [-1, 1], [-1, 1]],
+        "squeeze_axis": None,
+        "formatter": {"type": "DetectionXYWH2XYXYCenterXY"},
+        "normalized_detections": True,
+        "resize_with_pad": False,
+    },
+    backend="cv2",
+)
+
+#: What the name of a Hugging Face class ends in → its task. Of the detectors, only those whose scores are a softmax
+#: with "no object", the one kind that edgeai-benchmark reads from logits; of them, the name is the whole one.
+TASKS: dict[str, Task] = {
+    "ForImageClassification": Task("classification", "cl"),
+    "ForSemanticSegmentation": Task("segmentation", "ss", {"data_layout": "NCHW", "with_argmax": True}),
+    "ForDepthEstimation": Task("depth_estimation", "de", {"data_layout": "NCHW"}),
 }
+DETECTORS = frozenset({"DetrForObjectDetection", "YolosForObjectDetection", "TableTransformerForObjectDetection"})
 
 
-def task_of(model: object) -> tuple[str, dict[str, Any], str] | None:
-    """The row of `TASKS` for a model, or `None` if edgeai-benchmark cannot read its outputs."""
-    name = type(model).__name__
-    for base in [name, *(base.__name__ for base in type(model).__mro__)]:
-        for ending, row in TASKS.items():
-            if base.endswith(ending):
-                return row
+def task_of(model: object) -> Task | None:
+    """The task of a model, or `None` if edgeai-benchmark cannot read its outputs."""
+    for base in type(model).__mro__:
+        if base.__name__ in DETECTORS:
+            return _DETECTION
+        for ending, task in TASKS.items():
+            if base.__name__.endswith(ending):
+                return task
     return None
 
 
@@ -42,40 +80,39 @@ class Described:
         name: of the model; its file is `model/<name>.onnx`.
         file: the model itself, for names and shapes of inputs and outputs.
         digest: SHA-256 of the file, from which its id is made.
-        task: a row of `TASKS`.
+        task: from `task_of`.
         recipe: from `preprocess.recipe_of`.
         options: from `runtime_options`.
         target: the device.
         ranges: how the model carries its ranges.
-        classes: number of labels; 0 if there are none.
         metrics: accuracy of the trained model, by TI's names, such as `accuracy_top1%`.
     """
 
     name: str
     file: ModelProto
     digest: str
-    task: tuple[str, dict[str, Any], str]
+    task: Task
     recipe: Recipe
     options: Mapping[str, Any]
     target: str
     ranges: Ranges
-    classes: int
     metrics: Mapping[str, float]
 
 
 def config(model: Described) -> dict[str, Any]:
-    """The content of `config.yaml`."""
-    task_type, postprocess, _ = model.task
-    offset = model.recipe.label_offset
-    dataset = {"num_classes": model.classes + offset, "dataset_info": "dataset.yaml"} if model.classes else {}
+    """The content of `config.yaml`.
+
+    The data sets are left open: edgeai-benchmark knows its own by name, and all others only as a Python class with the
+    folders that it reads when the file is loaded.
+    """
     return {
-        "task_type": task_type,
-        "calibration_dataset": dataset,
-        "input_dataset": dict(dataset),
-        "preprocess": dict(model.recipe.preprocess),
+        "task_type": model.task.type,
+        "calibration_dataset": None,
+        "input_dataset": None,
+        "preprocess": {**model.recipe.preprocess, "backend": model.task.backend},
         "session": _session(model),
-        "postprocess": dict(postprocess),
-        "metric": {"label_offset_pred": offset} if task_type != "depth_estimation" else {},
+        "postprocess": dict(model.task.postprocess),
+        "metric": {} if model.task.type == "depth_estimation" else {"label_offset_pred": model.recipe.label_offset},
         "model_info": {
             "metric_reference": dict(model.metrics),
             "model_shortlist": None,
@@ -92,7 +129,7 @@ def _session(model: Described) -> dict[str, Any]:
         **model.recipe.session,
         "runtime_options": {**model.options, "info": {"prequantized_model_type": PREQUANTIZED[model.ranges]}},
         "model_path": f"model/{model.name}.onnx",
-        "model_id": f"{model.task[2]}-{model.digest[:8]}",
+        "model_id": f"{model.task.prefix}-{model.digest[:8]}",
         "input_details": [_details(value) for value in model.file.graph.input],
         "output_details": [_details(value) for value in model.file.graph.output],
         "num_inputs": len(model.file.graph.input),

@@ -29,7 +29,17 @@ def load(path: str | Path) -> ModelProto:
         raise ExportError(f"{path} cannot be read as an ONNX file: {error}") from error
     if not model.graph.node:
         raise ExportError(f"{path} holds no layers: is it an ONNX file, and was it written to the end?")
+    _free_negative_sizes(model)
     return model
+
+
+def _free_negative_sizes(model: ModelProto) -> None:
+    """A size of −1, which some exporters write for one that is not fixed, becomes a size without a number."""
+    graph = model.graph
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_value") and dim.dim_value < 0:
+                dim.dim_param = str(dim.dim_value)
 
 
 @dataclass(frozen=True)

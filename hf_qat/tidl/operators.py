@@ -12,6 +12,9 @@ from dataclasses import dataclass
 #: More sizes above 1 than this an operator's inputs may not have: most operators, and those that multiply.
 MOST_DIMS, PRODUCT_DIMS = 6, 4
 
+#: Of batch norm, the input must have fewer axes; what a slice cuts has just so many.
+BATCH_NORM_DIMS, SLICE_DIMS = 6, 4
+
 #: Depthwise convolutions: (kernel height, kernel width, stride).
 DEPTHWISE_KERNELS = frozenset({(1, 3, 1), (3, 3, 1), (3, 3, 2), (5, 5, 1), (5, 5, 2), (7, 7, 1), (7, 7, 2)})
 
@@ -33,6 +36,10 @@ TRANSPOSED_KERNELS_SINCE_11_0 = frozenset({3})
 
 #: `max_num_subgraphs`: what lies beyond runs on the Arm core (examples/osrt_python/README.md).
 MAX_SUBGRAPHS = 16
+
+#: `max_num_subgraph_nodes`: a part with more is cut in two. edgeai-benchmark's figure; the default of tools 11.0, 864,
+#: is less than the nodes of a ViT of 12 layers in Q/DQ.
+MAX_SUBGRAPH_NODES = 2000
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A Hugging Face image processor in the words of edgeai-benchmark: resize, crop, channel order, mean and scale.
 
-Nothing is taken on trust: the recipe is run beside the processor on a test image, and must give the same numbers.
-Schema: edgeai-benchmark, edgeai_benchmark/preprocess/__init__.py, `get_transform_base`.
+Nothing is taken on trust: the recipe is run beside the processor on a test image, and must give the same numbers. It
+means what TI computes: where the margin of a centre crop is odd, it starts one pixel later than the processor's.
+Schema: edgeai-benchmark, edgeai_benchmark/preprocess/__init__.py, `get_transform_base`; functional.py, `center_crop`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from hf_qat.errors import ExportError
-from hf_qat.tidl.templates.infer import preprocess_image
+from hf_qat.tidl.templates.infer import preprocess_image, resized
 
 
 #: From this size on, ConvNeXt's processor resizes to a square instead of cropping (its documentation, `crop_pct`).
@@ -138,7 +139,10 @@ def _triple(value: float | Sequence[float]) -> list[float]:
 
 
 def _check(processor: BaseImageProcessor, preprocess: Mapping[str, Any], session: Mapping[str, Any]) -> None:
-    """Run both on noise with sharp edges, where every wrong size, order or filter shows."""
+    """Run both on noise with sharp edges, where every wrong size, order or filter shows.
+
+    Compared is what both crop, where the one starts a pixel later.
+    """
     pixels = np.random.default_rng(0).integers(0, 256, (*TEST_SIZE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((TEST_SIZE[1] * 2, TEST_SIZE[0] * 2), Image.Resampling.BICUBIC)
     wanted = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])
@@ -149,10 +153,18 @@ def _check(processor: BaseImageProcessor, preprocess: Mapping[str, Any], session
             f"{name} makes {list(wanted.shape)} of an image, config.yaml's recipe {list(got.shape)}: it does "
             "something that edgeai-benchmark has no words for. Give one that resizes, crops and normalizes only."
         )
-    steps = np.abs(wanted - got).max(axis=(0, 2, 3)) / np.array(session["input_scale"])
+    rows, columns = _odd_margins(resized(image, dict(preprocess)).size[::-1], preprocess["crop"])
+    shared = wanted[..., rows:, columns:] - got[..., : got.shape[-2] - rows, : got.shape[-1] - columns]
+    steps = np.abs(shared).max(axis=(0, 2, 3)) / np.array(session["input_scale"])
     if steps.max() > 1.0 + 1e-3:
         raise ExportError(
             f"{name} and config.yaml's recipe differ by {steps.max():.1f} steps of 8 bits on a test image: it does "
             "something that edgeai-benchmark has no words for. Give a processor that resizes, crops and normalizes "
             "only, in that order."
         )
+
+
+def _odd_margins(size: tuple[int, int], crop: int | list[int] | None) -> list[int]:
+    """For height and width, 1 where a centre crop leaves an odd margin, and 0 elsewhere."""
+    cut = [crop, crop] if isinstance(crop, int) else crop
+    return [0, 0] if cut is None else [(whole - part) % 2 for whole, part in zip(size, cut, strict=True)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from hf_qat.tidl.devices import Device
-from hf_qat.tidl.operators import MAX_SUBGRAPHS
+from hf_qat.tidl.operators import MAX_SUBGRAPH_NODES, MAX_SUBGRAPHS
 
 
 #: How a bundle's model carries its ranges.
@@ -32,11 +32,13 @@ def runtime_options(device: Device, frames: int, ranges: Ranges) -> dict[str, An
         "accuracy_level": 0,  # the ranges were trained: no calibration of TIDL's own
         "debug_level": 0,
         "max_num_subgraphs": MAX_SUBGRAPHS,
+        "advanced_options:max_num_subgraph_nodes": MAX_SUBGRAPH_NODES,
         "advanced_options:quantization_scale_type": device.scale_type.value,
         "advanced_options:calibration_frames": frames,
-        "advanced_options:calibration_iterations": 1,
+        "advanced_options:calibration_iterations": -1,  # as TI sets it for all trained ranges
         "advanced_options:add_data_convert_ops": 3,  # conversions of input and output on the accelerator
     }
     if ranges == "qdq":
         options["advanced_options:prequantized_model"] = 1
+        options["advanced_options:quant_params_proto_path"] = ""  # no ranges but those of the file
     return options

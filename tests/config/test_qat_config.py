@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from transformers import ResNetConfig
 
 import hf_qat.config.qat_config
-from hf_qat.config.checks import OBSERVER_NAMES
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.config.targets import TensorScheme, targets
 from hf_qat.errors import ConfigError
@@ -74,7 +73,9 @@ def test_a_whole_scheme_replaces_that_of_the_target():
 
 
 def test_the_observers_that_can_be_named_are_those_that_exist():
-    assert set(OBSERVER_NAMES) == set(OBSERVERS)
+    assert set(OBSERVERS) == {"mse", "minmax", "percentile", "moving_average"}
+    for name in OBSERVERS:
+        assert QATConfig(weights={"observer": name, "learned": False}).weight_scheme.observer == name
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])

@@ -1,6 +1,14 @@
 import pytest
 
-from hf_qat.config.targets import TARGETS, TensorScheme, did_you_mean, find_target, targets
+from hf_qat.config.targets import (
+    TARGETS,
+    Target,
+    TensorScheme,
+    did_you_mean,
+    find_target,
+    register_target,
+    targets,
+)
 from hf_qat.errors import ConfigError
 
 
@@ -101,3 +109,22 @@ def test_nothing_is_suggested_where_nothing_is_near():
 
 def test_cutoff_zero_always_suggests():
     assert did_you_mean("qqqq", ["bits"], cutoff=0) == " Did you mean 'bits'?"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target("tda4vm", TensorScheme(), TensorScheme()), "'tda4vm' exists already: TDA4VM"),
+        (Target("mine", TensorScheme(), TensorScheme(), aliases=("j721e",)), "'j721e' exists already: TDA4VM"),
+        (Target("mine", TensorScheme(symmetric=False), TensorScheme()), "weights must be symmetric"),
+        (
+            Target("mine", TensorScheme(), TensorScheme(per_channel=True)),
+            "activations cannot have a scale per channel",
+        ),
+    ],
+    ids=["name", "alias", "weights", "activations"],
+)
+def test_a_target_that_is_taken_or_impossible_is_not_registered(target, message):
+    with pytest.raises(ConfigError, match=message):
+        register_target(target)
+    assert targets() == list(EXPECTED)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from hf_qat.graph.rules import RULES, Kind, Rule, is_scalar_multiple, rule_of, tensor_inputs
+from hf_qat.errors import ConfigError
+from hf_qat.graph.rules import RULES, Kind, Rule, is_scalar_multiple, register_rule, rule_of, tensor_inputs
 
 
 aten = torch.ops.aten
@@ -141,13 +142,24 @@ def test_what_passes_or_joins_makes_no_new_value(name):
     assert set(call(*inputs).flatten().tolist()) <= known
 
 
-@pytest.mark.parametrize("name", rows(lambda rule: rule.kind is Kind.COMPUTE))
+#: These give back values of their inputs, but of two tensors, and so with two scales.
+CHOOSING = ("maximum", "minimum")
+
+
+@pytest.mark.parametrize("name", [n for n in rows(lambda rule: rule.kind is Kind.COMPUTE) if n not in CHOOSING])
 def test_what_computes_makes_new_values(name):
     inputs, call = CALLS[name]
     result = call(*inputs)
-    if name in ("maximum", "minimum"):  # of tensors with different scales
-        return
     assert not set(result.flatten().tolist()) <= {value for x in inputs for value in x.flatten().tolist()}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_chooses_between_two_tensors_takes_values_of_both_and_is_no_passing_on(name):
+    (x, y), call = CALLS[name]
+    result = call(x, y)
+    assert torch.equal(result, torch.where((x > y) == (name == "maximum"), x, y))
+    assert 0 < (result == x).float().mean() < 1
+    assert ROWS[name].kind is Kind.COMPUTE and ROWS[name].inputs == 2
 
 
 @pytest.mark.parametrize("name", rows(lambda rule: rule.non_negative is True))
@@ -269,3 +281,11 @@ def test_the_tensors_of_a_list_are_inputs_and_integers_are_not():
     assert tensor_inputs(cat, Rule(Kind.JOIN, "cat")) == [x, y]
     add = graph.call_function(aten.add.Tensor, (x, 1.0))
     assert tensor_inputs(add, Rule(Kind.COMPUTE, "add", inputs=2)) == [x]
+
+
+@pytest.mark.parametrize("operation", [aten.relu, aten.clamp, aten.conv2d], ids=str)
+def test_an_operation_has_one_rule(operation):
+    before = dict(RULES)
+    with pytest.raises(ConfigError, match="has a rule already"):
+        register_rule(operation, Rule(Kind.COMPUTE, "mine"))
+    assert before == RULES

@@ -13,7 +13,6 @@ from hf_qat import (
     convert,
     fake_quant_disabled,
     freeze_batch_norm,
-    freeze_ranges,
     prepare_qat,
     targets,
 )
@@ -238,44 +237,6 @@ def test_example_inputs_may_be_a_tensor_a_tuple_or_a_dict(form):
     assert model(x[:1]).logits.shape == (1, 5)
 
 
-def test_frozen_ranges_get_no_gradient_and_the_weights_still_do():
-    model = prepare_qat(hand_written(), QATConfig(), torch.randn(2, 3, 32, 32))
-    calibrate(model, [torch.randn(4, 3, 32, 32)])
-    freeze_ranges(model).train()(torch.randn(4, 3, 32, 32)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == name.endswith((".log2_scale", ".offset")), name
-    freeze_ranges(model, False)(torch.randn(4, 3, 32, 32)).square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@torch.no_grad()
-def test_ranges_that_are_not_learned_follow_the_data_in_training_until_they_are_frozen():
-    changes = {"learned": False, "observer": "moving_average"}
-    model = prepare_qat(hand_written(), QATConfig(activations=changes), torch.randn(2, 3, 32, 32))
-    calibrate(model, [torch.randn(4, 3, 32, 32)], bias_correction=False)
-    quantizer = model.x_quantizer
-    high = quantizer.range_max.item()
-    x = torch.randn(4, 3, 32, 32)
-    x[0, 0, 0, 0] = 100.0
-    model.eval()(x)
-    assert quantizer.range_max.item() == high
-    model.train()(x)
-    assert quantizer.range_max.item() == pytest.approx(high + 0.01 * (100 - high), rel=1e-5)
-    scale = (quantizer.range_max - quantizer.range_min) / 255
-    torch.testing.assert_close(quantizer.scale, scale)
-    freeze_ranges(model)(x)
-    torch.testing.assert_close(quantizer.scale, scale, rtol=0, atol=0)
-
-
-def test_fake_quant_disabled_puts_every_switch_back():
-    model = prepare_qat(hand_written(), QATConfig(), torch.randn(2, 3, 32, 32))
-    model.x_quantizer.enabled = False
-    with pytest.raises(KeyError), fake_quant_disabled(model):
-        assert not any(quantizer.enabled for quantizer in fake_quantizers(model).values())
-        raise KeyError
-    assert [path for path, q in fake_quantizers(model).items() if not q.enabled] == ["x_quantizer"]
-
-
 def test_dropout_is_alive_in_a_prepared_model():
     model = prepare_qat(hand_written(), QATConfig(), torch.randn(2, 3, 32, 32))
     x = torch.randn(8, 3, 32, 32)
@@ -336,14 +297,6 @@ def test_preparing_twice_is_refused():
     calibrate(model, [x])
     with pytest.raises(StageError, match="HandWritten is converted already"):
         prepare_qat(convert(model), QATConfig(), x)
-
-
-@pytest.mark.parametrize(
-    "switch", [freeze_batch_norm, freeze_ranges, lambda m: fake_quant_disabled(m).__enter__(), convert]
-)
-def test_the_switches_of_a_prepared_model_refuse_a_float_one(switch):
-    with pytest.raises(StageError, match=r"HandWritten is a float model. Call prepare_qat\(model, config\) first"):
-        switch(hand_written())
 
 
 def test_a_plain_module_without_example_inputs_is_asked_for_them():
@@ -411,3 +364,36 @@ def test_every_target_ends_in_a_model_near_the_float_one(target):
     result = convert(calibrate(model, [x]))(x)
     noise = (result - float_model(x)).norm() / float_model(x).norm()
     assert 0 < noise < (0.3 if target.startswith("w4") else 0.05)
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    """As timm's `BatchNormAct2d`: more than a batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class TwoParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3), NormWithActivation(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        self.head = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("excluded", ["body", "head", ["body.1", "body.3"], ["body", "head.0"]], ids=str)
+def test_a_frozen_batch_norm_of_an_excluded_part_stands_still_and_computes_by_running_statistics(excluded):
+    float_model, x = spread(TwoParts()), torch.randn(4, 3, 8, 8)
+    model = prepare_qat(copy.deepcopy(float_model), QATConfig(exclude=excluded), x)
+    freeze_batch_norm(model).train()
+    with fake_quant_disabled(model):
+        result = model(x)
+    torch.testing.assert_close(result, float_model.eval()(x), rtol=1e-4, atol=1e-4)
+    before, after = dict(float_model.named_buffers()), dict(model.named_buffers())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(module.training for module in model.modules())
+
+    freeze_batch_norm(model, False)(x)
+    assert not any(torch.equal(after[name], value) for name, value in before.items() if "running_mean" in name)

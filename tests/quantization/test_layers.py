@@ -175,7 +175,7 @@ def test_in_evaluation_the_bias_is_rounded_to_int32_steps_and_in_training_it_is_
     assert np.abs(expected - numbers(layer.bias)).max() > 0.01
     np.testing.assert_array_equal(numbers(layer.eval()(zeros))[0], expected)
     assert torch.equal(layer.train()(zeros)[0], layer.bias)
-    layer.eval().input_quantizer.enabled = False
+    layer.eval().quantizer_of_input.enabled = False
     assert torch.equal(layer(zeros)[0], layer.bias)
 
 

@@ -1,8 +1,9 @@
-"""Gradients of learned scales and offsets, against the papers' formulas, and autograd through them written out."""
+"""Gradients of learned scales and offsets, against the papers' formulas, and autograd through these in float64."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,53 +14,84 @@ from hf_qat.quantization.learned import learned_fake_quantize, levels
 from tests.quantization.test_fake_quantize import RANGES, close, random_case, sum_to
 
 
-#: Log2 of the scale, offset in units of the range (`None`: symmetric), lowest and highest code, limit of the scale.
+@dataclass(frozen=True)
+class Case:
+    """A quantizer, and what its parameters come to, worked out by hand.
+
+    Attributes:
+        log2_scale, offset: its parameters; an offset of `None` is a symmetric one.
+        low, high: its codes.
+        scale: what an upper limit makes of `2**log2_scale`; `None` where nothing limits it.
+        zero: `low + offset * (high - low)`, and the nearest code where that is none.
+    """
+
+    log2_scale: float
+    offset: float | None
+    low: int
+    high: int
+    scale: float | None = None
+    zero: float = 0.0
+
+
 CASES = {
-    "int8": (-3.3, None, -128, 127, None),
-    "int4": (-1.2, None, -8, 7, None),
-    "uint8 from 0": (-4.1, None, 0, 255, None),
-    "uint8 with a zero point": (-4.6, 0.37, 0, 255, None),
-    "uint4 with a zero point": (-1.1, 0.52, 0, 15, None),
-    "a zero point beyond the codes": (-4.0, 1.25, 0, 255, None),
-    "a limited scale": (-3.0, None, 0, 255, 6 / 255),
+    "int8": Case(-3.3, None, -128, 127),
+    "int4": Case(-1.2, None, -8, 7),
+    "uint8 from 0": Case(-4.1, None, 0, 255),
+    "uint8 with a zero point": Case(-4.6, 0.37, 0, 255, zero=94.35),
+    "uint4 with a zero point": Case(-1.1, 0.52, 0, 15, zero=7.8),
+    "int8 with a zero point": Case(-4.2, 0.25, -128, 127, zero=-64.25),
+    "a zero point above the codes": Case(-4.0, 1.25, 0, 255, zero=255.0),
+    "a zero point below the codes": Case(-4.0, -0.5, -128, 127, zero=-128.0),
+    "a limited scale": Case(-3.0, None, 0, 255, scale=6 / 255),
 }
 
 
-def written_out(
-    x: Tensor, log2_scale: Tensor, offset: Tensor | None, low: int, high: int, limit: float | None
-) -> Tensor:
-    """Rounding, and a limit of the scale, pass gradients straight through; clamps pass them inside."""
+def straight_through(value: Tensor | float, like: Tensor) -> Tensor:
+    """`value`, with the gradient of `like`."""
+    return like + (torch.as_tensor(value, dtype=like.dtype) - like).detach()
+
+
+def textbook(case: Case, x: Tensor, log2_scale: Tensor, offset: Tensor | None) -> Tensor:
+    """Esser et al. 2020, eq. 1 and 2; with an offset, Jacob et al. 2018, eq. 1: r = S (q - Z).
+
+    A rounding, and a limit of the scale, pass gradients straight through (Esser et al., §2.1). A zero point that is
+    held at the lowest or highest code is a constant.
+    """
     scale = torch.exp2(log2_scale)
-    if limit is not None:
-        scale = scale + (scale.clamp(max=limit) - scale).detach()
-    zero = torch.zeros((), dtype=x.dtype) if offset is None else offset.clamp(0, 1) * (high - low) + low
-    zero = zero + (zero.round() - zero).detach()
-    y = torch.minimum(torch.maximum(x / scale, low - zero), high - zero)
-    return (y + (y.round() - y).detach()) * scale
+    if case.scale is not None:
+        scale = straight_through(case.scale, scale)
+    zero = torch.tensor(case.zero, dtype=x.dtype)
+    if offset is not None and 0 < case.offset < 1:
+        zero = case.low + offset * (case.high - case.low)
+    zero = straight_through(round(case.zero), zero)
+    clipped = torch.clip(x / scale + zero, case.low, case.high)
+    return scale * (straight_through(clipped.round(), clipped) - zero)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_values_and_gradients_are_those_of_the_formula_written_out(case: tuple):
-    log2, start, low, high, limit = case
+def test_values_and_gradients_are_those_of_autograd_through_the_textbook_formula_in_float64(case: Case):
     torch.manual_seed(0)
     data, incoming = 6 * torch.randn(40, 30, dtype=torch.float64), torch.randn(40, 30, dtype=torch.float64)
-    expected, found = [], []
-    for dtype, results in ((torch.float64, expected), (torch.float32, found)):
-        x, log2_scale = data.to(dtype, copy=True).requires_grad_(), torch.tensor(log2, dtype=dtype, requires_grad=True)
-        offset = None if start is None else torch.tensor(start, dtype=dtype, requires_grad=True)
-        if dtype == torch.float64:
-            out = written_out(x, log2_scale, offset, low, high, limit)
-        else:
-            scale = torch.exp2(log2_scale.detach())
-            zero = None if offset is None else offset.detach().clamp(0, 1) * (high - low) + low
-            used = scale if limit is None else scale.clamp(max=limit)
-            out = learned_fake_quantize(x, log2_scale, offset, levels(used, scale, zero, low, high))
-        out.backward(incoming.to(dtype))
-        results += [out, x.grad, log2_scale.grad, *([] if offset is None else [offset.grad])]
-    assert 0 < int((expected[1] == 0).sum()) < data.numel()  # some values saturate
-    for one, other in zip(found, expected, strict=True):
+    leaves, results = [], []
+    for dtype in (torch.float64, torch.float32):
+        x = data.to(dtype, copy=True).requires_grad_()
+        log2_scale = torch.tensor(case.log2_scale, dtype=dtype, requires_grad=True)
+        offset = None if case.offset is None else torch.tensor(case.offset, dtype=dtype, requires_grad=True)
+        leaves.append((x, log2_scale, offset))
+    expected = textbook(case, *leaves[0])
+    unlimited = torch.tensor(2.0**case.log2_scale)
+    scale = unlimited if case.scale is None else torch.tensor(case.scale)
+    zero = None if case.offset is None else torch.tensor(case.zero)
+    found = learned_fake_quantize(*leaves[1], levels(scale, unlimited, zero, case.low, case.high))
+    for out in (expected, found):
+        out.backward(incoming.to(out.dtype))
+    for out, (x, log2_scale, offset) in zip((expected, found), leaves, strict=True):
+        by_offset = [] if offset is None else [torch.zeros(()) if offset.grad is None else offset.grad]
+        results.append([out.detach(), x.grad, log2_scale.grad, *by_offset])
+    assert 0 < int((results[0][1] == 0).sum()) < data.numel()  # some values saturate
+    for wanted, got in zip(*results, strict=True):
         # A value half way between two codes may be rounded the other way in float32.
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_is_computed_in_float32_and_given_back_as_it_came():

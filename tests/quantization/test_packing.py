@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
-from hf_qat.quantization.packing import code_dtype
+from hf_qat.quantization.packing import code_dtype, pack_nibbles, unpack_nibbles
 from hf_qat.quantization.spec import QuantizerSpec
 
 
@@ -20,48 +19,15 @@ def test_the_dtype_of_codes_holds_them_all_and_is_the_smallest(bits, signed):
     assert limits.bits == (8 if bits <= 8 else 16)
 
 
-def test_the_scale_of_a_bias_is_that_of_the_products():
-    scale = bias_scale(torch.tensor(0.02), torch.tensor([0.5, 0.25]))
-    np.testing.assert_array_equal(scale, np.float32(0.02) * np.array([0.5, 0.25], np.float32))
-    assert bias_scale(torch.tensor(0.02), torch.tensor(0.5)).shape == ()
+def test_two_codes_lie_in_a_byte_the_earlier_one_in_its_lower_half():
+    packed = pack_nibbles(torch.tensor([1, -1, -8, 7, 3], dtype=torch.int8))
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == [0xF1, 0x78, 0x03]  # two's complement: -1 is F, -8 is 8
 
 
-def test_a_bias_is_rounded_half_to_even_in_double_precision():
-    scale = torch.tensor(2.0**-24)
-    # In float32 the quotients would already be rounded.
-    bias = torch.tensor([0.1, -0.1, 100.0, 2.5 * 2**-24, 3.5 * 2**-24])
-    expected = np.rint(bias.double().numpy() * 2**24).astype(np.int32)
-    codes = quantize_bias(bias, scale)
-    assert codes.dtype == torch.int32
-    np.testing.assert_array_equal(codes, expected)
-    assert codes[3:].tolist() == [2, 4]
-
-
-def test_a_bias_beyond_int32_is_saturated():
-    codes = quantize_bias(torch.tensor([1e30, -1e30, float(2**31)]), torch.tensor([1.0, 1.0, 1.0]))
-    assert codes.tolist() == [2**31 - 1, -(2**31 - 1), 2**31 - 1]
-
-
-def test_a_weight_scale_grows_only_where_the_bias_would_not_fit():
-    scale = torch.tensor([1e-10, 1e-10, 0.01])
-    bias = torch.tensor([1.0, 0.0, 1.0])
-    fitted = fit_weight_scale(scale, bias, torch.tensor(0.02), power_of_two=False)
-    assert torch.equal(fitted[1:], scale[1:])
-    codes = bias.double() / (0.02 * fitted.double())
-    assert 2**28 < codes[0] <= 2**31 - 1
-    with_room = quantize_bias(bias, bias_scale(torch.tensor(0.02), fitted))
-    np.testing.assert_allclose(with_room.double() * 0.02 * fitted.double(), bias, rtol=1e-6, atol=1e-12)
-
-
-@pytest.mark.parametrize("bias", [1.0, 0.7, 3.3e-4, 0.0])
-def test_a_power_of_two_stays_one_when_it_grows(bias):
-    fitted = fit_weight_scale(torch.tensor(2.0**-38), torch.tensor([bias, 0.0]), torch.tensor(2.0**-6), True)
-    assert fitted.shape == ()
-    assert math.frexp(fitted.item())[0] == 0.5
-    assert bias / (fitted.item() * 2.0**-6) <= 2**31 - 1
-    assert fitted.item() == 2.0**-38 or bias / (fitted.item() / 4 * 2.0**-6) > 2**31 - 1
-
-
-def test_one_scale_for_all_channels_fits_the_largest_bias():
-    fitted = fit_weight_scale(torch.tensor(1e-12), torch.tensor([0.1, -5.0, 1.0]), torch.tensor(0.01), False)
-    assert 5.0 / (0.01 * fitted.item()) <= 2**31 - 1
+@given(st.lists(st.integers(-8, 7), max_size=33))
+def test_codes_come_back_from_their_bytes_as_numpy_unpacks_them(codes: list[int]):
+    packed = pack_nibbles(torch.tensor(codes, dtype=torch.int8)).numpy()
+    halves = np.stack([packed << 4, packed & 0xF0], 1).reshape(-1).view(np.int8) >> 4  # with their signs
+    assert halves[: len(codes)].tolist() == codes
+    assert unpack_nibbles(torch.from_numpy(packed), len(codes)).tolist() == codes

@@ -41,16 +41,18 @@ def qdq(
     weight_scales: str = "ws",
     axis: int = 0,
     weight_kind: str = "int8",
+    input_zero: int | None = None,
 ) -> onnx.ModelProto:
-    """A convolution of a quantized input with quantized weights."""
+    """A convolution of a quantized input with quantized weights; `zero` holds for the input too, if not said."""
     scales = "float[4] ws = {0.5, 0.25, 0.125, 1}" if weight_scales == "ws" else "float ws = {0.5}"
     zeros = f"{weight_kind}[4] wz = {{0, 0, 0, 0}}" if weight_scales == "ws" else f"{weight_kind} wz = {{0}}"
     codes = ", ".join(["1"] * 16)
     return from_text(
         f"""g (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] z)
-        <float s = {{{scale}}}, {kind} o = {{{zero}}}, {scales}, {zeros}, {weight_kind}[4, 4, 1, 1] w = {{{codes}}}> {{
-            q = QuantizeLinear(x, s, o)
-            d = DequantizeLinear(q, s, o)
+        <float s = {{{scale}}}, {kind} o = {{{zero}}}, {scales}, {zeros}, {weight_kind}[4, 4, 1, 1] w = {{{codes}}},
+         {kind} oi = {{{zero if input_zero is None else input_zero}}}> {{
+            q = QuantizeLinear(x, s, oi)
+            d = DequantizeLinear(q, s, oi)
             v = DequantizeLinear<axis={axis}>(w, ws, wz)
             y = Conv(d, v)
             r = QuantizeLinear(y, s, o)
@@ -73,6 +75,74 @@ def attention(first: str, second: str, out: str) -> onnx.ModelProto:
             m = Mul(p, s)
             qz = QuantizeLinear(m, s, c)
             z = DequantizeLinear(qz, s, c)
+        }}"""
+    )
+
+
+def quantized(
+    operator: str,
+    shape: str = "[1, 4, 8, 8]",
+    out: str | None = None,
+    zero: int = 3,
+    input_zero: int = 0,
+    last: bool = True,
+    attributes: str = "",
+    more: str = "",
+) -> onnx.ModelProto:
+    """An operator that takes one quantized activation, and a pair after it with a zero point; `last` leaves it out."""
+    after = "r = QuantizeLinear(y, s, o) z = DequantizeLinear(r, s, o)" if last else "z = Identity(y)"
+    return from_text(
+        f"""g (float{shape} x) => (float{out or shape} z)
+        <float s = {{0.25}}, uint8 o = {{{zero}}}, uint8 i = {{{input_zero}}}, float half = {{0.5}}> {{
+            q = QuantizeLinear(x, s, i)
+            d = DequantizeLinear(q, s, i)
+            y = {operator}{attributes}(d{more})
+            {after}
+        }}"""
+    )
+
+
+def transposed_per_channel() -> onnx.ModelProto:
+    """A transposed convolution with one scale for each output channel."""
+    codes = ", ".join(["1"] * 16)
+    return from_text(
+        f"""g (float[1, 2, 8, 8] x) => (float[1, 2, 16, 16] z)
+        <float s = {{0.25}}, int8 o = {{0}}, float[2] ws = {{0.5, 0.25}}, int8[2] wz = {{0, 0}},
+         int8[2, 2, 2, 2] w = {{{codes}}}> {{
+            q = QuantizeLinear(x, s, o)
+            d = DequantizeLinear(q, s, o)
+            v = DequantizeLinear<axis=1>(w, ws, wz)
+            y = ConvTranspose<strides=[2, 2]>(d, v)
+            r = QuantizeLinear(y, s, o)
+            z = DequantizeLinear(r, s, o)
+        }}"""
+    )
+
+
+def silu(inside: bool = False) -> onnx.ModelProto:
+    """x · sigmoid(x) with a pair before and after it, and perhaps one inside."""
+    between = "qg = QuantizeLinear(g, s, o) dg = DequantizeLinear(qg, s, o)" if inside else ""
+    return from_text(
+        f"""g (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] z) <float s = {{0.25}}, int8 o = {{0}}> {{
+            q = QuantizeLinear(x, s, o)
+            d = DequantizeLinear(q, s, o)
+            g = Sigmoid(d)
+            {between}
+            y = Mul(d, {"dg" if inside else "g"})
+            r = QuantizeLinear(y, s, o)
+            z = DequantizeLinear(r, s, o)
+        }}"""
+    )
+
+
+def four_bits(kind: str = "int8", low: int = -8, high: int = 7) -> onnx.ModelProto:
+    """An activation of 4 bits, as codes of 8 bits that are clipped."""
+    return from_text(
+        f"""g (float[1, 8] x) => (float[1, 8] z)
+        <float s = {{0.5}}, {kind} o = {{0}}, {kind} low = {{{low}}}, {kind} high = {{{high}}}> {{
+            q = QuantizeLinear(x, s, o)
+            c = Clip(q, low, high)
+            z = DequantizeLinear(c, s, o)
         }}"""
     )
 
@@ -123,6 +193,35 @@ PLANTED = {
         "arm",
         lambda: one_layer("ConvTranspose", IMAGE, weights(8, 8, 5, 5), strides=[2, 2]),
     ),
+    "global-pool-dims": ("AM68A", "arm", lambda: one_layer("GlobalAveragePool", [1, 2, 4, 4, 4])),
+    "prelu-axis": ("AM68A", "arm", lambda: one_layer("PRelu", IMAGE, weights(16))),
+    "batchnorm-dims": (
+        "AM68A",
+        "arm",
+        lambda: one_layer("BatchNormalization", [1, 2, 1, 2, 2, 2], *[weights(2)] * 4),
+    ),
+    "scatter-axis": (
+        "AM68A",
+        "arm",
+        lambda: from_text(
+            "g (float[1, 1, 2, 4] x) => (float[1, 4, 2, 4] z) <float[1, 4, 2, 4] c, int64[1, 1, 2, 4] i> "
+            "{ z = ScatterElements<axis = 1>(c, i, x) }"
+        ),
+    ),
+    "unsqueeze-dims": ("AM68A", "arm", lambda: one_layer("Unsqueeze", [1, 2, 3, 1, 2, 2], ints(0))),
+    "qdq-bits": ("AM68A", "refused", four_bits),
+    "dynamic-ranges": ("AM68A", "warning", lambda: one_layer("DynamicQuantizeLinear", IMAGE, outputs=3)),
+    "scheme-middle-zero-point": ("TDA4VM", "warning", lambda: qdq(zero=127, kind="uint8", weight_scales="one")),
+    "asymmetric-input": ("AM68A", "warning", lambda: quantized("Relu", input_zero=7, zero=0)),
+    "asymmetric-layer": ("AM68A", "warning", lambda: quantized("Sigmoid")),
+    "asymmetric-product": ("AM68A", "warning", lambda: quantized("MatMul", more=", d")),
+    "per-channel-weights": ("AM68A", "warning", transposed_per_channel),
+    "pair-missing": (
+        "AM68A",
+        "warning",
+        lambda: quantized("MaxPool", attributes="<kernel_shape = [1, 1]>", last=False),
+    ),
+    "pair-inside": ("AM68A", "warning", lambda: silu(inside=True)),
     "transposed-group": (
         "AM68A",
         "arm",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
 from PIL import Image
+from transformers.image_utils import SizeDict
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from hf_qat.errors import ExportError
@@ -97,8 +99,22 @@ def png(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return path
 
 
-def follow(recipe: dict, session: dict, path: Path) -> np.ndarray:
-    """What TI's documents say that the entries mean."""
+@dataclass(frozen=True)
+class Followed:
+    """A recipe's result, (1, 3, H, W), and along which axes its crop starts one pixel after Hugging Face's."""
+
+    pixels: np.ndarray
+    later: tuple[int, int] = (0, 0)
+
+    def shared(self, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What both have of the image, of these pixels and of those that Hugging Face cropped."""
+        rows, columns = self.later
+        height, width = self.pixels.shape[-2] - rows, self.pixels.shape[-1] - columns
+        return self.pixels[..., :height, :width], other[..., rows:, columns:]
+
+
+def follow(recipe: dict, session: dict, path: Path) -> Followed:
+    """What TI's documents say that the entries mean, and what its code computes."""
     image = Image.open(path).convert("RGB")
     if isinstance(recipe["resize"], int):
         ratio = recipe["resize"] / min(image.size)
@@ -107,13 +123,16 @@ def follow(recipe: dict, session: dict, path: Path) -> np.ndarray:
         size = recipe["resize"][::-1]
     method = Image.Resampling.BILINEAR if recipe["interpolation"] is None else recipe["interpolation"]
     pixels = np.asarray(image.resize(size, method)).astype(np.float64)
+    later = (0, 0)
     if recipe["crop"] is not None:
         crop = np.broadcast_to(recipe["crop"], 2)
-        top, left = (np.array(pixels.shape[:2]) - crop) // 2
+        margin = np.array(pixels.shape[:2]) - crop
+        top, left = (int((size + 1) * 0.5) for size in margin)  # edgeai-benchmark, functional.py, center_crop
+        later = (top - margin[0] // 2, left - margin[1] // 2)  # Hugging Face: image_transforms.py, center_crop
         pixels = pixels[top : top + crop[0], left : left + crop[1]]
     if recipe["reverse_channels"]:
         pixels = pixels[..., ::-1]
-    return ((pixels - session["input_mean"]) * session["input_scale"]).transpose(2, 0, 1)[None]
+    return Followed(((pixels - session["input_mean"]) * session["input_scale"]).transpose(2, 0, 1)[None], later)
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -122,12 +141,35 @@ def test_recipe_and_processor_agree_within_one_step_of_8_bits(name, png):
     with Image.open(png) as image:
         wanted = PROCESSORS[name](images=image, return_tensors="np")["pixel_values"]
     got = follow(recipe.preprocess, recipe.session, png)
-    assert got.shape == wanted.shape
+    assert got.pixels.shape == wanted.shape
     step = 1.0001 * np.array(recipe.session["input_scale"])
-    assert (abs(got - wanted).max(axis=(0, 2, 3)) <= step).all()
+    ours, theirs = got.shared(wanted)
+    assert (abs(ours - theirs).max(axis=(0, 2, 3)) <= step).all()
     with Image.open(png) as image:
         script = preprocess_image(image, recipe.preprocess, recipe.session)  # of infer.py
-    assert (abs(script - wanted).max(axis=(0, 2, 3)) <= step).all()
+    np.testing.assert_allclose(script, got.pixels, atol=1e-3 * step.min())
+
+
+def test_the_centre_crop_of_an_odd_margin_starts_where_tis_does():
+    """A row of 5 pixels cropped to 2: TI takes pixels 2 and 3, Hugging Face 1 and 2."""
+    image = Image.fromarray(np.arange(5, dtype=np.uint8)[None, :, None].repeat(2, axis=0).repeat(3, axis=2))
+    entries = {"resize": None, "crop": [2, 2], "reverse_channels": False, "interpolation": None}
+    session = {"input_mean": [0.0] * 3, "input_scale": [1.0] * 3}
+    assert preprocess_image(image, entries, session)[0, 0].tolist() == [[2, 3], [2, 3]]
+    processor = transformers.ViTImageProcessorPil(do_resize=False, do_rescale=False, do_normalize=False)
+    assert processor.center_crop(np.asarray(image).transpose(2, 0, 1), SizeDict(height=2, width=2))[0, 0].tolist() == [
+        1,
+        2,
+    ]
+
+
+def test_a_processor_whose_crop_starts_elsewhere_is_refused():
+    class Shifted(transformers.DeiTImageProcessorPil):
+        def center_crop(self, image: np.ndarray, *arguments: object, **options: object) -> np.ndarray:
+            return np.roll(super().center_crop(image, *arguments, **options), 1, axis=-1)
+
+    with pytest.raises(ExportError, match="Shifted .* differ by .* steps"):
+        recipe_of(Shifted())
 
 
 def test_imagenets_figures_are_those_that_ti_writes():

@@ -46,11 +46,13 @@ def test_compiling_and_inferring_hand_over_options_and_frames_as_documented(
         "max_num_subgraphs": 16,
         "advanced_options:quantization_scale_type": 1 if device == "TDA4VM" else 4,
         "advanced_options:calibration_frames": FRAMES,
-        "advanced_options:calibration_iterations": 1,
+        "advanced_options:calibration_iterations": -1,
+        "advanced_options:max_num_subgraph_nodes": 2000,
         "advanced_options:add_data_convert_ops": 3,
     }
     if ranges == "qdq":
         expected["advanced_options:prequantized_model"] = 1
+        expected["advanced_options:quant_params_proto_path"] = ""
     assert options == expected and cpu == {}
     assert inferring["options"][0]["artifacts_folder"] == str(directory / "artifacts")
     level = LEVELS.ORT_DISABLE_ALL if name in TRANSFORMERS else LEVELS.ORT_ENABLE_ALL

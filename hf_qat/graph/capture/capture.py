@@ -51,7 +51,8 @@ def capture(
 
     Returns:
         The captured modules by path ("" for the model itself), in the order in which they are first called. A link
-        from an input to the output of an earlier child is in `captured.links`.
+        from an input to the output of an earlier child is in
+        `captured.producer_of_input`.
 
     Raises:
         CaptureError: with the child and the reason.
@@ -67,7 +68,7 @@ def capture(
         call.path: _install(call, item, graph) for call, item, graph in zip(calls, exported, graphs, strict=True)
     }
     for call in calls:
-        captured[call.path].links = links(call, calls)
+        captured[call.path].producer_of_input = links(call, calls)
     return captured
 
 

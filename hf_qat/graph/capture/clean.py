@@ -12,19 +12,13 @@ from hf_qat.graph.capture.dropout import TrainingProbabilities, revive_dropout
 from hf_qat.graph.capture.identities import drop_identities
 from hf_qat.graph.capture.padding import merge_padding
 from hf_qat.graph.capture.views import replace_writes
-from hf_qat.graph.captured import fetch
+from hf_qat.graph.nodes import CONSTANT_PREFIX, MODULE_PATH, eliminate_dead_code, fetch
 
 
 aten = torch.ops.aten
 
 #: The name under which the wrapper of `capture.py` holds the child; it is stripped from every path.
 WRAPPER_PREFIX = "child"
-
-#: Key in `node.meta`: path of the innermost module, relative to the captured child, whose forward made the node.
-MODULE_PATH = "module_path"
-
-#: How the names of constants begin that `add_constant` registers.
-CONSTANT_PREFIX = "_constant_"
 
 #: Checks that the exporter writes down; the shim does its own.
 ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
@@ -59,13 +53,6 @@ def clean(exported: fx.GraphModule, child: nn.Module, probabilities: TrainingPro
     return graph
 
 
-def eliminate_dead_code(graph: fx.Graph) -> None:
-    """Erase nodes without users, but for inputs, outputs and in-place writes."""
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output") and not _writes(node):
-            graph.erase_node(node)
-
-
 def copy_outputs(graph: fx.Graph, positions: set[int]) -> None:
     """Return copies at `positions`, which the caller writes to in place: a quantizer may have saved the original."""
     output = next(node for node in graph.nodes if node.op == "output")
@@ -98,7 +85,7 @@ def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and any(name in str(node.target) for name in ASSERTIONS):
             graph.erase_node(node)
-        elif node.op == "call_module" and str(node.target).startswith("_epsilon_guards"):
+        elif node.op == "call_module" and str(node.target).startswith("_guards"):
             graph.erase_node(node)
 
 

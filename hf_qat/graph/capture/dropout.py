@@ -14,6 +14,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
 from hf_qat.graph.capture.training_run import in_training
+from hf_qat.graph.nodes import MODULE_PATH
 
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def revive_dropout(graph: fx.Graph, child: nn.Module, probabilities: TrainingPro
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in DROPOUTS:
             continue
-        path = node.meta["module_path"]
+        path = node.meta[MODULE_PATH]
         ordinal = ordinals[path] = ordinals.get(path, -1) + 1
         target = _dropout_module(child, path, ordinal, node, probabilities)
         replacement = node.args[0]

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import fx
 
-from hf_qat.graph.captured import CapturedModule, fetch
+from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.nodes import called_module, fetch
 from hf_qat.graph.rules import Kind, rule_of
 from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.quantizer import FakeQuantize
 
 
-def connect(captured: dict[str, CapturedModule]) -> None:
+def connect(captured: Mapping[str, CapturedModule]) -> None:
     """Tell every layer its input quantizer, following each input back through all that passes values on.
 
     A layer whose calls have different ones gets none, and keeps a float bias: its codes cannot have two scales.
     """
-    sources: dict[QATLayer, set[FakeQuantize | None]] = {}
+    incoming: dict[QATLayer, set[FakeQuantize | None]] = {}
     for module in captured.values():
-        carried: dict[fx.Node, FakeQuantize] = {}
+        passed: dict[fx.Node, FakeQuantize] = {}
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        for position, (other, name) in module.linked.items():
-            carried[placeholders[position]] = fetch(captured[other], name)
+        for position, (other, name) in module.incoming_quantizer.items():
+            passed[placeholders[position]] = fetch(captured[other], name)
         for node in module.graph.nodes:
             source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-            called = _called(module, node)
+            called = called_module(module, node)
             if isinstance(called, FakeQuantize):
-                carried[node] = called
+                passed[node] = called
             elif isinstance(called, QATLayer):
-                sources.setdefault(called, set()).add(None if source is None else carried.get(source))
-            elif rule_of(node).kind is Kind.PASS and source in carried:
-                carried[node] = carried[source]
-    for layer, quantizers in sources.items():
+                incoming.setdefault(called, set()).add(None if source is None else passed.get(source))
+            elif rule_of(node).kind is Kind.PASS and source in passed:
+                passed[node] = passed[source]
+    for layer, quantizers in incoming.items():
         if len(quantizers) == 1 and (quantizer := quantizers.pop()) is not None:
             layer.set_input_quantizer(quantizer)
-
-
-def _called(module: CapturedModule, node: fx.Node) -> object:
-    if node.op != "call_module":
-        return None
-    return module if node.target == "compute" else fetch(module, str(node.target))

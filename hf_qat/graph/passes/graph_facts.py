@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
-from hf_qat.graph.capture.clean import MODULE_PATH
-from hf_qat.graph.captured import CapturedModule, fetch
+from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
+from hf_qat.graph.plan import ModulePlan, Plan, join_path
 from hf_qat.graph.rules import (
     BEFORE_ERROR_AMPLIFYING,
     ERROR_AMPLIFYING,
     FLOAT,
     FLOAT_REASONS,
     LARGEST_EPSILON,
+    SIZES,
     Kind,
     Rule,
     is_scalar_multiple,
@@ -34,16 +35,6 @@ NORM = Rule(Kind.COMPUTE, "batch_norm")
 #: not depend on data: position biases and masks. A quantizer on a sum with -1e38 would have no resolution left.
 SOFTMAX_PRELUDE = {aten.add.Tensor, aten.sub.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
-#: The sizes of a tensor are not its values, and neither is a constant of that size.
-SIZES = {
-    aten.sym_size.int,
-    getattr,
-    *(
-        getattr(aten, name).default
-        for name in ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")
-    ),
-}
-
 
 class GraphFacts:
     """Facts about one captured graph, computed once, before any quantizer is inserted.
@@ -51,21 +42,15 @@ class GraphFacts:
     Args:
         captured: the module whose graph it is, fused already.
         path: where it stands in the model.
-        excluded: says of a full module path whether it stays float.
+        plan: of the model.
         non_negative_inputs: positions of inputs that are known to be ≥ 0.
     """
 
-    def __init__(
-        self,
-        captured: CapturedModule,
-        path: str,
-        excluded: Callable[[str], bool],
-        non_negative_inputs: set[int],
-    ) -> None:
+    def __init__(self, captured: CapturedModule, path: str, plan: Plan, non_negative_inputs: set[int]) -> None:
         self.captured, self.path = captured, path
         self.nodes = list(captured.graph.nodes)
         self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
-        self._excluded = excluded
+        self._plan = plan
         self.static = self._static_nodes()
         self.rules = {node: self._rule(node) for node in self.nodes}
         self._error_amplifying = self._error_amplifying_nodes()
@@ -77,11 +62,14 @@ class GraphFacts:
 
     def full_path(self, path: str) -> str:
         """A path below the captured child, seen from the model."""
-        return ".".join(part for part in (self.path, path) if part)
+        return join_path(self.path, path)
 
     def owner(self, node: fx.Node) -> str:
-        """Path, below the captured child, of the module that the node belongs to."""
-        return str(node.meta.get(MODULE_PATH, ""))
+        """Path from the model of the module that the node belongs to."""
+        return self.full_path(module_path(node))
+
+    def _owner_plan(self, node: fx.Node) -> ModulePlan:
+        return self._plan.modules[self.owner(node)]
 
     def is_quantized(self, node: fx.Node) -> bool:
         """Whether the operation computes on codes."""
@@ -109,6 +97,14 @@ class GraphFacts:
         if self.rules[node].name == "div":
             inputs = [n for n in inputs if n is node.args[0] or n not in self.static]  # a small divisor would become 0
         return [n for n in inputs if n not in self.prelude and self.source(n) not in self._epsilon_guards]
+
+    def layer_calls(self) -> dict[fx.Node, str]:
+        """The nodes that call a quantized layer → its path from the model."""
+        return {node: self.owner(node) for node in self.nodes if self.rules[node].kind is Kind.LAYER}
+
+    def outputs(self) -> list[fx.Node | None]:
+        """What the graph returns, `None` where it is no node."""
+        return [value if isinstance(value, fx.Node) else None for value in output_values(self.captured.graph)]
 
     def source(self, node: fx.Node) -> fx.Node:
         """Back through whatever hands its values on unchanged."""
@@ -138,11 +134,10 @@ class GraphFacts:
         """`(module path, operation, reason)` of every data-dependent floating-point operation left in float."""
         rows = []
         for node in self.nodes:
-            value = node.meta.get("val")
-            data = node.op == "call_function" and node not in self.static and isinstance(value, Tensor)
-            data = data and not self._fuses_into_division(node)
-            if data and value.is_floating_point() and (self.rules[node].kind is Kind.FLOAT or node in self.prelude):
-                rows.append((self.full_path(self.owner(node)), str(node.target), self._reason(node)))
+            data = node.op == "call_function" and node not in self.static and is_floating(node)
+            in_float = self.rules[node].kind is Kind.FLOAT or node in self.prelude
+            if data and in_float and not self._fuses_into_division(node):
+                rows.append((self.owner(node), str(node.target), self._reason(node)))
         return rows
 
     def _reason(self, node: fx.Node) -> str:
@@ -152,29 +147,23 @@ class GraphFacts:
             return "belongs to the logarithm, root, power or sine behind it"
         if node in self._epsilon_guards:
             return "keeps a divisor away from 0"
-        if self._excluded(self.full_path(self.owner(node))):
-            return "excluded"
-        name = operation_name(node)
-        return FLOAT_REASONS.get(name, "no rule")
+        plan = self._owner_plan(node)
+        return plan.why if plan.excluded else FLOAT_REASONS.get(operation_name(node), "no rule")
 
     def _rule(self, node: fx.Node) -> Rule:
-        if node.op == "call_module":
-            if node.target == "compute" or isinstance(fetch(self.captured, str(node.target)), QATLayer):
-                return LAYER
-            if isinstance(fetch(self.captured, str(node.target)), FreezableBatchNorm):
-                return FLOAT if self._excluded(self.full_path(self.owner(node))) else NORM
-            return rule_of(node)
+        called = called_module(self.captured, node)
+        if isinstance(called, QATLayer):
+            return LAYER
+        if isinstance(called, FreezableBatchNorm):
+            return FLOAT if self._owner_plan(node).excluded else NORM
         rule = rule_of(node)
         if rule.kind is Kind.LAYER:
             # Its weight is no layer's own: both operands are quantized like activations.
             rule = Rule(Kind.COMPUTE, rule.name, inputs=2)
-        computes = rule.kind not in (Kind.FLOAT, Kind.PASS)
-        value = node.meta.get("val")
-        if computes and not (isinstance(value, Tensor) and value.is_floating_point()):
-            return FLOAT
-        if computes and (node in self.static or self._excluded(self.full_path(self.owner(node)))):
-            return FLOAT
-        return rule
+        if rule.kind in (Kind.FLOAT, Kind.PASS):
+            return rule
+        on_data = is_floating(node) and node not in self.static
+        return rule if on_data and not self._owner_plan(node).excluded else FLOAT
 
     def _static_nodes(self) -> set[fx.Node]:
         """Nodes that depend on parameters and sizes, not on data."""
@@ -187,13 +176,13 @@ class GraphFacts:
 
     def _error_amplifying_nodes(self) -> set[fx.Node]:
         """Nodes that feed nothing but logarithms, roots and powers, through simple arithmetic."""
-        delicate: set[fx.Node] = set()
+        amplified: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            after = delicate | {user for user in node.users if operation_name(user) in ERROR_AMPLIFYING}
+            after = amplified | {user for user in node.users if operation_name(user) in ERROR_AMPLIFYING}
             feeds = bool(node.users) and all(user in after for user in node.users)
             if feeds and (self.rules[node].name in BEFORE_ERROR_AMPLIFYING or self.rules[node].kind is Kind.PASS):
-                delicate.add(node)
-        return {node for node in delicate if self.rules[node].kind is not Kind.PASS}
+                amplified.add(node)
+        return {node for node in amplified if self.rules[node].kind is not Kind.PASS}
 
     def _epsilon_guard_nodes(self) -> set[fx.Node]:
         """Divisors, and sums with an epsilon: rounding could make them 0, and a quotient infinite."""
@@ -265,9 +254,3 @@ def _operands(node: fx.Node, rule: Rule) -> list[float]:
 
 def _is_epsilon(argument: object) -> bool:
     return isinstance(argument, float) and 0.0 < argument <= LARGEST_EPSILON
-
-
-def operation_name(node: fx.Node) -> str:
-    """`aten.conv2d.default` → `conv2d`."""
-    name = str(node.target)
-    return name.split(".")[1] if "." in name else name

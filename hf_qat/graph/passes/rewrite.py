@@ -1,20 +1,21 @@
 """Rewrite captured graphs into the operations that can be quantized and exported, without changing what they compute.
 
 Fused attention becomes its two products and the softmax between them, unfolding without overlap becomes a permutation,
-and batch norms in disguise become batch norms that fusion can fold.
+and batch norms in disguise become batch norms that fusion can fold. A pattern of one's own is a function under
+`@register_rewrite(operation)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hf_qat.graph.capture.clean import MODULE_PATH, eliminate_dead_code
 from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.nodes import MODULE_PATH, eliminate_dead_code, emitter, module_path, replace_node
 
 
 aten = torch.ops.aten
@@ -23,16 +24,38 @@ aten = torch.ops.aten
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
-def rewrite(captured: CapturedModule) -> None:
-    """Apply all rewrites to the graph of `captured`, in place, before anything is fused."""
-    for node in list(captured.graph.nodes):
-        rewriter = REWRITERS.get(node.target) if node.op == "call_function" else None
-        if rewriter is not None:
-            rewriter(captured, node)
-    eliminate_dead_code(captured.graph)
-    captured.recompile()
+#: Looks at a node of the graph of a captured child, and rewrites the pattern that ends in it if it knows it.
+Rewrite = Callable[[CapturedModule, fx.Node], None]
+
+#: ATen overload that a pattern ends in → its rewrites, each of which leaves alone what it does not know.
+REWRITES: dict[Any, list[Rewrite]] = {}
 
 
+def register_rewrite(operation: Any) -> Callable[[Rewrite], Rewrite]:
+    """Register a rewrite for the patterns that end in `operation`, such as `torch.ops.aten.mul.Tensor`.
+
+    It gets the captured child and the node; `hf_qat.graph.nodes` has what it needs to insert and to replace nodes.
+    """
+
+    def register(function: Rewrite) -> Rewrite:
+        REWRITES.setdefault(operation, []).append(function)
+        return function
+
+    return register
+
+
+def rewrite(captured: Mapping[str, CapturedModule]) -> None:
+    """Apply all rewrites to the graphs of `captured`, in place, before anything is fused."""
+    for module in captured.values():
+        for node in list(module.graph.nodes):
+            for function in REWRITES.get(node.target, []):
+                if node.users:  # otherwise it is dead, or has just been replaced
+                    function(module, node)
+        eliminate_dead_code(module.graph)
+        module.recompile()
+
+
+@register_rewrite(aten.scaled_dot_product_attention.default)
 def _expand_attention(captured: CapturedModule, node: fx.Node) -> None:
     """`scaled_dot_product_attention(q, k, v, mask)` → softmax(q kᵀ · scale + mask) v."""
     target: Any = node.target
@@ -43,22 +66,24 @@ def _expand_attention(captured: CapturedModule, node: fx.Node) -> None:
         return
     scale = given.get("scale")
     scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
-    emit = _emitter(captured.graph, node)
+    emit = emitter(captured.graph, node)
     scores = emit(aten.matmul.default, node.args[0], emit(aten.transpose.int, node.args[1], -2, -1))
     scores = emit(aten.mul.Tensor, scores, scale)
     if mask is not None:
         scores = emit(aten.add.Tensor, scores, mask)
-    _replace(node, emit(aten.matmul.default, emit(aten.softmax.int, scores, -1), node.args[2]))
+    replace_node(node, emit(aten.matmul.default, emit(aten.softmax.int, scores, -1), node.args[2]))
 
 
+@register_rewrite(aten.baddbmm.default)
 def _split_baddbmm(captured: CapturedModule, node: fx.Node) -> None:
     """`baddbmm(mask, a, b)`, as `nn.MultiheadAttention` computes masked scores → a b + mask."""
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         return
-    emit = _emitter(captured.graph, node)
-    _replace(node, emit(aten.add.Tensor, emit(aten.bmm.default, *node.args[1:]), node.args[0]))
+    emit = emitter(captured.graph, node)
+    replace_node(node, emit(aten.add.Tensor, emit(aten.bmm.default, *node.args[1:]), node.args[0]))
 
 
+@register_rewrite(aten.im2col.default)
 def _permute_for_unfold(captured: CapturedModule, node: fx.Node) -> None:
     """`im2col` whose windows do not overlap: (N, C, h·kh, w·kw) → (N, C·kh·kw, h·w)."""
     arguments: Any = node.args
@@ -66,13 +91,14 @@ def _permute_for_unfold(captured: CapturedModule, node: fx.Node) -> None:
     height, width = _value(x).shape[2:]
     if not _tiles((height, width), kernel, dilation, padding, stride):
         return
-    (kh, kw), channels, emit = kernel, int(_value(x).shape[1]), _emitter(captured.graph, node)
+    (kh, kw), channels, emit = kernel, int(_value(x).shape[1]), emitter(captured.graph, node)
     h, w = height // kh, width // kw
     tiles = emit(aten.reshape.default, x, [-1, channels, h, kh, w, kw])
     tiles = emit(aten.permute.default, tiles, [0, 1, 3, 5, 2, 4])
-    _replace(node, emit(aten.reshape.default, tiles, [-1, channels * kh * kw, h * w]))
+    replace_node(node, emit(aten.reshape.default, tiles, [-1, channels * kh * kw, h * w]))
 
 
+@register_rewrite(aten.col2im.default)
 def _permute_for_fold(captured: CapturedModule, node: fx.Node) -> None:
     """`col2im` whose windows do not overlap: (N, C·kh·kw, h·w) → (N, C, h·kh, w·kw)."""
     arguments: Any = node.args
@@ -80,10 +106,10 @@ def _permute_for_fold(captured: CapturedModule, node: fx.Node) -> None:
     if not _tiles(size, kernel, dilation, padding, stride):
         return
     (height, width), (kh, kw) = size, kernel
-    channels, emit = int(_value(x).shape[1]) // (kh * kw), _emitter(captured.graph, node)
+    channels, emit = int(_value(x).shape[1]) // (kh * kw), emitter(captured.graph, node)
     tiles = emit(aten.reshape.default, x, [-1, channels, kh, kw, height // kh, width // kw])
     tiles = emit(aten.permute.default, tiles, [0, 1, 4, 2, 5, 3])
-    _replace(node, emit(aten.reshape.default, tiles, [-1, channels, height, width]))
+    replace_node(node, emit(aten.reshape.default, tiles, [-1, channels, height, width]))
 
 
 def _tiles(size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> bool:
@@ -92,6 +118,7 @@ def _tiles(size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> 
     return fits and list(stride) == list(kernel) and set(dilation) == {1} and set(padding) == {0}
 
 
+@register_rewrite(aten.einsum.default)
 def _einsum_as_matmul(captured: CapturedModule, node: fx.Node) -> None:
     """`einsum("bqc,bchw->bqhw", a, b)`: axes sorted into (shared, own, summed), one `matmul`, axes sorted back."""
     operands: Any = node.args[1]
@@ -108,7 +135,7 @@ def _einsum_as_matmul(captured: CapturedModule, node: fx.Node) -> None:
     unknown = [c for c in sizes if not isinstance(sizes[c], int)]
     if not (once and covered and rows and columns and summed and len(unknown) <= 1 and not {*unknown} & {*summed}):
         return
-    emit = _emitter(captured.graph, node)
+    emit = emitter(captured.graph, node)
 
     def size(*axes: str) -> int:
         return -1 if {*unknown} & {*axes} else math.prod(sizes[c] for c in axes)
@@ -122,12 +149,13 @@ def _einsum_as_matmul(captured: CapturedModule, node: fx.Node) -> None:
     )
     apart = emit(aten.reshape.default, product, [*map(size, (*shared, *rows, *columns))])
     order = [*shared, *rows, *columns]
-    _replace(node, emit(aten.permute.default, apart, [order.index(c) for c in out]))
+    replace_node(node, emit(aten.permute.default, apart, [order.index(c) for c in out]))
 
 
+@register_rewrite(aten.flatten.using_ints)
 def _flatten_first(captured: CapturedModule, node: fx.Node) -> None:
     """linear → flatten all but the channels → batch norm (LeViT): flatten before, so that the two are neighbours."""
-    linear, emit = node.args[0], _emitter(captured.graph, node)
+    linear, emit = node.args[0], emitter(captured.graph, node)
     if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
         return
     norms = [user for user in node.users if user.target is aten.batch_norm.default]
@@ -140,13 +168,14 @@ def _flatten_first(captured: CapturedModule, node: fx.Node) -> None:
     moved = emit(aten.linear.default, flat, *linear.args[1:], **linear.kwargs)
     moved.meta[MODULE_PATH] = linear.meta[MODULE_PATH]
     for user in shaped:
-        _replace(user, _emitter(captured.graph, user)(aten.reshape.default, user.args[0], sizes))
-    _replace(node, moved)
+        replace_node(user, emitter(captured.graph, user)(aten.reshape.default, user.args[0], sizes))
+    replace_node(node, moved)
 
 
+@register_rewrite(aten.add.Tensor)
 def _recognise_frozen_norm(captured: CapturedModule, node: fx.Node) -> None:
     """x · scale + shift, computed by a module with a batch norm's statistics: `batch_norm` in evaluation mode."""
-    path = str(node.meta.get(MODULE_PATH, ""))
+    path = module_path(node)
     module, product = captured.get_submodule(path), node.args[0]
     if isinstance(module, nn.modules.batchnorm._BatchNorm) or not all(hasattr(module, name) for name in STATISTICS):
         return
@@ -155,9 +184,9 @@ def _recognise_frozen_norm(captured: CapturedModule, node: fx.Node) -> None:
     epsilons = [
         float(n.args[1])
         for n in captured.graph.nodes
-        if n.target is aten.add.Tensor and n.meta.get(MODULE_PATH) == path and isinstance(n.args[1], float)
+        if n.target is aten.add.Tensor and module_path(n) == path and isinstance(n.args[1], float)
     ]
-    if product.meta.get(MODULE_PATH) != path or not epsilons:
+    if module_path(product) != path or not epsilons:
         return
     object.__setattr__(module, "eps", epsilons[0])  # which fusion reads
     with captured.graph.inserting_before(node):
@@ -168,42 +197,10 @@ def _recognise_frozen_norm(captured: CapturedModule, node: fx.Node) -> None:
             aten.batch_norm.default, (product.args[0], *parameters, False, 0.0, epsilons[0], False)
         )
     norm.meta = dict(node.meta)
-    _replace(node, norm)
-
-
-#: What is rewritten, and by whom; a rewriter leaves alone what it does not know.
-REWRITERS: dict[Any, Callable[[CapturedModule, fx.Node], None]] = {
-    aten.scaled_dot_product_attention.default: _expand_attention,
-    aten.im2col.default: _permute_for_unfold,
-    aten.col2im.default: _permute_for_fold,
-    aten.baddbmm.default: _split_baddbmm,
-    aten.einsum.default: _einsum_as_matmul,
-    aten.flatten.using_ints: _flatten_first,
-    aten.add.Tensor: _recognise_frozen_norm,
-}
+    replace_node(node, norm)
 
 
 def _value(node: Any) -> Tensor:
     """The fake tensor that a node stands for."""
     value: Tensor = node.meta["val"]
     return value
-
-
-def _replace(node: fx.Node, by: fx.Node) -> None:
-    node.replace_all_uses_with(by)
-    node.graph.erase_node(node)
-
-
-def _emitter(graph: fx.Graph, before: fx.Node) -> Callable[..., fx.Node]:
-    """Inserts operations before a node, in the name of the same module, with fake values of their own."""
-    mode: Any = getattr(_value(before), "fake_mode")  # noqa: B009
-
-    def emit(target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        with graph.inserting_before(before):
-            node = graph.call_function(target, args, kwargs)
-        values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with mode:
-            node.meta = {MODULE_PATH: before.meta.get(MODULE_PATH, ""), "val": target(*values[0], **values[1])}
-        return node
-
-    return emit

@@ -1,7 +1,8 @@
 """How calibration finds the range of an activation: a registry of observers, one way to look at data each."""
 
+from hf_qat.config.observers import OBSERVERS, register_observer
 from hf_qat.quantization.collectives import synchronized_range
-from hf_qat.quantization.observers.base import OBSERVERS, Observer, make_observer, register_observer
+from hf_qat.quantization.observers.base import Observer, make_observer
 from hf_qat.quantization.observers.minmax import (
     AVERAGING_CONSTANT,
     MinMaxObserver,

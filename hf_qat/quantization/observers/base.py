@@ -1,22 +1,22 @@
 """What every observer has in common: it watches the batches of a calibration and ends in a scale and a zero point.
 
-A new observer is a subclass with three methods under `@register_observer("name")`; configurations then know the name.
+A new observer is a subclass with three methods under `@register_observer("name")`; recipes then know the name. One for
+weights, too, says in `weight_scales` how it finds theirs.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from hf_qat.config.observers import OBSERVERS
+from hf_qat.config.targets import did_you_mean
 from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.quantization import collectives
-from hf_qat.quantization.scales import scale_from_range
+from hf_qat.quantization.scales import largest_magnitude_scales, scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
 
@@ -24,7 +24,7 @@ class Observer(ABC):
     """Collects, batch by batch, what it needs of one activation tensor to choose its range.
 
     The state is small and lives on the CPU whatever the device of the data. Per tensor only: weights, which may have
-    a scale per channel, need no data and go through `scales.weight_scale`.
+    a scale per channel, need no data and have `weight_scales`.
     """
 
     def __init__(self, spec: QuantizerSpec) -> None:
@@ -76,6 +76,19 @@ class Observer(ABC):
         if collectives.is_active():
             self._merge_ranks()
 
+    @staticmethod
+    def weight_scales(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+        """Scales of a weight whose recipe names this observer; here, those that represent the largest magnitudes.
+
+        Args:
+            rows: (C, n) float32, finite; one row per scale.
+            spec: of the weight, symmetric.
+
+        Returns:
+            (C,) float32, positive.
+        """
+        return largest_magnitude_scales(rows, spec)
+
     @abstractmethod
     def _update(self, values: Tensor, low: float, high: float) -> None:
         """Add `values`, (n,) float32, bfloat16 or float16, n > 0, all in [low, high]."""
@@ -89,28 +102,6 @@ class Observer(ABC):
         """Merge the state over the ranks of the default process group, which is there."""
 
 
-#: Every observer by its name in configurations.
-OBSERVERS: dict[str, type[Observer]] = {}
-
-_Class = TypeVar("_Class", bound=type[Observer])
-
-
-def register_observer(name: str) -> Callable[[_Class], _Class]:
-    """Class decorator that enters an `Observer` under `name`.
-
-    Raises:
-        ConfigError: the name is taken.
-    """
-
-    def register(cls: _Class) -> _Class:
-        if name in OBSERVERS:
-            raise ConfigError(f"an observer named {name!r} exists already: {OBSERVERS[name].__qualname__}")
-        OBSERVERS[name] = cls
-        return cls
-
-    return register
-
-
 def make_observer(spec: QuantizerSpec) -> Observer:
     """A fresh observer of the kind that `spec.observer` names.
 
@@ -118,10 +109,10 @@ def make_observer(spec: QuantizerSpec) -> Observer:
         ConfigError: the name is not in `OBSERVERS`.
     """
     if spec.observer not in OBSERVERS:
-        close = difflib.get_close_matches(spec.observer, OBSERVERS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"unknown observer {spec.observer!r}; {hint}known observers: {sorted(OBSERVERS)}")
-    return OBSERVERS[spec.observer](spec)
+        nearest = did_you_mean(spec.observer, OBSERVERS)
+        raise ConfigError(f"unknown observer {spec.observer!r}.{nearest} Known observers: {sorted(OBSERVERS)}.")
+    observer: Observer = OBSERVERS[spec.observer](spec)
+    return observer
 
 
 def _in_memory_order(x: Tensor) -> Tensor:

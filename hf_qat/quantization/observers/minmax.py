@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from hf_qat.config.observers import register_observer
 from hf_qat.quantization import collectives
-from hf_qat.quantization.observers.base import Observer, register_observer
+from hf_qat.quantization.observers.base import Observer
 from hf_qat.quantization.spec import QuantizerSpec
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.observers.base import register_observer
+from hf_qat.config.observers import register_observer
 from hf_qat.quantization.observers.histogram import Histogram, HistogramObserver
-from hf_qat.quantization.scales import CLIPPING_FRACTIONS, REFINING_FACTORS, scale_from_range
+from hf_qat.quantization.scales import CLIPPING_FRACTIONS, REFINING_FACTORS, least_error_scales, scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
 
@@ -23,6 +23,11 @@ class MSEObserver(HistogramObserver):
     then searched in turn. Power-of-two scales need no search of their own: `scale_from_range` maps the fractions
     to exponents.
     """
+
+    @staticmethod
+    def weight_scales(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+        """The scales that clip where the squared error of the quantized weight is least."""
+        return least_error_scales(rows, spec)
 
     def _range(self) -> tuple[float, float]:
         if self.histogram.minimum > self.histogram.maximum:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from hf_qat.quantization.observers.base import register_observer
+from hf_qat.config.observers import register_observer
 from hf_qat.quantization.observers.histogram import Histogram, HistogramObserver
+from hf_qat.quantization.scales import percentile_scales
+from hf_qat.quantization.spec import QuantizerSpec
 
 
 #: Upper end of the range; the lower end is at 1 - PERCENTILE. One of those that Wu et al. 2020 compare (table 5).
@@ -15,6 +18,11 @@ PERCENTILE = 0.9999
 @register_observer("percentile")
 class PercentileObserver(HistogramObserver):
     """From the 0.01 % to the 99.99 % quantile of all values."""
+
+    @staticmethod
+    def weight_scales(rows: Tensor, spec: QuantizerSpec) -> Tensor:
+        """The scales that clip 0.1 % of the magnitudes of each row."""
+        return percentile_scales(rows, spec)
 
     def _range(self) -> tuple[float, float]:
         if self.histogram.minimum > self.histogram.maximum:

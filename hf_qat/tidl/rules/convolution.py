@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hf_qat.tidl.devices import TRANSFORMERS_DOC, Device
+from hf_qat.tidl.devices import OPERATORS_DOC_11_0, TRANSFORMERS_DOC, Device
 from hf_qat.tidl.graph import Layer
 from hf_qat.tidl.operators import (
     DEPTHWISE_KERNELS,
@@ -88,7 +88,6 @@ def _depthwise(shape: Window, source: str) -> Iterator[Finding]:
 
 def _dense(shape: Window, device: Device, source: str) -> Iterator[Finding]:
     stride, largest = shape.strides[0], max(shape.kernel)
-    patches = shape.kernel == (stride, stride) and not any(shape.pads)
     if stride == 3 and shape.kernel == (3, 3) and not device.conv_3x3_stride_3.value:
         yield Finding(
             "conv-3x3-stride-3",
@@ -103,18 +102,22 @@ def _dense(shape: Window, device: Device, source: str) -> Iterator[Finding]:
             f"use a kernel of at most {STRIDE_2_KERNEL} with stride 2",
             source,
         )
-    elif stride == 4 and largest != STRIDE_4_KERNEL and not patches:
+    elif stride == 4 and largest != STRIDE_4_KERNEL:
         yield from _stride_4(shape, source)
 
 
 def _stride_4(shape: Window, source: str) -> Iterator[Finding]:
-    remedy = f"use stride 2 twice, or a kernel of {STRIDE_4_KERNEL}x{STRIDE_4_KERNEL}, or of 4x4 without padding"
+    named, remedy = "", "see in the compile log where it runs"
     if shape.kernel == (7, 7):  # the first layer of SegFormer, a model that TI lists as supported
-        why = "7x7 with stride 4 is not in TI's table of operators, but SegFormer, which starts so, is in its list"
-        yield Finding(
-            "conv-stride-4", why, "see in the compile log where it runs", f"{source}; {TRANSFORMERS_DOC}", "warning"
-        )
+        named = "SegFormer, which starts so"
+        remedy += "; or apply convert_conv_7x7_stride4_to_stride1 of TI's model optimizer"
+    elif shape.kernel == (4, 4) and not any(shape.pads):  # the first layer of Swin and ConvNeXt
+        named = "patch embedding, which is this for patches of 4x4"
+    if named:
+        why = f"{shape} is not in TI's table of operators, but {named}, is in its list of transformers"
+        yield Finding("conv-stride-4", why, remedy, f"{source}; {TRANSFORMERS_DOC}", "warning")
     else:
+        remedy = f"use stride 2 twice, or a kernel of {STRIDE_4_KERNEL}x{STRIDE_4_KERNEL}"
         yield Finding("conv-stride-4", f"kernel {shape}", remedy, source)
 
 
@@ -149,7 +152,12 @@ def transposed_convolution(layer: Layer, device: Device) -> Iterator[Finding]:
     elif height in TRANSPOSED_KERNELS_SINCE_11_0:
         yield newer_tools(f"a transposed convolution of {shape}")
     if layer.attribute("group", 1) != 1:
-        yield Finding("transposed-group", "it has groups", "use group=1, or Resize and a convolution", source)
+        yield Finding(
+            "transposed-group",
+            "it has groups, which TI's newer table of operators no longer mentions and older ones excluded",
+            "use group=1, or Resize and a convolution",
+            f"{source}; {OPERATORS_DOC_11_0}",
+        )
     if set(layer.attributes("dilations", [1])) != {1}:
         yield Finding("transposed-dilation", "it is dilated", "use dilation 1", source)
 

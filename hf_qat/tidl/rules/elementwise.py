@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from hf_qat.export.onnx_graph import get_attribute
 from hf_qat.tidl.devices import Device
-from hf_qat.tidl.graph import Layer
+from hf_qat.tidl.graph import Layer, from_the_end
 from hf_qat.tidl.rules.registry import Finding, layer_rule, newer_tools, operator_source
 
 
@@ -51,9 +51,20 @@ def _vector(layer: Layer, position: int) -> Iterator[Finding]:
 
 @layer_rule("PRelu")
 def slope(layer: Layer, device: Device) -> Iterator[Finding]:
-    """A constant."""
+    """A constant: one for all numbers, or one for each channel."""
+    source, shape, slopes = operator_source("PRelu"), layer.shape(0), layer.shape(1)
     if layer.varies(1):
-        yield Finding("prelu-slope", "its slope is computed", "make the slope a constant", operator_source("PRelu"))
+        yield Finding("prelu-slope", "its slope is computed", "make the slope a constant", source)
+    if shape is None or slopes is None or len(shape) < 2:
+        return
+    axes = [len(shape) - len(slopes) + axis for axis, size in enumerate(slopes) if size != 1]
+    if axes not in ([], [1]):
+        yield Finding(
+            "prelu-axis",
+            f"slopes of the shape {list(slopes)} for an input of {list(shape)}",
+            "use one slope, or one for each channel, (C, 1, 1)",
+            source,
+        )
 
 
 @layer_rule("Clip")
@@ -120,10 +131,14 @@ def grid_sample(layer: Layer, device: Device) -> Iterator[Finding]:
 
 @layer_rule("ScatterND", "ScatterElements")
 def scatter(layer: Layer, device: Device) -> Iterator[Finding]:
-    """Into zeros."""
+    """Into zeros, along the width."""
     source, reduction = operator_source("ScatterND/ScatterElements"), layer.text("reduction", "none")
     if reduction not in (("none",) if layer.operator == "ScatterElements" else ("none", "add", "max", "min")):
         yield Finding("scatter-reduction", f"reduction {reduction}", "use no reduction", source)
+    shape = layer.shape(0)
+    axis = layer.attribute("axis", 0)
+    if layer.operator == "ScatterElements" and shape is not None and from_the_end(axis, len(shape)) != -1:
+        yield Finding("scatter-axis", f"along axis {axis} of {len(shape)}", "scatter along the width", source)
     data = layer.constant(0)
     if not layer.varies(0) and data is not None and data.any():
         yield Finding("scatter-data", "it writes into a constant that is not 0", "write into zeros", source)

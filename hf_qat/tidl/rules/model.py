@@ -17,6 +17,9 @@ SHAPES_SOURCE = "edgeai-tidl-tools, examples/osrt_python/ort/onnxrt_ep.py (infer
 #: ONNX Runtime's own operators, which TI's build has too, on the Arm core.
 CONTRIBUTED = "com.microsoft"
 
+#: What ONNX Runtime's dynamic quantization writes.
+DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
+
 
 @graph_rule
 def opset(graph: Graph, device: Device) -> Iterator[Finding]:
@@ -101,7 +104,16 @@ def domains(graph: Graph, device: Device) -> Iterator[Finding]:
 @graph_rule
 def quantized(graph: Graph, device: Device) -> Iterator[Finding]:
     """Trained ranges are in the file: as quantizers, or as `Clip`."""
-    if not graph.quantizers and not any(map(_is_range, graph.proto.node)):
+    dynamic = [node.op_type for node in graph.proto.node if node.op_type in DYNAMIC]
+    if dynamic:
+        yield Finding(
+            "dynamic-ranges",
+            f"the model is quantized dynamically ({dynamic[0]}): its ranges are computed at run time",
+            "quantize it statically, so that the ranges are in the file: prepare_qat, train, convert, export_tidl",
+            QUANTIZATION_DOC,
+            "warning",
+        )
+    elif not graph.quantizers and not any(map(_is_range, graph.proto.node)):
         yield Finding(
             "no-quantizers",
             "the model is float: TIDL finds ranges by itself, which costs accuracy",

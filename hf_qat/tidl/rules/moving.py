@@ -9,6 +9,7 @@ import numpy as np
 from hf_qat.export.onnx_graph import Shape, get_attribute
 from hf_qat.tidl.devices import Device
 from hf_qat.tidl.graph import Layer, from_the_end
+from hf_qat.tidl.operators import MOST_DIMS, SLICE_DIMS
 from hf_qat.tidl.rules.registry import Finding, layer_rule, operator_source
 
 
@@ -59,7 +60,7 @@ def _sliced_axes(layer: Layer, axes: list[int], source: str) -> Iterator[Finding
     shape = layer.shape(0)
     if shape is None:
         return
-    if len(shape) > 4:
+    if len(shape) != SLICE_DIMS:
         yield Finding("slice-dims", f"its input has {len(shape)} axes", "reshape to 4 axes before", source)
     if len(shape) == 4 and shape[0] not in (1, None):
         yield Finding("slice-batch", f"the batch is {shape[0]}", "export with a batch of 1", source)
@@ -112,6 +113,15 @@ def reshape(layer: Layer, device: Device) -> Iterator[Finding]:
             "set allowzero to 0: it means the same where the shape has no 0 (export_tidl does so)",
             source,
         )
+
+
+@layer_rule("Unsqueeze")
+def unsqueeze(layer: Layer, device: Device) -> Iterator[Finding]:
+    """Not to more axes than TIDL has."""
+    shape = layer.output_shape
+    if shape is not None and len(shape) > MOST_DIMS:
+        why = f"its output has {len(shape)} axes, of at most {MOST_DIMS}"
+        yield Finding("unsqueeze-dims", why, "leave out axes of size 1", operator_source("Unsqueeze"))
 
 
 @layer_rule("Expand")

@@ -7,6 +7,7 @@ from math import prod
 
 from hf_qat.tidl.devices import OPERATORS_DOC_11_0, TRANSFORMERS_DOC, Device
 from hf_qat.tidl.graph import Layer, from_the_end
+from hf_qat.tidl.operators import BATCH_NORM_DIMS
 from hf_qat.tidl.rules.registry import Finding, layer_rule, newer_tools, operator_source
 
 
@@ -43,8 +44,15 @@ def layer_norm(layer: Layer, device: Device) -> Iterator[Finding]:
 
 @layer_rule("BatchNormalization")
 def batch_norm(layer: Layer, device: Device) -> Iterator[Finding]:
-    """With constant statistics."""
-    source = operator_source("BatchNormalization")
+    """With constant statistics, of fewer than 6 axes."""
+    source, shape = operator_source("BatchNormalization"), layer.shape(0)
+    if shape is not None and len(shape) >= BATCH_NORM_DIMS:
+        yield Finding(
+            "batchnorm-dims",
+            f"its input has {len(shape)} axes, and must have fewer than {BATCH_NORM_DIMS}",
+            "reshape to (N, C, H, W) before",
+            source,
+        )
     if layer.attribute("training_mode", 0):
         yield Finding("batchnorm-training", "training_mode is 1", "export the model in evaluation mode", source)
     if len(layer.variables) > 1:

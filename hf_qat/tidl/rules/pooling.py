@@ -42,16 +42,23 @@ def pooling(layer: Layer, device: Device) -> Iterator[Finding]:
 
 @layer_rule("GlobalAveragePool")
 def global_pooling(layer: Layer, device: Device) -> Iterator[Finding]:
-    """Not over large planes."""
+    """Over one or two axes, and not over large planes."""
     shape = layer.shape(0)
     if shape is None or None in shape[2:]:
         return
+    if len(shape) > 4:
+        yield Finding(
+            "global-pool-dims",
+            f"it averages over {len(shape) - 2} axes",
+            "average over height and width only",
+            operator_source(_POOLING),
+        )
     plane = prod(size or 0 for size in shape[2:])
     if plane > GLOBAL_POOLING_PLANE:
         yield Finding(
             "global-pool-plane",
             f"it averages {plane} positions, of at most {GLOBAL_POOLING_PLANE}",
-            "pool by 2x2 before, or apply convert_large_global_avg_pooling_to_matmul of TI's model optimizer",
+            "pool by 2x2 before",
             operator_source(_POOLING),
         )
 

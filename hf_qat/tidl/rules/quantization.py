@@ -20,6 +20,9 @@ CODES, BIAS_CODES = frozenset({"int8", "uint8"}), frozenset({"int32"})
 #: The axis of output channels of the weights of a layer that is not transposed; `Gemm` and `MatMul` see below.
 OUTPUT_CHANNELS = {"Conv": 0, "ConvTranspose": 1}
 
+#: The zero point of symmetric activations in TI's own files (edgeai-torchmodelopt, WC8SYMP2_AT8SYMP2).
+TI_ZERO_POINT = 127
+
 _8_BIT = f"{QUANTIZATION_DOC}, section A.2 (pre-quantized models: 8 bit only)"
 
 
@@ -67,13 +70,27 @@ def _scheme(quantizer: Quantizer, device: Device) -> Iterator[Finding]:
             train,
             device.power_of_two.source,
         )
-    if not device.asymmetric.value and quantizer.zero_point.any():
+    if not device.asymmetric.value and _written_by_ti(quantizer):
+        yield Finding(
+            "scheme-middle-zero-point",
+            f"its zero point is {TI_ZERO_POINT} of uint8, as TI's own training writes signed activations",
+            "train with int8 and zero point 0, which says the same and is what TI's documents ask for",
+            f"edgeai-torchmodelopt, quantization v2; {device.asymmetric.source}",
+            "warning",
+        )
+    elif not device.asymmetric.value and quantizer.zero_point.any():
         yield _refused(
             "scheme-zero-point",
             f"its zero point is {int(np.ravel(quantizer.zero_point)[0])}",
             train,
             device.asymmetric.source,
         )
+
+
+def _written_by_ti(quantizer: Quantizer) -> bool:
+    """Whether this is how edgeai-torchmodelopt writes a signed activation: uint8 around 127."""
+    zero = quantizer.zero_point
+    return quantizer.dtype == np.uint8 and zero is not None and zero.size > 0 and bool((zero == TI_ZERO_POINT).all())
 
 
 def _powers_of_two(scale: np.ndarray) -> bool:
@@ -153,6 +170,22 @@ def _comes_from_quantizer(layer: Layer, name: str) -> bool:
             return False
         name = maker.input[0]
     return True
+
+
+@layer_rule("Clip")
+def code_range(layer: Layer, device: Device) -> Iterator[Finding]:
+    """All codes of 8 bits: `Clip` between the halves of a pair makes them fewer."""
+    maker = layer.graph.makers.get(layer.node.input[0])
+    if maker is None or maker.op_type != QUANTIZE:
+        return
+    low, high = layer.constant(1), layer.constant(2)
+    limits = "constants" if low is None or high is None else f"{int(low)} to {int(high)}"
+    yield _refused(
+        "qdq-bits",
+        f"its codes are clipped to {limits}: activations of fewer than 8 bits",
+        "train with activations of 8 bits",
+        _8_BIT,
+    )
 
 
 @layer_rule("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")

@@ -26,6 +26,7 @@ RECORD = "compiled_from.json"
 
 
 def main() -> None:
+    """Compile, and leave a record of what was compiled."""
     import onnxruntime
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

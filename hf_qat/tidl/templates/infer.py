@@ -23,6 +23,7 @@ PROVIDER = "TIDLExecutionProvider"
 
 
 def main() -> None:
+    """Infer, print and save the outputs of each image."""
     import onnxruntime
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -81,26 +82,31 @@ def frames(here: Path, images: list, input_name: str) -> Iterator[tuple[str, dic
 
 def preprocess_image(image: Any, preprocess: dict, session: dict) -> np.ndarray:
     """(1, 3, H, W) float32 of a PIL image, by the entries of config.yaml."""
-    image = image.convert("RGB")
-    resize, crop = preprocess["resize"], preprocess["crop"]
-    if isinstance(resize, int):  # the shorter edge
-        width, height = image.size
-        short, long = min(width, height), max(width, height)
-        other = int(resize * long / short)
-        resize = [resize, other] if height <= width else [other, resize]
-    if resize is not None:
-        interpolation = preprocess["interpolation"]
-        image = image.resize((resize[1], resize[0]), 2 if interpolation is None else interpolation)  # 2: bilinear
-    pixels = np.asarray(image, dtype=np.float32)
+    pixels = np.asarray(resized(image.convert("RGB"), preprocess), dtype=np.float32)
+    crop = preprocess["crop"]
     if crop is not None:
         height, width = (crop, crop) if isinstance(crop, int) else crop
-        top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+        top, left = (pixels.shape[0] - height + 1) // 2, (pixels.shape[1] - width + 1) // 2  # as edgeai-benchmark
         pixels = pixels[top : top + height, left : left + width]
     if preprocess["reverse_channels"]:
         pixels = pixels[:, :, ::-1]
     mean = np.array(session["input_mean"], dtype=np.float32)
     scale = np.array(session["input_scale"], dtype=np.float32)
     return np.ascontiguousarray(((pixels - mean) * scale).transpose(2, 0, 1)[None])
+
+
+def resized(image: Any, preprocess: dict) -> Any:
+    """The PIL image, before it is cropped."""
+    resize = preprocess["resize"]
+    if resize is None:
+        return image
+    if isinstance(resize, int):  # the shorter edge
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        other = int(resize * long / short)
+        resize = [resize, other] if height <= width else [other, resize]
+    interpolation = preprocess["interpolation"]
+    return image.resize((resize[1], resize[0]), 2 if interpolation is None else interpolation)  # 2: bilinear
 
 
 def describe(here: Path, settings: dict, names: list, outputs: list) -> str:

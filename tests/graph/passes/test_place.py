@@ -65,7 +65,7 @@ def test_what_hands_values_on_has_no_quantizer_of_its_own():
         "part.0.activation_quantizer",
         "part.1.activation_quantizer",
     }
-    assert model.part[1].input_quantizer is model.part[0].activation_quantizer
+    assert model.part[1].quantizer_of_input is model.part[0].activation_quantizer
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,8 @@ def test_the_input_of_a_child_carries_the_quantizer_of_the_child_before():
     model = prepare_qat(resnet(), QATConfig(), {"pixel_values": torch.zeros(2, 3, 32, 32)})
     pooled = model.resnet.pooler.activation_quantizer
     assert captured_modules(model)["resnet"].output_quantizers[1] == "pooler.activation_quantizer"
-    assert captured_modules(model)["classifier"].linked == {0: ("resnet", "pooler.activation_quantizer")}
-    assert model.classifier[1].input_quantizer is pooled
+    assert captured_modules(model)["classifier"].incoming_quantizer == {0: ("resnet", "pooler.activation_quantizer")}
+    assert model.classifier[1].quantizer_of_input is pooled
     assert not any("input" in path for path in fake_quantizers(model))
 
 
@@ -298,7 +298,7 @@ def test_every_layer_knows_the_quantizer_in_front_of_it():
         prepare_qat(vit(layers=1), QATConfig(), {"pixel_values": torch.zeros(2, 3, 32, 32)}),
     ):
         quantizers = {id(quantizer) for quantizer in fake_quantizers(model).values()}
-        sources = [layer.input_quantizer for layer in qat_layers(model).values()]
+        sources = [layer.quantizer_of_input for layer in qat_layers(model).values()]
         assert all(id(source) in quantizers for source in sources)
         weights = {id(layer.weight_quantizer) for layer in qat_layers(model).values()}
         assert not {id(source) for source in sources} & weights
@@ -308,7 +308,7 @@ def test_a_copy_of_a_model_keeps_the_quantizers_in_front_of_its_own_layers():
     model = prepare_qat(resnet(), QATConfig(), {"pixel_values": torch.zeros(2, 3, 32, 32)})
     twin = copy.deepcopy(model)
     own = {id(quantizer) for quantizer in fake_quantizers(twin).values()}
-    assert all(id(layer.input_quantizer) in own for layer in qat_layers(twin).values())
+    assert all(id(layer.quantizer_of_input) in own for layer in qat_layers(twin).values())
     assert all(
         id(layer.batch_norm) in {id(m) for m in twin.modules()}
         for layer in qat_layers(twin).values()

@@ -56,7 +56,7 @@ def test_every_promised_observer_is_registered():
 
 
 def test_an_unknown_observer_is_an_error_that_names_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown observer 'mim_max'; did you mean 'minmax'\?.*'percentile'"):
+    with pytest.raises(ConfigError, match=r"unknown observer 'mim_max'. Did you mean 'minmax'\?.*'percentile'"):
         make_observer(QuantizerSpec(observer="mim_max"))
 
 

@@ -1,0 +1,51 @@
+"""Which nodes of a captured graph compute with a layer's own weight."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.rules import Kind, rule_of
+
+
+def layer_calls(captured: CapturedModule, graph: fx.Graph) -> dict[fx.Node, str]:
+    """The nodes that compute with a layer's own weight and bias, in order → the layer's path below the child.
+
+    A weight that the graph computes (a standardised or sliced one), or that something else computes with, too (a tied
+    one), is no layer's own: both operands are then quantized like activations.
+
+    Args:
+        captured: the child that has the layers.
+        graph: a graph that reads its parameters.
+    """
+    calls = {}
+    for node in graph.nodes:
+        path = _layer_path(captured, node) if rule_of(node).kind is Kind.LAYER else None
+        if path is not None:
+            calls[node] = path
+    read = [node for node in graph.nodes if node.op == "get_attr"]
+    tied = {node.target for node in read if not node.users.keys() <= calls.keys()}
+    return {node: path for node, path in calls.items() if _weight(node).target not in tied}
+
+
+def _weight(node: fx.Node) -> fx.Node:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def _layer_path(captured: CapturedModule, node: fx.Node) -> str | None:
+    """Path of the module whose `weight` and `bias` the node uses; `None` if they are not one module's own."""
+    weight = node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or set(node.all_input_nodes[3:]):
+        return None
+    path, _, name = str(weight.target).rpartition(".")
+    module = captured.get_submodule(path)
+    if name != "weight" or isinstance(module, CapturedModule) and path:
+        return None
+    expected = f"{path}.bias" if path else "bias"
+    own_bias = getattr(module, "bias", None)
+    if bias is None:
+        return path if own_bias is None else None
+    return path if isinstance(bias, fx.Node) and bias.target == expected else None

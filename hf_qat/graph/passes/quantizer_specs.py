@@ -1,0 +1,109 @@
+"""How each quantizer of an activation rounds: by the scheme of its module, its sign, and what it meets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from hf_qat.config.targets import Target, TensorScheme
+from hf_qat.graph.passes.sharing import Placement
+from hf_qat.graph.plan import Plan
+from hf_qat.quantization.spec import QuantizerSpec
+
+
+#: A quantizer: path of the captured child, path of the quantizer below it.
+QuantizerPath = tuple[str, str]
+
+
+def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[QuantizerPath, QuantizerSpec]:
+    """The spec of every quantizer."""
+    at_edges = _at_edges(placements, plan)
+    specs = {}
+    for child, placement in placements.items():
+        signed = _must_be_signed(placement, plan.target)
+        for quantizer in placement.quantizers:
+            module = plan.modules[placement.facts.full_path(quantizer.name.rpartition(".")[0])]
+            scheme = module.edge_activations if (child, quantizer.name) in at_edges else module.activations
+            if plan.target.symmetric_matmul and any(map(placement.facts.feeds_product, quantizer.insertion_points)):
+                scheme = replace(scheme, symmetric=True)
+            unit_range = all(placement.facts.rules[node].unit_range for node in quantizer.insertion_points)
+            specs[child, quantizer.name] = activation_spec(
+                scheme, quantizer.non_negative, unit_range, quantizer.name in signed
+            )
+    return specs
+
+
+def activation_spec(scheme: TensorScheme, non_negative: bool, unit_range: bool, signed: bool) -> QuantizerSpec:
+    """The spec of an activation: zero_point 0 where nothing is negative, unsigned unless it must be signed.
+
+    A range of [0, 1] has a fixed scale only if unsigned: 1/128 would round most of a long softmax to 0, so that there
+    calibration chooses.
+    """
+    symmetric = scheme.symmetric or non_negative
+    return QuantizerSpec(
+        bits=scheme.bits,
+        signed=(symmetric and not non_negative) or (scheme.symmetric and signed),
+        symmetric=symmetric,
+        non_negative=non_negative,
+        power_of_two=scheme.power_of_two,
+        learned=scheme.learned,
+        observer=scheme.observer,
+        fixed_scale=2.0**-scheme.bits if unit_range and not (scheme.symmetric and signed) else None,
+    )
+
+
+def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:
+    """The quantizers of what enters the model, of what goes into its last layers, and of what it returns."""
+    found: set[QuantizerPath | None] = set()
+    for child, placement in placements.items():
+        facts = placement.facts
+        edges = [node for position, node in enumerate(facts.placeholders) if (child, position) in plan.edges.inputs]
+        edges += [node.args[0] for node, path in facts.layer_calls().items() if path in plan.edges.last_layers]
+        edges += [node for position, node in enumerate(facts.outputs()) if (child, position) in plan.edges.outputs]
+        found |= {_quantizer_of(placement, child, node) for node in edges}
+    return {quantizer for quantizer in found if quantizer is not None}
+
+
+def _quantizer_of(placement: Placement, child: str, node: Any) -> QuantizerPath | None:
+    """The quantizer that the value of `node` has passed last, perhaps in an earlier child; `None` for no node."""
+    if not isinstance(node, fx.Node):
+        return None
+    quantizer = placement.at(node)
+    if quantizer is not None:
+        return child, quantizer.name
+    source = placement.facts.source(node)
+    if source not in placement.facts.placeholders:
+        return None
+    incoming = placement.incoming.get(placement.facts.placeholders.index(source))
+    return None if incoming is None else (incoming[0], incoming[1].name)
+
+
+def _must_be_signed(placement: Placement, target: Target) -> set[str]:
+    """Names of the quantizers that are signed, or meet a signed one where the target wants one signedness."""
+    signed = {quantizer.name for quantizer in placement.quantizers if not quantizer.non_negative}
+    meetings = list(_meetings(placement, target))
+    changed = True
+    while changed:
+        changed = False
+        for meeting in meetings:
+            if meeting & signed and not meeting <= signed:
+                signed |= meeting
+                changed = True
+    return signed
+
+
+def _meetings(placement: Placement, target: Target) -> Iterator[set[str]]:
+    """Names of the quantizers that share signedness: of an addition and its result; of the inputs of a product."""
+    facts = placement.facts
+    for node in facts.nodes:
+        if not facts.is_quantized(node) or node in facts.prelude:
+            continue
+        together = facts.inputs_to_quantize(node)
+        if target.one_type_where_tensors_meet and facts.rules[node].name == "add":
+            together = [*together, next(iter(node.users)) if facts.fuses_into_next(node) else node]
+        elif not (target.one_sign_in_products and facts.rules[node].is_activation_product):
+            continue
+        yield {quantizer.name for n in together if (quantizer := placement.at(n)) is not None}

@@ -1,0 +1,73 @@
+"""From the recipe and a captured model to the plan: what holds for each module, decided here and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.config.targets import TensorScheme
+from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.edges import find_edges
+from hf_qat.graph.plan import Edges, ModulePlan, Plan
+
+
+logger = logging.getLogger(__name__)
+
+
+def make_plan(model: nn.Module, captured: Mapping[str, CapturedModule], config: QATConfig, inputs: Inputs) -> Plan:
+    """Resolve the target, all globs, and the edges of the model, right after capture.
+
+    Args:
+        model: captured; it is run once if the target keeps more bits at the edges.
+        captured: its captured children by path.
+        config: the recipe.
+        inputs: that the model was captured with.
+    """
+    bits = config.target_spec.edge_bits
+    edges = Edges() if bits is None else find_edges(model, captured, inputs, config.excludes)
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    plan = Plan(config.target_spec, {path: _module_plan(path, config, edges) for path in paths}, edges)
+    for path in edges.first_layer, *sorted(edges.last_layers):
+        if path is not None:
+            module = plan.modules[path]
+            logger.info("%s: %d bits, %s", path or type(model).__name__, module.weights.bits, module.why)
+    return plan
+
+
+def _module_plan(path: str, config: QATConfig, edges: Edges) -> ModulePlan:
+    weights, activations = config.schemes_for(path)
+    changes, bits = config.overrides_for(path), config.target_spec.edge_bits
+    edge = _edge(path, edges)
+    why = f"target {config.target}"
+    if config.excludes(path):
+        why = "excluded by the recipe"
+    elif any(changes.values()):
+        why = "overrides of the recipe"
+    elif edge is not None:
+        why = edge
+    return ModulePlan(
+        weights=weights if edge is None else _widened(weights, bits, "bits" in changes["weights"]),
+        activations=activations,
+        edge_activations=_widened(activations, bits, "bits" in changes["activations"]),
+        excluded=config.excludes(path),
+        why=why,
+    )
+
+
+def _edge(path: str, edges: Edges) -> str | None:
+    """What makes a layer one at the edge of the model, in words; `None` for any other."""
+    if path == edges.first_layer:
+        return "the first layer"
+    return "feeds an output of the model" if path in edges.last_layers else None
+
+
+def _widened(scheme: TensorScheme, bits: int | None, overridden: bool) -> TensorScheme:
+    """The scheme at an edge: with the bits that the target has there, unless the recipe names those of this module."""
+    if bits is None or overridden:
+        return scheme
+    return replace(scheme, bits=max(bits, scheme.bits))

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_qat import QATConfig, calibrate, prepare_qat
+from hf_qat.model.bias_correction import channel_mean, correct_biases
+from hf_qat.quantization.quantizer import fake_quantizers
+from tests.blocks import BLOCKS
+
+
+class Biased(nn.Module):
+    """A layer whose weights all lie 0.4 steps above a code (at 4 bits), and inputs of mean 1."""
+
+    def __init__(self, bias: bool, norm: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 6, bias=bias)
+        self.norm = nn.BatchNorm1d(6, eps=0.0) if norm else nn.Identity()
+        with torch.no_grad():
+            codes = torch.randint(-6, 6, (6, 32), generator=torch.Generator().manual_seed(0)) + 0.4
+            codes[:, 0] = 7.0  # fixes the step at 1
+            self.linear.weight.copy_(codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["bias", "batch norm"])
+def test_bias_correction_takes_the_mean_error_away_and_touches_no_weight(norm):
+    x = 1 + 0.1 * torch.randn(64, 32)
+    config = QATConfig(weights={"bits": 4, "observer": "minmax"})
+    results, states = [], []
+    float_model = Biased(bias=not norm, norm=norm).eval()
+    with torch.no_grad():
+        expected = float_model(x).mean(0)
+    for correction in (False, True):
+        model = prepare_qat(copy.deepcopy(float_model), config, x)
+        states.append(copy.deepcopy(model.state_dict()))
+        calibrate(model, [x[:32], x[32:]], bias_correction=correction)
+        with torch.no_grad():
+            results.append(model(x).mean(0))
+    error, corrected = ((result - expected).abs() for result in results)
+    assert (
+        error.median() > 12 and error.min() > 3
+    )  # 31 weights, each 0.4 too small; the range of the output ends there
+    assert corrected.max() < 0.02 * error.min()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, states[1][key])}
+    assert {key for key in changed if "quantizer" not in key} == {"norm.bias" if norm else "linear.bias"}
+
+
+def test_bias_correction_leaves_a_layer_without_a_bias_alone():
+    x = 1 + 0.1 * torch.randn(64, 32)
+    model = prepare_qat(Biased(bias=False, norm=False).eval(), QATConfig(), x)
+    weight = model.linear.weight.detach().clone()
+    calibrate(model, [x])
+    assert model.linear.bias is None and torch.equal(model.linear.weight, weight)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_bias_correction_brings_the_mean_output_of_every_block_to_the_float_blocks(name):
+    block = BLOCKS[name]
+    x, float_model = block.data(64), block.module()
+    with torch.no_grad():
+        expected = float_model(x)
+    errors = []
+    for correction in (False, True):
+        model = prepare_qat(block.module(), QATConfig(weights={"bits": 3}), x)
+        calibrate(model, [x], bias_correction=correction)
+        with torch.no_grad():
+            result = model(x)
+        errors.append(((result - expected).mean(0).norm() / expected.mean(0).norm()).item())
+        assert (result - expected).norm() / expected.norm() < 0.5
+    assert errors[1] < 1.1 * errors[0]
+
+
+class Chain(nn.Module):
+    """Two convolutions with a ReLU between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 1)
+        self.second = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def rounded(x: np.ndarray, quantizer: nn.Module) -> np.ndarray:
+    """QuantizeLinear and DequantizeLinear, in numpy; scales of a weight run along its first axis."""
+    scale = quantizer.scale.detach().numpy().reshape(-1, *[1] * (x.ndim - 1))
+    zero = 0 if quantizer.zero_point is None else np.rint(quantizer.zero_point.detach().numpy())
+    return (np.clip(np.rint(x / scale) + zero, quantizer.spec.qmin, quantizer.spec.qmax) - zero) * scale
+
+
+def rounded_bias(bias: np.ndarray, weight: nn.Module, source: nn.Module) -> np.ndarray:
+    """To multiples of the product of both scales, as in int32."""
+    step = (weight.scale * source.scale).detach().numpy()[:, None, None]
+    return np.rint(bias / step) * step
+
+
+def test_each_bias_moves_by_the_mean_error_that_is_left_once_those_before_it_are_corrected():
+    """Worked out in numpy, layer by layer: a 1x1 convolution is a product with a matrix."""
+    torch.manual_seed(1)
+    x = 2 + torch.randn(16, 3, 4, 4)
+    float_model = Chain().eval()
+    model = prepare_qat(copy.deepcopy(float_model), QATConfig(weights={"bits": 3}), x)
+    calibrate(model, [x], bias_correction=False)
+    found = fake_quantizers(model)
+    (w1, b1), (w2, b2) = (
+        (layer.weight.detach().numpy()[:, :, 0, 0], layer.bias.detach().numpy()[:, None, None])
+        for layer in (float_model.first, float_model.second)
+    )
+    pixels = x.numpy()
+    hidden = np.einsum("oc,nchw->nohw", w1, pixels) + b1
+    output = np.einsum("oc,nchw->nohw", w2, np.maximum(hidden, 0)) + b2
+
+    weight, source = found["first.weight_quantizer"], found["x_quantizer"]
+    noisy = np.einsum("oc,nchw->nohw", rounded(w1, weight), rounded(pixels, source))
+    noisy += rounded_bias(b1, weight, source)
+    first = (hidden - noisy).mean((0, 2, 3))
+    weight, source = found["second.weight_quantizer"], found["first.activation_quantizer"]
+    codes = rounded(np.maximum(noisy + first[:, None, None], 0), source)
+    noisy = np.einsum("oc,nchw->nohw", rounded(w2, weight), codes) + rounded_bias(b2, weight, source)
+    second = (output - noisy).mean((0, 2, 3))
+
+    correct_biases(model, [x])
+    assert min(abs(first).max(), abs(second).max()) > 0.01
+    for layer, start, shift in ((model.first, b1, first), (model.second, b2, second)):
+        np.testing.assert_allclose(layer.bias.detach().numpy() - start[:, 0, 0], shift, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "axes"),
+    [
+        (nn.Conv2d(3, 4, 1), (2, 3, 5, 6), (0, 2, 3)),
+        (nn.Conv1d(3, 4, 1), (2, 3, 5), (0, 2)),
+        (nn.Linear(3, 4), (2, 7, 3), (0, 1)),
+        (nn.Linear(3, 4), (2, 3), (0,)),
+    ],
+    ids=["conv2d", "conv1d", "linear on tokens", "linear"],
+)
+def test_the_mean_of_an_output_is_per_channel(layer, shape, axes):
+    x = torch.randn(shape)
+    prepared = prepare_qat(nn.Sequential(layer), QATConfig(), x)[0]
+    output = torch.randn(layer(x).shape)
+    np.testing.assert_allclose(channel_mean(output, prepared).numpy(), output.numpy().mean(axes), atol=1e-6)

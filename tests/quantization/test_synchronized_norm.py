@@ -1,0 +1,90 @@
+"""Two processes with a part of the batch each, against PyTorch's batch norm of the whole batch, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_qat.quantization.synchronized_norm import SynchronizedBatchNorm, synchronize_batch_norms
+from tests.ranks import on_two_ranks
+
+
+NORMS = {
+    "usual": {},
+    "average of all batches": {"momentum": None},
+    "without parameters": {"affine": False},
+    "without statistics": {"track_running_stats": False},
+}
+
+#: How many of the ten images the first process has.
+SHARE = 3
+
+
+def norm_of(name: str) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(4, **NORMS[name])
+    for position, parameter in enumerate(norm.parameters()):
+        nn.init.uniform_(parameter, 0.5, 1.5, generator=torch.Generator().manual_seed(position))
+    return norm
+
+
+def data(seed: int) -> Tensor:
+    """(10, 4, 5, 6) float32."""
+    return torch.randn(10, 4, 5, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def run(norm: nn.BatchNorm2d, part: slice) -> dict[str, Tensor]:
+    """Two training steps, on a part of the images each; the last one's output and gradients, and all buffers."""
+    dtype = next((tensor.dtype for tensor in norm.state_dict().values()), torch.float32)
+    for seed in (0, 1):
+        norm.zero_grad()
+        x = (30 + data(seed)[part]).to(dtype).requires_grad_()  # far from 0, where sums of squares lose digits
+        out = norm(x)
+        (out * data(7)[part]).sum().backward()
+    found = {"out": out.detach(), "x": x.grad, **{name: p.grad for name, p in norm.named_parameters()}}
+    return {name: tensor.float() for name, tensor in {**found, **dict(norm.named_buffers())}.items()}
+
+
+def in_parts(rank: int) -> dict[str, dict[str, Tensor]]:
+    results = {}
+    for name in NORMS:
+        norm = norm_of(name)
+        synchronize_batch_norms(norm)
+        results[name] = run(norm, slice(None, SHARE) if rank == 0 else slice(SHARE, None))
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list:
+    return on_two_ranks(in_parts, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_two_processes_compute_what_batch_norm_does_on_the_whole_batch(name: str, ranks: list):
+    expected = run(norm_of(name).double(), slice(None))
+    first, second = (result[name] for result in ranks)
+    for key in ("out", "x"):
+        torch.testing.assert_close(torch.cat([first[key], second[key]]), expected[key], rtol=1e-4, atol=1e-4)
+    for key in expected.keys() - {"out", "x"}:
+        summed = first[key] + second[key] if key in ("weight", "bias") else first[key]  # DDP adds gradients up
+        torch.testing.assert_close(summed, expected[key], rtol=1e-4, atol=1e-4)
+        if key not in ("weight", "bias"):
+            assert torch.equal(first[key], second[key])
+
+
+def test_in_evaluation_one_process_alone_computes_what_it_did(tmp_path: Path):
+    norm = norm_of("usual").eval()
+    expected = norm(data(0))
+    synchronize_batch_norms(norm)
+    assert torch.equal(norm(data(0)), expected)
+
+
+def test_only_batch_norms_are_exchanged_and_only_once():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.GroupNorm(1, 1), nn.SyncBatchNorm(1))
+    synchronize_batch_norms(model)
+    types = [type(module) for module in model]
+    assert [isinstance(module, SynchronizedBatchNorm) for module in model] == [False, True, False, False]
+    synchronize_batch_norms(model)
+    assert [type(module) for module in model] == types

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForImageClassification, Trainer
+from transformers import AutoModelForImageClassification, Trainer, TrainerState
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
 from hf_qat.files.atomic import INCOMPLETE, discard, put_back, put_in_place, written_whole
+from hf_qat.trainer.saving import delete_older
 from hf_qat.trainer.trainer import QATTrainer
 from tests.training import arguments, differing, images, recipe, trainer_of, values, values_in, vit
 
@@ -113,6 +115,34 @@ class TestCheckpoints:
             (tmp_path / "checkpoint-2", "last-checkpoint"),
         ]
         assert "trainer_state.json" in pushed[1][1]
+
+
+class TestDeleting:
+    def saved(self, directory: Path, steps: int) -> None:
+        """Checkpoints of so many steps, the first one the oldest."""
+        for step in range(1, steps + 1):
+            (directory / f"checkpoint-{step}").mkdir()
+            os.utime(directory / f"checkpoint-{step}", (step, step))
+
+    @pytest.mark.parametrize(
+        ("limit", "best", "in_use", "left"),
+        [
+            (None, None, [], [1, 2, 3, 4]),
+            (0, None, [], [1, 2, 3, 4]),
+            (2, None, [], [3, 4]),
+            (2, 1, [], [1, 4]),
+            (1, 1, [], [1, 4]),
+            (2, None, [1], [1, 3, 4]),
+            (1, None, [2], [2, 4]),
+        ],
+    )
+    def test_the_oldest_go_but_for_the_best_and_those_in_use(
+        self, tmp_path: Path, limit: int | None, best: int | None, in_use: list[int], left: list[int]
+    ):
+        self.saved(tmp_path, 4)
+        state = TrainerState(best_model_checkpoint=None if best is None else str(tmp_path / f"checkpoint-{best}"))
+        delete_older(state, str(tmp_path), limit, [tmp_path / f"checkpoint-{step}" for step in in_use])
+        assert steps_in(tmp_path) == left
 
 
 class TestModels:

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+
+#: How many names a message gives before it only counts the rest.
+NAMED = 5
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b, c`; of more than `NAMED` the first ones, and how many more there are."""
+    rest = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
 
 class HfQatError(Exception):
     """Base of every error that `hf_qat` raises on purpose."""

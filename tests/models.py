@@ -107,7 +107,7 @@ def swin() -> nn.Module:
 
 
 def segformer() -> nn.Module:
-    """Four stages, as its decoder inputs_to_quantize."""
+    """Four stages, as its decoder demands."""
     config = transformers.SegformerConfig(
         hidden_sizes=[4, 8, 8, 16],
         depths=[1, 1, 1, 1],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_qat.checkpoints.stored_format import quantized_layers
+from hf_qat.checkpoints.stored_format import key_of, quantized_layers
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.quantization.class_swap import original_class
 from hf_qat.quantization.converted import QuantizedLayer
@@ -56,29 +56,28 @@ def dequantize_(model: Model, dtype: torch.dtype | str | None = None) -> Model:
 
 def _float_tensors(fresh: nn.Module, path: str, layer: QuantizedLayer) -> dict[str, Tensor]:
     """What stands for one quantized layer, and the batch norm folded into it, in the state dict of `fresh`."""
-    prefix = f"{path}." if path else ""
     if hasattr(fresh.get_submodule(path), "running_mean"):
         return _norm_tensors(fresh, path, layer.weight.flatten(), layer.float_bias())
-    tensors, bias = {f"{prefix}weight": layer.weight}, layer.float_bias()
+    tensors, bias = {key_of(path, "weight"): layer.weight}, layer.float_bias()
     own_bias: Any = fresh.get_submodule(path).bias
     if layer.folded_norm is None:
-        return tensors if bias is None else {**tensors, f"{prefix}bias": bias}
+        return tensors if bias is None else {**tensors, key_of(path, "bias"): bias}
     assert bias is not None
     if own_bias is not None:
-        tensors[f"{prefix}bias"] = torch.zeros_like(own_bias)
+        tensors[key_of(path, "bias")] = torch.zeros_like(own_bias)
     return {**tensors, **_norm_tensors(fresh, layer.folded_norm, None, bias)}
 
 
 def _norm_tensors(fresh: nn.Module, path: str, weight: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
     """State of a batch norm that computes x * weight + bias: (x - 0) / sqrt(1 - eps + eps) * weight + bias."""
     norm: Any = fresh.get_submodule(path)
-    prefix = f"{path}." if path else ""
     ones = torch.ones_like(norm.running_mean)
     weight = ones if weight is None else weight
     bias = torch.zeros_like(ones) if bias is None else bias
     # DETR's frozen batch norms keep their epsilon in the code.
     tensors = {"running_mean": 0 * ones, "running_var": ones - getattr(norm, "eps", FROZEN_EPS)}
     if norm.weight is None:
-        return {f"{prefix}{name}": value for name, value in {**tensors, "running_mean": -bias}.items()}
-    tensors |= {"weight": weight, "bias": bias}
-    return {f"{prefix}{name}": value for name, value in tensors.items()}
+        tensors["running_mean"] = -bias
+    else:
+        tensors |= {"weight": weight, "bias": bias}
+    return {key_of(path, name): value for name, value in tensors.items()}

@@ -32,7 +32,7 @@ class QATHfQuantizer(HfQuantizer):
     """Loads both kinds of checkpoint, and prepares a float one if `quantization_config=QATConfig(…)` is passed."""
 
     quantization_config: QATConfig
-    _rebuilt: PendingRestore | None = None
+    _pending: PendingRestore | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to spread a model over devices: a graph reads weights without calling the layers they belong to."""
@@ -54,24 +54,24 @@ class QATHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the stored shape may differ from that of the module: integer codes are stored flat."""
-        return self._rebuilt is not None and param_name in self._rebuilt.codes
+        return self._pending is not None and param_name in self._pending.codes
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if self.pre_quantized:
-            from hf_qat.checkpoints.rebuild import rebuild
+            from hf_qat.checkpoints.rebuild import rebuild_before_loading
 
-            self._rebuilt = rebuild(model, self.quantization_config, checkpoint_files)
+            self._pending = rebuild_before_loading(model, self.quantization_config, checkpoint_files)
             self.quantization_config = model.config.quantization_config
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        from hf_qat.checkpoints.rebuild import detach_quantizer, finish
+        from hf_qat.checkpoints.rebuild import detach_quantizer, restore_after_loading
         from hf_qat.model.prepare import prepare_qat
 
-        if self._rebuilt is not None:
-            finish(model, self._rebuilt)
-            self._rebuilt = None
+        if self._pending is not None:
+            restore_after_loading(model, self._pending)
+            self._pending = None
         else:
             detach_quantizer(model)
             prepare_qat(model, self.quantization_config)

@@ -11,16 +11,13 @@ from transformers import PreTrainedModel
 
 from hf_qat.checkpoints.key_names import native_names, without_wrapper
 from hf_qat.checkpoints.sources import Source, name_of, read_weights
-from hf_qat.checkpoints.stored_format import PACKED_BITS, quantized_layers, stored_shape
-from hf_qat.errors import WeightsError
+from hf_qat.checkpoints.stored_format import PACKED_BITS, key_of, quantized_layers, stored_shape
+from hf_qat.errors import WeightsError, listed
 from hf_qat.model.state_dict import is_float_state_dict, quantizer_state
 from hf_qat.quantization.packing import unpack_nibbles
 
 
 Shape = tuple[int, ...]
-
-#: Keys that a line of a report names before it only counts the rest.
-NAMED_KEYS = 8
 
 
 @dataclass(frozen=True)
@@ -60,21 +57,18 @@ class WeightsReport:
         lines = [
             f"Weights from {self.source}:",
             f"  matched      {len(self.matched)} of {total}",
-            f"  missing      {_listed(self.missing)}",
-            f"  unexpected   {_listed(self.unexpected)}",
-            f"  other shape  {_listed(shapes)}",
+            f"  missing      {_counted(self.missing)}",
+            f"  unexpected   {_counted(self.unexpected)}",
+            f"  other shape  {_counted(shapes)}",
         ]
         if self.uncalibrated:
-            lines.append(f"  quantizers without stored ranges: calibrate. {_listed(self.uncalibrated)}")
+            lines.append(f"  quantizers without stored ranges: calibrate. {_counted(self.uncalibrated)}")
         return "\n".join(lines)
 
 
-def _listed(names: Sequence[str]) -> str:
-    """`2: a, b`; a long list is cut and the rest counted."""
-    if not names:
-        return "0"
-    rest = len(names) - NAMED_KEYS
-    return f"{len(names)}: {', '.join(names[:NAMED_KEYS])}" + (f" and {rest} more" if rest > 0 else "")
+def _counted(names: Sequence[str]) -> str:
+    """`2: a, b`; `0` for none."""
+    return f"{len(names)}: {listed(names)}" if names else "0"
 
 
 def load_weights(model: nn.Module, source: Source, strict: bool = False, verbose: bool = True) -> WeightsReport:
@@ -100,7 +94,7 @@ def load_weights(model: nn.Module, source: Source, strict: bool = False, verbose
     state = without_wrapper(state, own)
     if isinstance(model, PreTrainedModel):
         state = native_names(model, state)
-    codes = [_key(path, name) for path in quantized_layers(model) for name in ("weight", "bias")]
+    codes = [key_of(path, name) for path in quantized_layers(model) for name in ("weight", "bias")]
     state = _shaped(model, state)
     _check_kinds(type(model).__name__, codes, own, state)
     is_float = is_float_state_dict(model, state)
@@ -137,21 +131,17 @@ def _compare(
     )
 
 
-def _key(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
 def _shaped(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` with codes as a quantized checkpoint stores them (see `stored_format`) brought into their shape."""
     shaped = dict(state)
     for path, layer in quantized_layers(model).items():
-        stored = state.get(_key(path, "weight"))
+        stored = state.get(key_of(path, "weight"))
         if stored is None or stored.is_floating_point() or tuple(stored.shape) != stored_shape(layer):
             continue
         flat = stored.flatten()
         if layer.weight_spec.bits <= PACKED_BITS:
             flat = unpack_nibbles(flat, layer.codes.numel())
-        shaped[_key(path, "weight")] = flat.reshape(layer.codes.shape)
+        shaped[key_of(path, "weight")] = flat.reshape(layer.codes.shape)
     return shaped
 
 

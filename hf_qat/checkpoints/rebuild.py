@@ -1,8 +1,7 @@
-"""Checkpoints: how a converted model lies in its file, and how either kind becomes a model again.
+"""How a checkpoint of either kind becomes a model again, in the two hooks that `from_pretrained` has for it.
 
-Integer codes are stored under the name of the weight, flat: `[1, n]`, or `[n]` where the weight itself is `[1, n]`.
-No float model has such a weight, so without `import hf_qat` transformers refuses the file instead of casting the codes
-to float. Codes of at most 4 bits lie two in a byte.
+Before the weights are read, the float model is prepared (and converted) on the meta device, as its config.json says.
+Afterwards, codes get their shape back, and what transformers could not know is put right.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_qat.checkpoints.stored_format import _restore, _weight_key, quantized_layers, stored_shape
+from hf_qat.checkpoints.stored_format import key_of, quantized_layers, restore_codes, stored_shape
 from hf_qat.checkpoints.validation import check_tensors, open_tensors
 from hf_qat.config.checkpoint_info import CheckpointInfo, Stage
 from hf_qat.config.qat_config import QATConfig
@@ -52,7 +51,7 @@ class PendingRestore:
     new_heads: dict[str, torch.Size]
 
 
-def rebuild(model: PreTrainedModel, config: QATConfig, files: list[str] | None) -> PendingRestore:
+def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: list[str] | None) -> PendingRestore:
     """Prepare (and convert) a model on the meta device as its checkpoint says, in place, and look through the files.
 
     Args:
@@ -84,7 +83,7 @@ def rebuild(model: PreTrainedModel, config: QATConfig, files: list[str] | None) 
             _require_same_graph(model, saved)
             if saved.stage is Stage.CONVERTED:
                 swap_to_integer_modules(model)
-        layers = {_weight_key(path): layer for path, layer in quantized_layers(model).items()}
+        layers = {key_of(path, "weight"): layer for path, layer in quantized_layers(model).items()}
         shapes = {key: stored_shape(layer) for key, layer in layers.items()}
         other_labels = saved.stage is Stage.PREPARED and saved.num_labels != _info(model).num_labels
         new_heads = check_tensors(model, stored, shapes, other_labels)
@@ -125,17 +124,22 @@ def _require_same_graph(model: PreTrainedModel, saved: CheckpointInfo) -> None:
     )
 
 
-def finish(model: PreTrainedModel, rebuilt: PendingRestore) -> None:
-    """What is left to do once the weights are read, in place."""
-    for path, value in rebuilt.constants.items():
+def restore_after_loading(model: PreTrainedModel, pending: PendingRestore) -> None:
+    """Complete a rebuilt model once its weights are read, in place.
+
+    Args:
+        model: what `rebuild_before_loading` was given.
+        pending: what it returned.
+    """
+    for path, value in pending.constants.items():
         owner, _, name = path.rpartition(".")
         buffers = model.get_submodule(owner)._buffers
         present = buffers[name]
         buffers[name] = value if present is None else value.to(present.device)
     for layer in set(quantized_layers(model).values()):
-        _restore(layer)
-    if rebuilt.new_heads:
-        _start_heads(model, rebuilt.new_heads)
+        restore_codes(layer)
+    if pending.new_heads:
+        _start_heads(model, pending.new_heads)
     keep_names(model)
     state = state_of(model)
     if state is not None and state.stage is Stage.CONVERTED:
@@ -152,7 +156,7 @@ def detach_quantizer(model: PreTrainedModel) -> None:
 
 
 def _start_heads(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
-    """Fresh weights for another number of labels, and ranges to be collected anew behind them."""
+    """Fresh weights for another number of labels; the ranges of what they compute are to be collected anew."""
     owners: dict[str, nn.Module] = {}
     for key, shape in shapes.items():
         path, _, name = key.rpartition(".")

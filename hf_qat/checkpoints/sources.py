@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
@@ -101,11 +99,12 @@ def _read(file: Path, find: Callable[[str], Path | None]) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever reading a pickle stumbles over where the file is damaged, or none
         reason = str(error).strip().partition("\n")[0]
         raise WeightsError(
-            f"{file} cannot be read as weights: {reason} It may be cut short, or hold objects other than tensors, "
-            "which are not loaded because they could run code: save model.state_dict() alone."
+            f"{file} cannot be read as weights ({type(error).__name__}: {reason}). It may be cut short, no file of "
+            "weights at all, or hold objects other than tensors, which are not loaded because they could run code: "
+            "save model.state_dict() alone."
         ) from error
     return _named_tensors(content, str(file))
 
@@ -114,7 +113,7 @@ def _shard_names(index: Path) -> list[str]:
     """Names of files beside the index: it may come from anywhere, and could name any file of this machine."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} is no index of weights: it has no weight_map ({error}).") from error
     for name in names:
         if not isinstance(name, str) or {"/", "\\"} & set(name) or not name.endswith(SHARD_SUFFIXES):

@@ -36,7 +36,7 @@ def stored_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a converted model, with its codes as they are stored."""
     layers = quantized_layers(model)
     flat = {layer: _flat(layer) for layer in dict.fromkeys(layers.values())}
-    return {**model.state_dict(), **{_weight_key(path): flat[layer] for path, layer in layers.items()}}
+    return {**model.state_dict(), **{key_of(path, "weight"): flat[layer] for path, layer in layers.items()}}
 
 
 def _flat(layer: QuantizedLayer) -> Tensor:
@@ -45,12 +45,13 @@ def _flat(layer: QuantizedLayer) -> Tensor:
     return stored.reshape(stored_shape(layer))
 
 
-def _restore(layer: QuantizedLayer) -> None:
-    """The inverse of `_flat`, in place."""
+def restore_codes(layer: QuantizedLayer) -> None:
+    """Give the codes of `layer`, which were read as they are stored, the shape of its weight; in place."""
     flat, shape = layer.codes.flatten(), layer.weight_shape
     codes = unpack_nibbles(flat, shape.numel()) if layer.weight_spec.bits <= PACKED_BITS else flat
     layer._buffers["weight"] = codes.reshape(shape)
 
 
-def _weight_key(path: str) -> str:
-    return f"{path}.weight" if path else "weight"
+def key_of(path: str, name: str) -> str:
+    """The key, in a state dict, of a tensor of the module at `path`; the model itself has the empty path."""
+    return f"{path}.{name}" if path else name

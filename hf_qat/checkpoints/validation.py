@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_qat.checkpoints.stored_format import key_of
 from hf_qat.errors import WeightsError
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
 from hf_qat.quantization.packing import unpack_nibbles
@@ -51,7 +52,7 @@ class Stored:
 
     @property
     def dtype(self) -> str:
-        """As safetensors calls it."""
+        """The name that safetensors has for it, as `F32`."""
         return str(self.handle.get_slice(self.key).get_dtype())
 
     @property
@@ -96,8 +97,7 @@ def check_tensors(
     """
     own = model.state_dict(keep_vars=True)
     _check_names(stored, own, type(model).__name__)
-    checks = list(_quantizer_tensors(model))
-    ours = {key for key, _, _ in checks}
+    ours = {tensor.key: tensor for tensor in _quantizer_tensors(model)}
     mismatched = {}
     for key, tensor in own.items():
         if key not in stored:
@@ -108,9 +108,9 @@ def check_tensors(
             if not other_labels:
                 raise stored[key].refuse(f"has the shape {list(stored[key].shape)} instead of {list(shape)}")
             mismatched[key] = tensor.shape
-    for key, check, spec in checks:
+    for key, tensor_of_ours in ours.items():
         if key in stored and key not in mismatched:
-            check(stored[key], spec)
+            tensor_of_ours.check(stored[key], tensor_of_ours.module)
     return mismatched
 
 
@@ -185,35 +185,11 @@ def _check_dtype(stored: Stored, allowed: tuple[str, ...]) -> None:
         raise stored.refuse(f"is of {stored.dtype} instead of {' or '.join(allowed)}")
 
 
-Check = Callable[[Stored, Any], None]
-
-
-def _quantizer_tensors(model: nn.Module) -> Iterator[tuple[str, Check, Any]]:
-    """The tensors that quantization has added to the state dict: key, what to check of its values, spec."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        checks: dict[str, Check] = {}
-        spec: Any = None
-        if isinstance(module, FakeQuantize):
-            spec = module.spec
-            checks = {"log2_scale": _check_log2_scale, "observed": _check_count}
-            checks |= dict.fromkeys(("offset", "range_min", "range_max"), _check_finite)
-        elif isinstance(module, QuantizeDequantize):
-            spec = module.spec
-            checks = {"scale": _check_scale, "zero_point": _check_zero_point}
-        elif isinstance(module, QuantizedLayer):
-            spec = (module.weight_spec, module.codes.shape)
-            checks = {"weight": _check_codes, "weight_scale": _check_scale, "bias_scale": _check_scale}
-        for name, check in checks.items():
-            if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
-                yield f"{prefix}{name}", check, spec
-
-
-def _check_log2_scale(stored: Stored, spec: Any) -> None:
+def _check_log2_scale(stored: Stored, module: FakeQuantize) -> None:
     _require_scale(stored, torch.exp2(stored.read()))
 
 
-def _check_scale(stored: Stored, spec: Any) -> None:
+def _check_scale(stored: Stored, module: QuantizeDequantize | QuantizedLayer) -> None:
     _require_scale(stored, stored.read())
 
 
@@ -224,28 +200,63 @@ def _require_scale(stored: Stored, scale: Tensor) -> None:
         raise stored.refuse(f"gives a scale of {bad[0].item()}, and scales are positive, finite, and not denormal")
 
 
-def _check_finite(stored: Stored, spec: Any) -> None:
+def _check_finite(stored: Stored, module: FakeQuantize) -> None:
     if not bool(stored.read().isfinite().all()):
         raise stored.refuse("holds NaN or infinity")
 
 
-def _check_count(stored: Stored, spec: Any) -> None:
+def _check_count(stored: Stored, module: FakeQuantize) -> None:
     if int(stored.read()) < 0:
         raise stored.refuse("is negative, and counts batches")
 
 
-def _check_zero_point(stored: Stored, spec: Any) -> None:
+def _check_zero_point(stored: Stored, module: QuantizeDequantize) -> None:
+    spec = module.spec
     low, high = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)
     value = int(stored.read())
     if not low <= value <= high:
         raise stored.refuse(f"is the zero point {value}, outside of [{low}, {high}]")
 
 
-def _check_codes(stored: Stored, spec: Any) -> None:
-    spec, shape = spec
+def _check_codes(stored: Stored, module: QuantizedLayer) -> None:
+    spec = module.weight_spec
     codes = stored.read_large().flatten()
     if codes.dtype == torch.uint8:
-        codes = unpack_nibbles(codes, shape.numel())
+        codes = unpack_nibbles(codes, module.codes.numel())
     low, high = (int(bound) for bound in torch.aminmax(codes))
     if low < spec.qmin or high > spec.qmax:
         raise stored.refuse(f"holds codes from {low} to {high}, outside of [{spec.qmin}, {spec.qmax}]")
+
+
+Check = Callable[[Stored, Any], None]
+
+#: For each kind of module that quantization adds or exchanges: its tensors in the state dict, and what must hold of
+#: their values.
+CHECKS: dict[type[nn.Module], dict[str, Check]] = {
+    FakeQuantize: {
+        "log2_scale": _check_log2_scale,
+        "observed": _check_count,
+        "offset": _check_finite,
+        "range_min": _check_finite,
+        "range_max": _check_finite,
+    },
+    QuantizeDequantize: {"scale": _check_scale, "zero_point": _check_zero_point},
+    QuantizedLayer: {"weight": _check_codes, "weight_scale": _check_scale, "bias_scale": _check_scale},
+}
+
+
+@dataclass(frozen=True)
+class _QuantizerTensor:
+    """A tensor that quantization has added to the state dict, and what to check of it."""
+
+    key: str
+    module: nn.Module
+    check: Check
+
+
+def _quantizer_tensors(model: nn.Module) -> Iterator[_QuantizerTensor]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        for kind, checks in CHECKS.items():
+            for name, check in checks.items() if isinstance(module, kind) else ():
+                if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
+                    yield _QuantizerTensor(key_of(path, name), module, check)

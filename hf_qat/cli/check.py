@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_qat.files.atomic import whole_file
 from hf_qat.tidl.devices import DEVICES
 
 
@@ -21,8 +22,7 @@ def main(argv: Sequence[str]) -> None:
         argv: what follows `hf-qat check`.
 
     Raises:
-        HfQatError: no such device, or the file is no ONNX.
-        OSError: the JSON file cannot be written.
+        HfQatError: no such device, the file is no ONNX, or the JSON file cannot be written.
         SystemExit: 1 if TIDL refuses the file; 2 for wrong options; 0 after `--help`.
     """
     options = _parser().parse_args(argv)
@@ -31,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
     report = check_tidl(options.file, options.target)
     print(report)
     if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with whole_file(options.json) as file:
+            file.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     if not report.ok:
         raise SystemExit(REFUSED)
 

@@ -71,25 +71,25 @@ def transpose_quantized_weights(model: ModelProto) -> None:
     Between the weight's `DequantizeLinear` and its `MatMul`, the transposition hides the pair from runtimes.
     """
     graph = model.graph
-    scope = OnnxGraph(graph)
+    onnx_graph = OnnxGraph(graph)
     dequantized = {
         node.output[0]: node
         for node in graph.node
-        if node.op_type == "DequantizeLinear" and all(scope.tensor(name) is not None for name in node.input)
+        if node.op_type == "DequantizeLinear" and all(onnx_graph.tensor(name) is not None for name in node.input)
     }
     nodes = []
     for node in graph.node:
         source = dequantized.get(node.input[0]) if node.op_type == "Transpose" else None
-        nodes.append(node if source is None else _transposed(graph, source, node, scope))
+        nodes.append(node if source is None else _transposed(graph, source, node, onnx_graph))
     _replace(graph.node, nodes)
 
 
-def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, scope: OnnxGraph) -> NodeProto:
+def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, onnx_graph: OnnxGraph) -> NodeProto:
     """`source`, with codes that are transposed already, in the place of `transpose`."""
-    codes = scope.constant(source.input[0])
+    codes = onnx_graph.constant(source.input[0])
     assert codes is not None
     permutation: Any = get_attribute(transpose, "perm") or list(reversed(range(codes.ndim)))
-    name = scope.fresh(f"{source.input[0]}_transposed")
+    name = onnx_graph.fresh(f"{source.input[0]}_transposed")
     graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(codes.transpose(permutation)), name))
     node = helper.make_node("DequantizeLinear", [name, *source.input[1:]], transpose.output)
     node.metadata_props.extend(source.metadata_props)
@@ -102,10 +102,10 @@ def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, scop
 def quantize_constants(model: ModelProto) -> None:
     """`QuantizeLinear` of a constant, such as position embeddings, becomes the codes themselves."""
     graph = model.graph
-    scope = OnnxGraph(graph)
+    onnx_graph = OnnxGraph(graph)
     nodes = []
     for node in graph.node:
-        x, scale, zero_point = (scope.constant(name) for name in [*node.input, "", ""][:3])
+        x, scale, zero_point = (onnx_graph.constant(name) for name in [*node.input, "", ""][:3])
         if node.op_type == "QuantizeLinear" and x is not None and scale is not None and zero_point is not None:
             limits = np.iinfo(zero_point.dtype)
             codes = np.clip(np.rint(x / scale) + zero_point, limits.min, limits.max).astype(zero_point.dtype)
@@ -118,23 +118,23 @@ def quantize_constants(model: ModelProto) -> None:
 def drop_additions_of_zero(model: ModelProto) -> None:
     """Remove `Add` of a constant of zeros: the attention mask of a vision model, which masks nothing."""
     graph = model.graph
-    scope = OnnxGraph(graph)
+    onnx_graph = OnnxGraph(graph)
     outputs = {output.name for output in graph.output}
     same: dict[str, str] = {}
     for node in graph.node:
-        x = _other_than_zeros(node, scope)
+        x = _other_than_zeros(node, onnx_graph)
         if x is not None and node.output[0] not in outputs:
             same[node.output[0]] = same.get(x, x)
     _replace(graph.node, [node for node in graph.node if node.output[0] not in same])
     replace_values(graph, same)
 
 
-def _other_than_zeros(node: NodeProto, scope: OnnxGraph) -> str | None:
+def _other_than_zeros(node: NodeProto, onnx_graph: OnnxGraph) -> str | None:
     """The summand that the sum is equal to, in value and shape."""
     if node.op_type != "Add":
         return None
     for x, zeros in (tuple(node.input), tuple(reversed(node.input))):
-        values, shape = scope.constant(zeros), scope.shape(x)
+        values, shape = onnx_graph.constant(zeros), onnx_graph.shape(x)
         if values is not None and shape is not None and not values.any() and _fits(values.shape, shape):
             return x
     return None
@@ -150,16 +150,16 @@ def _fits(shape: tuple[int, ...], into: Shape) -> bool:
 def pool_globally(model: ModelProto) -> None:
     """`ReduceMean` over height and width becomes `GlobalAveragePool`, and a `Flatten` where the axes are dropped."""
     graph = model.graph
-    scope = OnnxGraph(graph)
+    onnx_graph = OnnxGraph(graph)
     nodes: list[NodeProto] = []
     for node in graph.node:
-        nodes += _global_pool(node, scope) if _is_global_mean(node, scope) else [node]
+        nodes += _global_pool(node, onnx_graph) if _is_global_mean(node, onnx_graph) else [node]
     _replace(graph.node, nodes)
 
 
-def _global_pool(mean: NodeProto, scope: OnnxGraph) -> list[NodeProto]:
+def _global_pool(mean: NodeProto, onnx_graph: OnnxGraph) -> list[NodeProto]:
     if get_attribute(mean, "keepdims") == 0:
-        pooled = scope.fresh(f"{mean.output[0]}_pooled")
+        pooled = onnx_graph.fresh(f"{mean.output[0]}_pooled")
         nodes = [
             helper.make_node("GlobalAveragePool", mean.input[:1], [pooled]),
             helper.make_node("Flatten", [pooled], mean.output, axis=1),
@@ -171,12 +171,12 @@ def _global_pool(mean: NodeProto, scope: OnnxGraph) -> list[NodeProto]:
     return nodes
 
 
-def _is_global_mean(node: NodeProto, scope: OnnxGraph) -> bool:
+def _is_global_mean(node: NodeProto, onnx_graph: OnnxGraph) -> bool:
     """Whether the node averages (N, C, H, W) over the last two axes; they are an attribute up to opset 17."""
     if node.op_type != "ReduceMean" or node.domain not in DEFAULT_DOMAINS:
         return False
-    shape = scope.shape(node.input[0])
-    axes: Any = scope.constant(node.input[1]) if len(node.input) > 1 else get_attribute(node, "axes")
+    shape = onnx_graph.shape(node.input[0])
+    axes: Any = onnx_graph.constant(node.input[1]) if len(node.input) > 1 else get_attribute(node, "axes")
     return shape is not None and len(shape) == 4 and axes is not None and {int(axis) % 4 for axis in axes} == {2, 3}
 
 

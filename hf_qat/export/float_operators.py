@@ -48,44 +48,46 @@ def float_operators(model: ModelProto) -> dict[str, list[str]]:
 
     That is, one of its inputs comes neither from a `DequantizeLinear` nor from operators that got theirs from one; of
     convolutions and matrix products, a float weight counts too. So the layer norm or the GELU between two quantizers
-    is none, an excluded layer is one, with everything behind it up to the next quantizer.
+    is none, an excluded layer is one, with everything after it up to the next quantizer.
 
     Returns:
         Names of nodes by operator, in the order of the graph; empty for a fully quantized model.
     """
     graph = model.graph
-    scope = OnnxGraph(graph)
+    onnx_graph = OnnxGraph(graph)
     rounded: set[str] = set()
     found: dict[str, list[str]] = {}
     for node in graph.node:
-        if node.op_type == "DequantizeLinear" or all(scope.tensor(name) is not None for name in node.input if name):
+        if node.op_type == "DequantizeLinear" or all(
+            onnx_graph.tensor(name) is not None for name in node.input if name
+        ):
             rounded.update(node.output if node.op_type == "DequantizeLinear" else ())
-        elif node.op_type != "QuantizeLinear" and scope.element_type(node.output[0]) in REAL_TYPES:
-            if _inputs_rounded(node, scope, rounded):
+        elif node.op_type != "QuantizeLinear" and onnx_graph.element_type(node.output[0]) in REAL_TYPES:
+            if _inputs_rounded(node, onnx_graph, rounded):
                 rounded.update(node.output)
             elif node.op_type not in MOVING:
                 found.setdefault(node.op_type, []).append(node.name)
     return found
 
 
-def _inputs_rounded(node: NodeProto, scope: OnnxGraph, rounded: set[str]) -> bool:
+def _inputs_rounded(node: NodeProto, onnx_graph: OnnxGraph, rounded: set[str]) -> bool:
     if node.op_type in MULTIPLYING and not rounded.issuperset(node.input[:2]):
         return False
-    real = [name for name in node.input if name and scope.element_type(name) in REAL_TYPES]
-    return all(name in rounded or scope.tensor(name) is not None for name in real)
+    real = [name for name in node.input if name and onnx_graph.element_type(name) in REAL_TYPES]
+    return all(name in rounded or onnx_graph.tensor(name) is not None for name in real)
 
 
 def output_steps(model: ModelProto) -> list[float | None]:
-    """The scale of the last quantizer before each output; `None` where something is still computed behind it."""
-    scope = OnnxGraph(model.graph)
+    """The scale of the last quantizer before each output; `None` where something is still computed after it."""
+    onnx_graph = OnnxGraph(model.graph)
     makers = {name: node for node in model.graph.node for name in node.output}
-    return [_step(output.name, makers, scope) for output in model.graph.output]
+    return [_step(output.name, makers, onnx_graph) for output in model.graph.output]
 
 
-def _step(name: str, makers: dict[str, NodeProto], scope: OnnxGraph) -> float | None:
+def _step(name: str, makers: dict[str, NodeProto], onnx_graph: OnnxGraph) -> float | None:
     for node in _moved_from(name, makers):
         if node.op_type == "DequantizeLinear":
-            scale = scope.constant(node.input[1])
+            scale = onnx_graph.constant(node.input[1])
             return float(scale) if scale is not None and scale.ndim == 0 else None
     return None
 

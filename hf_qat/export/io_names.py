@@ -4,19 +4,58 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hf_qat.graph.capture.inputs import Inputs, guess_inputs
+from hf_qat.graph.capture.inputs import Inputs, guess_inputs, with_batch
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.model.state import captured_children
 
 
 #: Name of the batch axis in a file with a dynamic batch.
 BATCH_AXIS = "batch"
+
+
+@dataclass(frozen=True)
+class ExportCall:
+    """The call of a model that `torch.onnx.export` traces.
+
+    Attributes:
+        args, kwargs: example inputs, on the CPU.
+        input_names, output_names: one for each tensor.
+        dynamic_shapes: which axes are free, as the exporter takes it; `None` if every size is fixed.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    input_names: list[str]
+    output_names: list[str]
+    dynamic_shapes: dict[str, Any] | None
+
+
+@torch.no_grad()
+def export_call(model: nn.Module, inputs: Inputs, dynamic: bool) -> ExportCall:
+    """The call of `model` with `inputs`, cut to the batch that the exporter needs.
+
+    Args:
+        model: on the CPU; it is run once, to see what comes out.
+        inputs: as forward takes them, batch first.
+        dynamic: the batch is free; else it is 1.
+    """
+    # torch.export takes a size of 1 for a constant, even where it is told that the axis is dynamic.
+    args, kwargs = with_batch(inputs, 2 if dynamic else 1, torch.device("cpu"))
+    bound = bind(model, args, kwargs)
+    return ExportCall(
+        args=bound.args,
+        kwargs=bound.kwargs,
+        input_names=input_names(bound),
+        output_names=[name for name, _ in named_outputs(model(*args, **kwargs))],
+        dynamic_shapes=dynamic_batch(bound) if dynamic else None,
+    )
 
 
 def example_of(model: nn.Module) -> Inputs:

@@ -1,4 +1,4 @@
-"""`export_onnx`: a converted model as a Q/DQ ONNX file, written atomically and checked on ONNX Runtime."""
+"""`export_onnx`: a converted model as a Q/DQ ONNX file, written as a whole and checked on ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import copy
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -22,12 +20,13 @@ from torch import nn
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ExportError, StageError
 from hf_qat.export.cleanup import clean_up, set_metadata
-from hf_qat.export.io_names import bind, dynamic_batch, example_of, input_names, named_outputs
+from hf_qat.export.io_names import ExportCall, example_of, export_call
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
 from hf_qat.export.report import ExportReport
 from hf_qat.export.verify import describe, require_onnxruntime, verify_onnx
-from hf_qat.graph.capture.inputs import Inputs, device_of, with_batch
+from hf_qat.files.atomic import whole_file
+from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.model.state import require_stage, state_of
 from hf_qat.version import __version__
 
@@ -65,13 +64,14 @@ def export_onnx(
     config = _require_converted(model)
     _require_tools(opset_version, verify)
     path = Path(path)
-    with _atomic(path) as temporary:
+    with whole_file(path) as temporary:
         inputs = example_of(model) if example_inputs is None else example_inputs
-        file = _to_proto(_on_cpu(model), inputs, opset_version, dynamic_batch)
+        exported = _on_cpu(model)
+        file = _to_proto(exported, export_call(exported, inputs, dynamic_batch), opset_version)
         set_metadata(file, _metadata(config))
         _check(file, opset_version)
         temporary.write_bytes(file.SerializeToString())
-        report = verify_onnx(model, temporary, [inputs]) if verify else describe(temporary, file)
+        report = verify_onnx(model, temporary, [inputs]) if verify else describe(model, temporary, file)
     return replace(report, path=path)
 
 
@@ -96,57 +96,24 @@ def _require_tools(opset_version: int, verify: bool) -> None:
         require_onnxruntime()
 
 
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place at the end, or goes if anything is raised."""
-    if path.is_dir():
-        raise ExportError(f"cannot write {path}: it is a directory. Name a file in it, such as {path / 'model.onnx'}.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".onnx")
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror}. Choose a path that you may write to.") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The permissions that new files do not get; `mkstemp` gives its own even less."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _on_cpu(model: nn.Module) -> nn.Module:
     """The model, or a copy on the CPU, where the exporter makes its constants."""
     return model if device_of(model).type == "cpu" else copy.deepcopy(model).to("cpu")
 
 
-def _to_proto(model: nn.Module, inputs: Inputs, opset_version: int, dynamic: bool) -> onnx.ModelProto:
+def _to_proto(model: nn.Module, call: ExportCall, opset_version: int) -> onnx.ModelProto:
     """Export, lower to the opset asked for, and clean up."""
-    # torch.export takes a size of 1 for a constant, even where it is told that the axis is dynamic.
-    args, kwargs = with_batch(inputs, 2 if dynamic else 1, torch.device("cpu"))
-    bound = bind(model, args, kwargs)
-    with torch.no_grad():
-        outputs = [name for name, _ in named_outputs(model(*args, **kwargs))]
-    options: dict[str, Any] = {"dynamic_shapes": dynamic_batch(bound)} if dynamic else {}
     try:
         with _quiet():
             program = torch.onnx.export(
                 model,
-                bound.args,
-                kwargs=bound.kwargs,
-                input_names=input_names(bound),
-                output_names=outputs,
+                call.args,
+                kwargs=call.kwargs,
+                input_names=call.input_names,
+                output_names=call.output_names,
+                dynamic_shapes=call.dynamic_shapes,
                 opset_version=max(opset_version, EXPORTER_OPSET),
                 verbose=False,
-                **options,
             )
     except Exception as error:
         raise ExportError(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(error)}") from error

@@ -31,7 +31,7 @@ class OnnxGraph:
 
     Args:
         body: the graph or function that holds the node. Shapes come from its `value_info`, so infer them first.
-        outer: the scope around a subgraph.
+        outer: the graph around a subgraph, as one of these.
     """
 
     def __init__(self, body: GraphProto | FunctionProto, outer: OnnxGraph | None = None) -> None:

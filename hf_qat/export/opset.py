@@ -86,17 +86,17 @@ def _set_opset(imports: Iterable[onnx.OperatorSetIdProto], version: int) -> None
 
 def _lower(body: GraphProto | FunctionProto, outer: OnnxGraph | None) -> None:
     """Rewrite the nodes of a graph or function, and of the graphs inside them, in place."""
-    scope = OnnxGraph(body, outer)
+    onnx_graph = OnnxGraph(body, outer)
     nodes: list[NodeProto] = []
     for node in body.node:
         for graph in subgraphs(node):
-            _lower(graph, scope)
-        nodes += _lower_node(node, scope)
+            _lower(graph, onnx_graph)
+        nodes += _lower_node(node, onnx_graph)
     del body.node[:]
     body.node.extend(nodes)
 
 
-def _lower_node(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _lower_node(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     if node.domain not in DEFAULT_DOMAINS:
         return (node,)
     try:
@@ -109,7 +109,7 @@ def _lower_node(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
         raise _cannot(node, "opset 17 has nothing that computes the same")
     copy = NodeProto()
     copy.CopyFrom(node)
-    return RULES[node.op_type](copy, scope)
+    return RULES[node.op_type](copy, onnx_graph)
 
 
 def _describe(node: NodeProto) -> str:
@@ -123,18 +123,18 @@ def _cannot(node: NodeProto, reason: str, lowest: int = 18) -> ExportError:
     )
 
 
-def _refuse_16_bits(graph: GraphProto, scope: OnnxGraph) -> None:
+def _refuse_16_bits(graph: GraphProto, onnx_graph: OnnxGraph) -> None:
     for node in graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.input) == 3:
-            if scope.element_type(node.input[2]) in (TensorProto.INT16, TensorProto.UINT16):
+            if onnx_graph.element_type(node.input[2]) in (TensorProto.INT16, TensorProto.UINT16):
                 raise _cannot(node, "its codes have 16 bits", lowest=OPSET_OF_16_BITS)
 
 
-def _optional_constant(node: NodeProto, position: int, name: str, scope: OnnxGraph) -> list[int] | None:
+def _optional_constant(node: NodeProto, position: int, name: str, onnx_graph: OnnxGraph) -> list[int] | None:
     """A constant integer input as a list; `None` where the node has no such input."""
     if len(node.input) <= position or not node.input[position]:
         return None
-    value = scope.constant(node.input[position])
+    value = onnx_graph.constant(node.input[position])
     if value is None:
         raise _cannot(node, f"its {name} are computed at run time")
     return [int(item) for item in np.atleast_1d(value)]
@@ -153,8 +153,8 @@ def _constant_node(values: Sequence[int], name: str) -> NodeProto:
     return helper.make_node("Constant", [], [name], name=name, value=tensor)
 
 
-def _rank(node: NodeProto, scope: OnnxGraph) -> int:
-    shape = scope.shape(node.input[0])
+def _rank(node: NodeProto, onnx_graph: OnnxGraph) -> int:
+    shape = onnx_graph.shape(node.input[0])
     if shape is None:
         raise _cannot(node, "the rank of its input is unknown")
     return len(shape)
@@ -171,9 +171,9 @@ def _rank(node: NodeProto, scope: OnnxGraph) -> int:
     "ReduceProd",
     "ReduceSumSquare",
 )
-def _reduce(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _reduce(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     """`axes` goes from an input to an attribute; no axes mean all of them, or none if `noop_with_empty_axes`."""
-    axes = _optional_constant(node, 1, "axes", scope)
+    axes = _optional_constant(node, 1, "axes", onnx_graph)
     noop = take_attribute(node, "noop_with_empty_axes")
     del node.input[1:]
     if axes:
@@ -184,25 +184,25 @@ def _reduce(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
 
 
 @lowering("Resize")
-def _resize(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _resize(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     """The three new attributes go, where they say what opset 17 does anyway."""
     _drop_default(node, "antialias", 0)
     _drop_default(node, "keep_aspect_ratio_policy", b"stretch")
     axes: Any = take_attribute(node, "axes")
     if axes is not None:
-        rank = _rank(node, scope)
+        rank = _rank(node, onnx_graph)
         if [axis % rank for axis in axes] != list(range(rank)):
             raise _cannot(node, f"it resizes axes {list(axes)} only")
     return (node,)
 
 
 @lowering("Split")
-def _split(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _split(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     """`num_outputs` goes: equal parts are opset 17's default, others are written as sizes, the last one smaller."""
     parts: Any = take_attribute(node, "num_outputs")
     if parts is None or (len(node.input) > 1 and node.input[1]):
         return (node,)
-    shape = scope.shape(node.input[0])
+    shape = onnx_graph.shape(node.input[0])
     axis: Any = get_attribute(node, "axis") or 0
     size = None if shape is None else shape[axis]
     if size is None:
@@ -210,29 +210,29 @@ def _split(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
     if size % parts == 0:
         return (node,)
     part = -(-size // parts)
-    sizes = scope.fresh(f"{node.output[0]}_sizes")
+    sizes = onnx_graph.fresh(f"{node.output[0]}_sizes")
     del node.input[1:]
     node.input.append(sizes)
     return _constant_node([part] * (parts - 1) + [size - part * (parts - 1)], sizes), node
 
 
 @lowering("Pad")
-def _pad(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _pad(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     """The input `axes` goes; `pads` then lists all axes: first the sizes before, then the sizes behind."""
-    axes = _optional_constant(node, 3, "axes", scope)
+    axes = _optional_constant(node, 3, "axes", onnx_graph)
     del node.input[3:]
     if axes is None:
         return (node,)
-    rank = _rank(node, scope)
-    pads = _optional_constant(node, 1, "pads", scope) or []
+    rank = _rank(node, onnx_graph)
+    pads = _optional_constant(node, 1, "pads", onnx_graph) or []
     everywhere = np.zeros((2, rank), dtype=np.int64)
     everywhere[:, [axis % rank for axis in axes]] = np.reshape(pads, (2, len(axes)))
-    node.input[1] = scope.fresh(f"{node.output[0]}_pads")
+    node.input[1] = onnx_graph.fresh(f"{node.output[0]}_pads")
     return _constant_node([int(pad) for pad in everywhere.ravel()], node.input[1]), node
 
 
 @lowering("LpPool")
-def _lp_pool(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _lp_pool(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     """The two new attributes go, where they say what opset 17 does anyway."""
     _drop_default(node, "ceil_mode", 0)
     kernel: Any = get_attribute(node, "kernel_shape")
@@ -241,7 +241,7 @@ def _lp_pool(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
 
 
 @lowering("ScatterElements", "ScatterND")
-def _scatter(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _scatter(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     """Opset 18 only added two reductions."""
     reduction: Any = get_attribute(node, "reduction") or b"none"
     if reduction in (b"max", b"min"):
@@ -250,10 +250,10 @@ def _scatter(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
 
 
 @lowering("Mish")
-def _mish(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _mish(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     """x * tanh(softplus(x)): Misra 2019."""
-    softplus = scope.fresh(f"{node.output[0]}_softplus")
-    tanh = scope.fresh(f"{node.output[0]}_tanh")
+    softplus = onnx_graph.fresh(f"{node.output[0]}_softplus")
+    tanh = onnx_graph.fresh(f"{node.output[0]}_tanh")
     return (
         helper.make_node("Softplus", [node.input[0]], [softplus], name=f"{node.name}_softplus"),
         helper.make_node("Tanh", [softplus], [tanh], name=f"{node.name}_tanh"),
@@ -262,13 +262,13 @@ def _mish(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
 
 
 @lowering("GroupNormalization")
-def _group_normalization(node: NodeProto, scope: OnnxGraph) -> Sequence[NodeProto]:
+def _group_normalization(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
     """An instance normalization with each group as one channel; scale and bias are per group at opset 18."""
     groups: Any = get_attribute(node, "num_groups")
     epsilon: Any = get_attribute(node, "epsilon")
     x, scale, bias = node.input
     folded, normalized, by_group, shape = (
-        scope.fresh(f"{node.output[0]}_{part}") for part in ("folded", "normalized", "by_group", "shape")
+        onnx_graph.fresh(f"{node.output[0]}_{part}") for part in ("folded", "normalized", "by_group", "shape")
     )
     return (
         _constant_node([0, groups, -1], by_group),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from hf_qat.model.in_float import FloatOperation, by_reason
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class ExportReport:
         opset: the version of ONNX's default operators, as the file states it.
         num_quantize_nodes: number of `QuantizeLinear` nodes.
         float_ops: operator → names of the nodes that compute with unquantized numbers; empty if all is quantized.
+        float_operations: the operations of the model's graphs that stay in float, each with its reason; also those
+            between two quantizers, which compute with quantized numbers.
         samples: number of inputs that were compared; 0 without verification.
         plain: agreement with ONNX Runtime's optimizations off: nothing but the order of float sums may differ.
         optimized: agreement with all of them on, which is how most people run the file.
@@ -42,6 +47,7 @@ class ExportReport:
     opset: int
     num_quantize_nodes: int
     float_ops: dict[str, list[str]] = field(default_factory=dict)
+    float_operations: tuple[FloatOperation, ...] = ()
     samples: int = 0
     plain: Agreement | None = None
     optimized: Agreement | None = None
@@ -69,10 +75,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: opset {self.opset}, {self.num_quantize_nodes} quantizers, {self.size / 1e6:.2f} MB"]
-        if self.float_ops:
-            lines.append(f"  in float: {', '.join(_shown(*item) for item in self.float_ops.items())}")
-        else:
-            lines.append("  in float: nothing")
+        lines += self._in_float()
         if self.plain is None or self.optimized is None:
             return "\n".join([*lines, "  not verified on ONNX Runtime"])
         lines.append(f"  ONNX Runtime against torch on {self.samples} inputs:")
@@ -82,9 +85,21 @@ class ExportReport:
             lines.append(f"    loads with optimizations only after add_session_config_entry({key!r}, {value!r})")
         return "\n".join(lines)
 
+    def _in_float(self) -> list[str]:
+        """A line of the file's operators, and one for each reason that the model's graphs know."""
+        reasons = [
+            f"    {reason}: {_counted(operations)}" for reason, operations in by_reason(self.float_operations).items()
+        ]
+        nothing = "only between quantizers" if reasons else "nothing"
+        return [f"  in float: {_counted(self.float_ops) or nothing}", *reasons]
 
-def _shown(operator: str, names: list[str]) -> str:
-    return f"{operator} ({names[0]})" if len(names) == 1 else f"{len(names)} {operator} ({names[0]}, …)"
+
+def _counted(places: Mapping[str, Sequence[str]]) -> str:
+    """`Conv (stem/Conv), 2 Gemm (head/Gemm, …)`; a place without a name is the model itself."""
+    return ", ".join(
+        f"{operator} ({names[0] or 'the model'})" if len(names) == 1 else f"{len(names)} {operator} ({names[0]}, …)"
+        for operator, names in places.items()
+    )
 
 
 def _describe(agreement: Agreement) -> str:

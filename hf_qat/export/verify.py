@@ -19,6 +19,7 @@ from hf_qat.export.io_names import bind, input_tensors, named_outputs
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.report import Agreement, ExportReport
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
+from hf_qat.model.in_float import float_operations
 from hf_qat.model.state import require_stage
 
 
@@ -60,18 +61,19 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
     if not samples:
         raise ExportError(f"there is nothing to compare {path} on: `batches` is empty.")
     plain, optimized = (comparison.result() for comparison in comparisons)
-    report = describe(path, file)
+    report = describe(model, path, file)
     return replace(report, samples=samples, plain=plain, optimized=optimized, session_options=sessions[1].options)
 
 
-def describe(path: Path, file: onnx.ModelProto) -> ExportReport:
-    """What the file holds, with nothing compared yet."""
+def describe(model: nn.Module, path: Path, file: onnx.ModelProto) -> ExportReport:
+    """What the file of a converted model holds, with nothing compared yet."""
     return ExportReport(
         path=path,
         size=path.stat().st_size,
         opset=opset_of(file),
         num_quantize_nodes=count_quantize_nodes(file),
         float_ops=float_operators(file),
+        float_operations=tuple(float_operations(model)),
     )
 
 

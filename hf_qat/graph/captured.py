@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
+from hf_qat.graph.nodes import short_name
 from hf_qat.quantization.class_swap import swap_class
 
 
@@ -234,6 +236,12 @@ class CapturedModule(nn.Module):
     def shapes(self) -> list[tuple[int | None, ...]]:
         """Per input the sizes captured in evaluation."""
         return self.evaluation.shapes
+
+    def extra_repr(self) -> str:
+        """That of the original class, and what of the graph stays in float: `in float: 2 add, 1 where`."""
+        counts = Counter(short_name(operation) for _, operation, _ in self.float_operations)
+        in_float = f"in float: {', '.join(f'{count} {name}' for name, count in counts.items())}" if counts else ""
+        return ", ".join(part for part in (super().extra_repr(), in_float) if part)
 
     def recompile(self) -> None:
         """Generate the Python functions of all graphs anew."""

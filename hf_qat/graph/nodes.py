@@ -50,9 +50,13 @@ def module_path(node: fx.Node) -> str:
 
 
 def operation_name(node: fx.Node) -> str:
+    """The name of what the node calls, without its namespace and its overload."""
+    return short_name(str(node.target))
+
+
+def short_name(target: str) -> str:
     """`aten.conv2d.default` → `conv2d`."""
-    name = str(node.target)
-    return name.split(".")[1] if "." in name else name
+    return target.split(".")[1] if "." in target else target
 
 
 def is_floating(node: fx.Node) -> bool:

@@ -18,6 +18,9 @@ from hf_qat.graph.plan import Edges, ModulePlan, Plan
 
 logger = logging.getLogger(__name__)
 
+#: What decides on a module that `exclude` of the recipe names.
+EXCLUDED = "excluded by the recipe"
+
 
 def make_plan(model: nn.Module, captured: Mapping[str, CapturedModule], config: QATConfig, inputs: Inputs) -> Plan:
     """Resolve the target, all globs, and the edges of the model, right after capture.
@@ -45,7 +48,7 @@ def _module_plan(path: str, config: QATConfig, edges: Edges) -> ModulePlan:
     edge = _edge(path, edges)
     why = f"target {config.target}"
     if config.excludes(path):
-        why = "excluded by the recipe"
+        why = EXCLUDED
     elif any(changes.values()):
         why = "overrides of the recipe"
     elif edge is not None:

@@ -1,4 +1,4 @@
-"""What was measured of a model, stage by stage: only figures that an evaluation gave, by the names of its metrics."""
+"""What was measured of a model before and after each step: figures that an evaluation gave, by their own names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hf_qat.config.targets import did_you_mean
 from hf_qat.errors import ConfigError
 
 
-#: The stages that a card tells apart, in its order, and what it calls them.
-STAGES = {
+#: What a model, or its file, was measured as → what a card calls that, in its order.
+MEASURED_AS = {
     "float": "float, before quantization",
     "calibrated": "quantized by calibration alone",
     "qat": "quantized, after training (QAT)",
@@ -23,11 +23,11 @@ PREFIX = "eval_"
 #: What Trainer adds to the metrics of the user: how long it took, not how good the model is.
 NO_QUALITY = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
-#: Stage → name of a metric → its value.
+#: Measured as → name of a metric → its value.
 Accuracy = dict[str, dict[str, float]]
 
 
-def quality(evaluated: Mapping[str, object]) -> dict[str, float]:
+def user_metrics(evaluated: Mapping[str, object]) -> dict[str, float]:
     """The user's own metrics among what `Trainer.evaluate` returns, without its prefix.
 
     Args:
@@ -45,24 +45,24 @@ def given_accuracy(metrics: Mapping[str, Mapping[str, object]] | None) -> Accura
     """What a user has measured, checked.
 
     Args:
-        metrics: stage → what `evaluate` returned there. `onnxruntime` is not taken: export measures that.
+        metrics: measured as → what `evaluate` returned. `onnxruntime` is not taken: export measures that.
 
     Raises:
-        ConfigError: an unknown stage, or no number in one.
+        ConfigError: unknown to `MEASURED_AS`, or no number in one.
     """
     accuracy: Accuracy = {}
-    for stage, evaluated in (metrics or {}).items():
-        if stage not in STAGES or stage == "onnxruntime":
-            known = [name for name in STAGES if name != "onnxruntime"]
+    for measured_as, evaluated in (metrics or {}).items():
+        if measured_as not in MEASURED_AS or measured_as == "onnxruntime":
+            known = [name for name in MEASURED_AS if name != "onnxruntime"]
             raise ConfigError(
-                f"metrics: {stage!r} is no stage that can be given.{did_you_mean(stage, known)} Known stages: "
-                f'{", ".join(known)}; for instance metrics={{"float": float_trainer.evaluate()}}.'
+                f"metrics: {measured_as!r} is no stage that can be given.{did_you_mean(measured_as, known)} "
+                f'Known stages: {", ".join(known)}; for instance metrics={{"float": float_trainer.evaluate()}}.'
             )
-        found = quality(evaluated) if isinstance(evaluated, Mapping) else {}
+        found = user_metrics(evaluated) if isinstance(evaluated, Mapping) else {}
         if not found:
             raise ConfigError(
-                f"metrics[{stage!r}] holds no metric: give what evaluate() returned, such as "
+                f"metrics[{measured_as!r}] holds no metric: give what evaluate() returned, such as "
                 '{"eval_accuracy": 0.97}, from a Trainer with compute_metrics.'
             )
-        accuracy[stage] = found
+        accuracy[measured_as] = found
     return accuracy

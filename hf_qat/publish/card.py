@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.export import ExportReport
-from hf_qat.publish.accuracy import STAGES, Accuracy
+from hf_qat.publish.accuracy import MEASURED_AS, Accuracy
 from hf_qat.publish.directory import Contents
 from hf_qat.publish.summary import Summary
 from hf_qat.tidl.report import TidlReport
@@ -73,7 +73,7 @@ class CardFacts:
         repo_id: where it is, or is to be.
         config: the recipe.
         schedule: name → value, of the training as it went; empty without one.
-        stage: what was done to the model, a key of `STAGES`.
+        measured_as: what was done to the model, a key of `MEASURED_AS`.
         accuracy: what was measured; `images`: on how many.
         dataset: its id, where the data set itself knows it.
         summary, contents: `None` for a training checkpoint, which has neither.
@@ -83,7 +83,7 @@ class CardFacts:
     repo_id: str
     config: QATConfig
     schedule: Mapping[str, object]
-    stage: str
+    measured_as: str
     accuracy: Accuracy
     images: int
     dataset: str | None
@@ -107,7 +107,7 @@ def render(facts: CardFacts, options: CardOptions) -> ModelCard:
         target=facts.config.target,
         target_description=facts.config.target_spec.description,
         metrics=list(dict.fromkeys(name for values in facts.accuracy.values() for name in values)),
-        accuracy=[(STAGES[stage], facts.accuracy[stage]) for stage in STAGES if stage in facts.accuracy],
+        accuracy=[(label, facts.accuracy[key]) for key, label in MEASURED_AS.items() if key in facts.accuracy],
         recipe=yaml.safe_dump(_recipe(facts.config), sort_keys=False, width=100).strip(),
         onnx=None if facts.contents is None else facts.contents.onnx,
         session_options=None if facts.contents is None else facts.contents.onnx.session_options,
@@ -150,7 +150,7 @@ def _metadata(facts: CardFacts, options: CardOptions, task: str) -> ModelCardDat
 
 def _tags(facts: CardFacts) -> list[str]:
     """Only what is true of this repository."""
-    tags = ["hf_qat", *(["qat"] if facts.stage == "qat" else [])]
+    tags = ["hf_qat", *(["qat"] if facts.measured_as == "qat" else [])]
     if facts.summary is not None:
         tags += [f"int{bits}" for bits in reversed(facts.summary.bits)]
     if facts.contents is not None:
@@ -159,7 +159,7 @@ def _tags(facts: CardFacts) -> list[str]:
 
 
 def _results(facts: CardFacts, options: CardOptions, task: str) -> list[EvalResult]:
-    """One entry of the model index for each metric at each stage."""
+    """One entry of the model index for each metric of each row of the table."""
     ids = _listed(options.dataset_tags) or ([facts.dataset] if facts.dataset else [UNKNOWN])
     names = _listed(options.dataset) or ids
     return [
@@ -169,11 +169,11 @@ def _results(facts: CardFacts, options: CardOptions, task: str) -> list[EvalResu
             dataset_name=names[0],
             dataset_args=options.dataset_args,  # type: ignore[arg-type]  # Trainer's are text, and YAML takes it
             metric_type=metric,
-            metric_name=f"{metric}, {STAGES[stage].replace('`', '')}",
+            metric_name=f"{metric}, {label.replace('`', '')}",
             metric_value=value,
         )
-        for stage in STAGES
-        for metric, value in facts.accuracy.get(stage, {}).items()
+        for key, label in MEASURED_AS.items()
+        for metric, value in facts.accuracy.get(key, {}).items()
     ]
 
 

@@ -7,10 +7,12 @@ waits for an answer without limit.
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 # `HTTPError` is that of httpx or httpx2, whichever the installed client is built on.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -59,14 +61,16 @@ def with_retries(attempt: Callable[[], T]) -> T:
     """
     for pause in WAITS:
         try:
-            return _with_time_limit(attempt)
+            with _time_limit():
+                return attempt()
         except Exception as error:
             pause = max(pause, _asked_to_wait(error))
             if not _may_pass(error) or pause > LONGEST_WAIT:
                 raise
             logger.warning(f"{explanation(error)}; trying again in {pause} s.")
         time.sleep(pause)
-    return _with_time_limit(attempt)
+    with _time_limit():
+        return attempt()
 
 
 def explanation(error: Exception) -> str:
@@ -111,18 +115,33 @@ def _asked_to_wait(error: Exception) -> int:
     return max(int(asked) if asked.isdigit() else 0, limit.reset_in_seconds if limit is not None else 0)
 
 
-def _with_time_limit(attempt: Callable[[], T]) -> T:
-    with _silence_ends():
-        return attempt()
+class _TimeLimit:
+    """Inside, the client gives up a connection without a byte in either direction; by itself it waits for ever.
+
+    All of a process share one client, so the last one out gives it back its own time limit.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside: Counter[Any] = Counter()
+        self._before: dict[Any, Any] = {}
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        client = get_session()
+        with self._lock:
+            if not self._inside[client]:
+                self._before[client] = client.timeout
+            self._inside[client] += 1
+            client.timeout = (CONNECTING, SILENCE, SILENCE, None)  # the last: for a free connection
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside[client] -= 1
+                if not self._inside[client]:
+                    del self._inside[client]
+                    client.timeout = self._before.pop(client)
 
 
-@contextmanager
-def _silence_ends() -> Iterator[None]:
-    """Within, the client gives up a connection without a byte in either direction; by itself it waits for ever."""
-    session = get_session()
-    before = session.timeout
-    session.timeout = (CONNECTING, SILENCE, SILENCE, None)  # the last: for a free connection
-    try:
-        yield
-    finally:
-        session.timeout = before
+_time_limit = _TimeLimit()

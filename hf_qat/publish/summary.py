@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_qat.checkpoints.stored_format import quantized_layers
-from hf_qat.config.qat_config import QATConfig
-from hf_qat.model.state import require_stage
+from hf_qat.errors import listed
+from hf_qat.model.in_float import by_reason, float_operations
+from hf_qat.model.plan import EXCLUDED
+from hf_qat.model.state import captured_children, require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
 from hf_qat.quantization.spec import QuantizerSpec
 
 
-#: Of a name that several nodes share, a card names so many.
-SHOWN = 3
+#: What is said of a node of the ONNX file of which the graphs of the model know nothing.
+UNKNOWN = "an input of it is not quantized, by the rules of the target"
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class FloatOperation:
-    """Nodes of one operator that compute with numbers which are not quantized, and why."""
+class InFloat:
+    """A row of what stays in float.
 
-    operator: str
-    nodes: str
+    Attributes:
+        operation: PyTorch's name of it, or ONNX' where it lies outside of what was captured.
+        places: modules, or nodes of the ONNX file, in words.
+        reason: why.
+    """
+
+    operation: str
+    places: str
     reason: str
 
 
@@ -60,7 +68,7 @@ class Summary:
     weights: dict[str, int]
     activations: dict[str, int]
     bits: list[int]
-    in_float: list[FloatOperation]
+    in_float: list[InFloat]
 
 
 def summarize(model: nn.Module, float_ops: Mapping[str, Sequence[str]]) -> Summary:
@@ -73,7 +81,7 @@ def summarize(model: nn.Module, float_ops: Mapping[str, Sequence[str]]) -> Summa
     Raises:
         StageError: the model is not converted.
     """
-    config = require_stage(model, "converted", "summarize").config
+    require_stage(model, "converted", "summarize")
     quantizers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizeDequantize)}
     modules = quantized_layers(model)
     layers = [_layer(path, module, quantizers) for path, module in modules.items()]
@@ -82,11 +90,7 @@ def summarize(model: nn.Module, float_ops: Mapping[str, Sequence[str]]) -> Summa
         weights=dict(Counter(layer.weights for layer in layers).most_common()),
         activations=dict(Counter(describe_spec(module.spec) for module in quantizers.values()).most_common()),
         bits=sorted({module.weight_spec.bits for module in modules.values()}),
-        in_float=[
-            FloatOperation(operator, _named(nodes), reason)
-            for operator, all_nodes in float_ops.items()
-            for reason, nodes in _by_reason(all_nodes, config).items()
-        ],
+        in_float=_in_float(model, float_ops),
     )
 
 
@@ -119,18 +123,32 @@ def describe_spec(spec: QuantizerSpec) -> str:
     return f"{form}, power-of-two scale" if spec.power_of_two else form
 
 
-def _by_reason(nodes: Sequence[str], config: QATConfig) -> dict[str, list[str]]:
-    """The nodes of one operator, by why they are in float."""
-    reasons: dict[str, list[str]] = {}
-    for name in nodes:
-        excluded = config.excludes(name.rpartition("/")[0])
-        reason = (
-            "excluded by the recipe" if excluded else "an input of it is not quantized, by the rules of the target"
-        )
-        reasons.setdefault(reason, []).append(name)
-    return reasons
+def _in_float(model: nn.Module, float_ops: Mapping[str, Sequence[str]]) -> list[InFloat]:
+    """What the graphs of the model know; for all that lies elsewhere, what can be told from the ONNX file."""
+    config = require_stage(model, "converted", "summarize").config
+    known = float_operations(model)
+    rows = [
+        InFloat(operation, _named(paths), reason)
+        for reason, operations in by_reason(known).items()
+        for operation, paths in operations.items()
+    ]
+    explained = [
+        child for child in captured_children(model) if any(_is_below(operation.path, child) for operation in known)
+    ]
+    for operator, nodes in float_ops.items():
+        reasons: dict[str, list[str]] = {}
+        for node in nodes:
+            path = node.rpartition("/")[0]
+            if not any(_is_below(path, child) for child in explained):
+                reasons.setdefault(EXCLUDED if config.excludes(path) else UNKNOWN, []).append(node)
+        rows += [InFloat(operator, _named(places), reason) for reason, places in reasons.items()]
+    return rows
 
 
-def _named(nodes: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in nodes[:SHOWN])
-    return f"{shown} and {len(nodes) - SHOWN} more" if len(nodes) > SHOWN else shown
+def _is_below(path: str, parent: str) -> bool:
+    """Whether a module is `parent` or inside of it; all are in the model itself, whose path is empty."""
+    return not parent or path == parent or path.startswith(f"{parent}.")
+
+
+def _named(places: Sequence[str]) -> str:
+    return listed([f"`{place}`" if place else "the model" for place in dict.fromkeys(places)])

@@ -9,7 +9,12 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hf_qat.export.onnx_graph import OnnxGraph, replace_values, take_attribute
+from hf_qat.export.pairs import repeat_pairs
 from hf_qat.tidl.graph import DEQUANTIZE
+
+
+#: Layers that only move numbers, and after which TI's table of layers wants a Q/DQ pair all the same.
+WITH_PAIR = frozenset({"MaxPool", "Gather", "DepthToSpace", "ReduceMax", "ReduceMin"})
 
 
 def adapt(model: ModelProto) -> ModelProto:
@@ -29,6 +34,7 @@ def adapt(model: ModelProto) -> ModelProto:
             _gather_a_vector(model, node, scope)
         elif node.op_type == "Expand":
             _repeat_codes(model, node, scope)
+    repeat_pairs(model, WITH_PAIR)
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 

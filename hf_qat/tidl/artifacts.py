@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hf_qat.errors import ExportError, PublishError
+from hf_qat.files.atomic import whole_directory, whole_file
 from hf_qat.files.manifest import MANIFEST, digest, write_manifest
 from hf_qat.tidl.templates import compile as compile_script
 from hf_qat.tidl.templates.compile import RECORD
@@ -56,7 +56,8 @@ def pack_artifacts(bundle: str | os.PathLike[str], artifacts: str | os.PathLike[
         _copy(artifacts, own)
     if (bundle / "config.yaml").is_file():
         content = _param(_read(bundle / "config.yaml"), _read(bundle / "dataset.yaml"))
-        (bundle / PARAM).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        with whole_file(bundle / PARAM) as file:
+            file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     write_manifest(bundle)
     return bundle
 
@@ -67,12 +68,8 @@ def _copy(artifacts: Path, own: Path) -> None:
         if _contents(own) != _contents(artifacts):
             raise ExportError(f"{own} holds other artifacts than {artifacts} already: move it away first.")
         return
-    temporary = Path(tempfile.mkdtemp(dir=own.parent, prefix=f".{ARTIFACTS}-"))
-    try:
-        shutil.copytree(artifacts, temporary / ARTIFACTS, ignore=shutil.ignore_patterns(WORKING_FILES))
-        (temporary / ARTIFACTS).replace(own)
-    finally:
-        shutil.rmtree(temporary)
+    with whole_directory(own, RECORD) as made:
+        shutil.copytree(artifacts, made, ignore=shutil.ignore_patterns(WORKING_FILES), dirs_exist_ok=True)
 
 
 def _contents(directory: Path) -> dict[str, str]:

@@ -13,12 +13,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError
+from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError, listed
 from hf_qat.model.state import require_stage, state_of
-
-
-#: Keys that a message names before it says how many more there are.
-NAMED_KEYS = 5
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -153,12 +149,11 @@ def check_loaded(model: nn.Module, missing: Sequence[str], unexpected: Sequence[
     lost = [key for key in missing if key not in ignored and tensors[key].data_ptr() not in loaded]
     if lost or unexpected:
         raise WeightsError(
-            f"the checkpoint does not fit {type(model).__name__}: {_listed('missing', lost)}, "
-            f"{_listed('unexpected', unexpected)}. Resume from a checkpoint that QATTrainer wrote, with the model and "
+            f"the checkpoint does not fit {type(model).__name__}: {_keys('missing', lost)}, "
+            f"{_keys('unexpected', unexpected)}. Resume from a checkpoint that QATTrainer wrote, with the model and "
             "the qat_config of that run."
         )
 
 
-def _listed(kind: str, keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else ""
-    return f"{len(keys)} {kind} keys" + (f" ({', '.join(keys[:NAMED_KEYS])}{more})" if keys else "")
+def _keys(kind: str, keys: Sequence[str]) -> str:
+    return f"{len(keys)} {kind} keys" + (f" ({listed(keys)})" if keys else "")

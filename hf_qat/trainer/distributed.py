@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from hf_qat.errors import listed
 from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.quantization.collectives import min_over_ranks
 from hf_qat.trainer.ddp import copy_from_first_rank, leave_out_of_ddp, without_gradient
@@ -23,9 +24,6 @@ from hf_qat.trainer.random_state import random_state_kept
 
 
 logger = logging.get_logger(__name__)
-
-#: Names of parameters that a message gives.
-NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,8 @@ def _has_unused(model: nn.Module, loss: Tensor) -> bool:
     if names:
         logger.warning(
             f"The loss does not depend on {len(names)} parameters of {type(model).__name__} "
-            f"({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}), so DDP looks for them in every "
-            "step. To save that time, freeze them by requires_grad_(False); or, if training does use them, say "
-            "ddp_find_unused_parameters=False."
+            f"({listed(names)}), so DDP looks for them in every step. To save that time, freeze them by "
+            "requires_grad_(False); or, if training does use them, say ddp_find_unused_parameters=False."
         )
     return bool(names)
 

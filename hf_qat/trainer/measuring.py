@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 
 from hf_qat.export.runtime_model import RuntimeModel
 from hf_qat.model.state import state_of
-from hf_qat.publish.accuracy import PREFIX, Accuracy, quality
+from hf_qat.publish.accuracy import PREFIX, Accuracy, user_metrics
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.callbacks import needs_calibration
 
@@ -30,7 +30,7 @@ class Record:
     Attributes:
         from_float: it came float, or without ranges: not quantized by somebody else.
         trained: an earlier `train()` has made a step with it.
-        accuracy: what `evaluate` gave before training, by the keys of `hf_qat.publish.accuracy.STAGES`.
+        accuracy: what `evaluate` gave before training, by the keys of `hf_qat.publish.accuracy.MEASURED_AS`.
     """
 
     from_float: bool = True
@@ -38,7 +38,7 @@ class Record:
     accuracy: Accuracy = field(default_factory=dict)
 
     def measured_as(self, model: nn.Module, steps: int) -> str | None:
-        """The key of `STAGES` for what is measured of a model now, after so many steps of the current training.
+        """The key of `MEASURED_AS` for what is measured of a model now, after so many steps of the current training.
 
         `None` while it has no ranges to round by.
         """
@@ -52,7 +52,7 @@ class Record:
 
     def note(self, stage: str | None, metrics: Mapping[str, float]) -> None:
         """Keep what `evaluate` gave on the trainer's own evaluation set, if that was before training."""
-        found = quality(metrics)
+        found = user_metrics(metrics)
         if found and stage in ("float", "calibrated"):
             self.accuracy[stage] = found
 
@@ -101,7 +101,7 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
     """By the names that `evaluate` gives them, but neither logged nor seen by callbacks that stop or save."""
     metrics: dict[str, float] = {}
     for prefix, part in _evaluation_sets(trainer).items():
-        metrics.update(quality(trainer.predict(part, metric_key_prefix=prefix).metrics or {}))
+        metrics.update(user_metrics(trainer.predict(part, metric_key_prefix=prefix).metrics or {}))
     return metrics
 
 

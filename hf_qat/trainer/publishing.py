@@ -70,12 +70,12 @@ def export(
     """
     model = facts.model
     if not trainer.is_world_process_zero():
-        measure(trainer, facts.stage, model, None)
+        measure(trainer, facts.measured_as, model, None)
         return
     target = require_stage(model, "converted", "export").config.target
     with whole_directory(directory, f"{TIDL}/{target}/{ARTIFACTS}") as made:
         contents = write_contents(model, made, trainer.processing_class, inputs)
-        accuracy = {**facts.accuracy, **measure(trainer, facts.stage, model, made / ONNX), **given}
+        accuracy = {**facts.accuracy, **measure(trainer, facts.measured_as, model, made / ONNX), **given}
         summary = summarize(model, contents.onnx.float_ops)
         facts = replace(facts, accuracy=accuracy, contents=contents, summary=summary)
         render(facts, options).save(made / CARD)

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.export.verify import require_onnxruntime
-from hf_qat.files.atomic import put_back
+from hf_qat.files.atomic import put_back, whole_file
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import require_stage, state_of
@@ -320,7 +320,7 @@ class QATTrainer(Trainer):
 
     @property
     def measured_as(self) -> str | None:
-        """What was done to the model, a key of `hf_qat.publish.accuracy.STAGES`; `None` while it has no ranges."""
+        """What was done to the model, a key of `publish.accuracy.MEASURED_AS`; `None` while it has no ranges."""
         return self._record.measured_as(self.model, self.state.global_step)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -451,7 +451,8 @@ class QATTrainer(Trainer):
                 language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
             )
             output = Path(str(self.args.output_dir))
-            render(self._facts(self.model, output.absolute().name), options).save(output / CARD)
+            with whole_file(output / CARD) as file:
+                render(self._facts(self.model, output.absolute().name), options).save(file)
 
     def push_to_hub(
         self,
@@ -512,7 +513,7 @@ class QATTrainer(Trainer):
             repo_id=self._repository(directory),
             config=config,
             schedule=schedule_of(self, config, self.distillation is not None),
-            stage=self.measured_as or "quantized",
+            measured_as=self.measured_as or "quantized",
             accuracy=dict(self._record.accuracy),
             images=evaluation_images(self),
             dataset=publishing.dataset_name(self.eval_dataset),

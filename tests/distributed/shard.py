@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.state import DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from transformers import TrainerCallback
 
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.trainer import QATTrainer
@@ -17,7 +18,10 @@ from tests.models import resnet
 from tests.training import arguments, images, recipe
 
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
+
+#: What the model is asked at each save, in every process.
+PIXELS = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 class OnCPU(QATTrainer):
@@ -29,6 +33,26 @@ class OnCPU(QATTrainer):
         PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = True
+
+
+class Answers(TrainerCallback):
+    """The logits that the split model itself gives to `PIXELS` when it is saved, by the name of the checkpoint."""
+
+    def __init__(self) -> None:
+        self.logits: dict[str, torch.Tensor] = {}
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self.logits[f"checkpoint-{state.global_step}"] = self.ask(model)
+
+    def ask(self, model: torch.nn.Module) -> torch.Tensor:
+        """(4, classes), in evaluation mode; batch norm and dropout are put back as they were."""
+        modes = [(module, module.training) for module in model.modules()]
+        with torch.no_grad():
+            logits = model.eval()(PIXELS).logits
+        for module, training in modes:
+            module.training = training
+        model.reshard()  # an evaluation leaves the weights gathered
+        return logits
 
 
 def trainer_of(directory: Path, saved_as: str) -> OnCPU:
@@ -49,10 +73,13 @@ def losses(trainer: OnCPU) -> list[float]:
 def main(directory: Path, saved_as: str) -> None:
     """Calibrate, evaluate, train, save, and train the second half again."""
     trainer = trainer_of(directory, saved_as)
+    answers = Answers()
+    trainer.add_callback(answers)
     trainer.calibrate()
     trainer.evaluate()
     trainer.train()
     trainer.save_model()
+    answers.logits["."] = answers.ask(trainer.model)
     trainer.save_quantized(directory / "quantized")
     trainer.export(directory / "exported")
     again = trainer_of(directory, saved_as)
@@ -64,6 +91,7 @@ def main(directory: Path, saved_as: str) -> None:
         "local": tuple(weight.to_local().shape),
         "losses": losses(trainer),
         "resumed": losses(again),
+        "logits": answers.logits,
         "buffers": {name: buffer.clone() for name, buffer in trainer.model.named_buffers()},
         "scales": {path: q.scale.detach().clone() for path, q in fake_quantizers(trainer.model).items()},
     }

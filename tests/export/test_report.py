@@ -2,7 +2,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
+from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
 from hf_qat.export.report import Agreement, ExportReport
+from hf_qat.model.in_float import FloatOperation
+from tests.models import hand_written
 
 
 def test_a_report_reads_as_text():
@@ -37,3 +42,27 @@ def test_outputs_without_classes_or_quantizer_give_only_a_difference():
     report = ExportReport(Path("m.onnx"), 1, 17, 3, samples=2, plain=agreement, optimized=agreement)
     assert (report.top1_agreement, report.max_output_lsb) == (None, None)
     assert str(report).splitlines()[-1] == "    optimizations on:   largest difference 0.5"
+
+
+def test_reasons_are_those_that_the_graphs_of_the_model_know():
+    operations = (
+        FloatOperation("body.conv", "conv2d", "excluded"),
+        FloatOperation("a.attention", "add", "belongs to the softmax"),
+        FloatOperation("b.attention", "add", "belongs to the softmax"),
+    )
+    report = ExportReport(Path("m.onnx"), 1, 17, 3, {"Conv": ["body/Conv"]}, operations)
+    assert str(report).splitlines()[1:4] == [
+        "  in float: Conv (body/Conv)",
+        "    excluded: conv2d (body.conv)",
+        "    belongs to the softmax: 2 add (a.attention, …)",
+    ]
+    report = ExportReport(Path("m.onnx"), 1, 17, 3, {}, operations[1:])
+    assert str(report).splitlines()[1] == "  in float: only between quantizers"
+
+
+def test_an_export_reports_the_operations_and_reasons_of_its_model(tmp_path):
+    model = prepare_qat(hand_written(), QATConfig("int8", exclude="body"), torch.randn(4, 3, 16, 16))
+    convert(calibrate(model, [torch.randn(8, 3, 16, 16)]))
+    for verify in (False, True):
+        report = export_onnx(model, tmp_path / "model.onnx", verify=verify)
+        assert report.float_operations == (FloatOperation("body", "conv2d", "excluded by the recipe"),)

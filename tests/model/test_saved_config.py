@@ -107,3 +107,13 @@ def test_a_description_that_makes_no_sense_is_refused(description, message):
 def test_rebuilt_inputs_take_no_memory():
     (x,) = rebuild_inputs([[{"tensor": [2, 3], "dtype": "int64"}], {"dict": {}}])
     assert (x.device.type, x.dtype, tuple(x.shape)) == ("meta", torch.int64, (2, 3))
+
+
+def test_inputs_come_back_from_json_with_shapes_dtypes_and_constants() -> None:
+    inputs = {"pixel_values": torch.zeros(5, 3, 8, 8), "mask": [torch.ones(1, 4, dtype=torch.bool), None], "k": 3}
+    back = rebuild_inputs(json.loads(json.dumps(describe_inputs(inputs))))
+    assert isinstance(back, dict) and back["k"] == 3 and back["mask"][1] is None
+    assert (back["pixel_values"].shape, back["pixel_values"].dtype) == ((2, 3, 8, 8), torch.float32)
+    assert (back["mask"][0].shape, back["mask"][0].dtype) == ((2, 4), torch.bool)
+    positional = rebuild_inputs(describe_inputs((torch.zeros(1, 7),)))
+    assert isinstance(positional, tuple) and positional[0].shape == (2, 7)

@@ -202,3 +202,16 @@ def test_the_command_line_ends_with_status_2_and_the_error(hub, directory, capsy
     error = capsys.readouterr().err
     assert f"hf-qat push: error: {directory} was not pushed to user/model: the Hub does not work" in error
     assert error.endswith(f"\n  hf-qat push {directory} user/model\n")
+
+
+def test_overlapping_pushes_leave_the_client_the_time_limit_that_it_had():
+    client = huggingface_hub.utils.get_session()
+    before = client.timeout
+    first, second = retry._time_limit(), retry._time_limit()
+    first.__enter__()
+    second.__enter__()
+    assert (client.timeout.connect, client.timeout.read, client.timeout.write) == (30, 300, 300)
+    first.__exit__(None, None, None)
+    assert client.timeout.read == 300  # the second one still goes on
+    second.__exit__(None, None, None)
+    assert client.timeout == before

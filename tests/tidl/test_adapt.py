@@ -36,6 +36,18 @@ CASES = {
         "d = DequantizeLinear(c, s, o) e = Expand(d, n) z = Concat<axis=1>(e, x) }",
         ["DequantizeLinear", "DequantizeLinear", "Concat"],
     ),
+    "quantized gather": (
+        "g (float[1, 3, 4] x) => (float[1, 4] z) <int64 i = {-1}, float s = {0.5}, uint8 o = {7}> { "
+        "q = QuantizeLinear(x, s, o) d = DequantizeLinear(q, s, o) z = Gather<axis=1>(d, i) }",
+        [
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "Gather",
+            "QuantizeLinear",
+            "DequantizeLinear",
+            "Reshape",
+        ],
+    ),
     "gather by a vector": (
         "g (float[1, 3, 4] x) => (float[1, 2, 4] z) <int64[2] i = {0, 2}> { z = Gather<axis=1>(x, i) }",
         ["Gather"],

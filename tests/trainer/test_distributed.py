@@ -10,17 +10,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Trainer
 
 import hf_qat  # noqa: F401
 from hf_qat.quantization.synchronized_norm import SynchronizedBatchNorm, synchronize_batch_norms
-from hf_qat.trainer.ddp import without_gradient
-from tests.distributed import train
+from hf_qat.trainer.distributed import LossFacts, rehearse
+from hf_qat.trainer.trainer import QATTrainer
+from tests.distributed import shard, train
 from tests.hub.server import HubServer
-from tests.training import values_in
+from tests.models import resnet
+from tests.training import arguments, images, trainer_of, values_in, vit
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 #: Last parts of the keys of scales and ranges.
 RANGES = ("log2_scale", "offset", "range_min", "range_max")
@@ -39,6 +41,66 @@ def launched(
     command = [sys.executable, "-m", *launcher, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     return done.returncode, done.stderr, time.monotonic() - start
+
+
+class TestRehearsal:
+    """In one process, where accumulated batches ask the same question as processes do."""
+
+    @pytest.mark.parametrize(("make", "divided"), [(vit, True), (resnet, False)], ids=["vit", "resnet"])
+    def test_whether_a_model_divides_its_loss_is_found_out(self, tmp_path: Path, make, divided: bool):
+        trainer = trainer_of(make(), tmp_path, gradient_accumulation_steps=2)
+        assert trainer.model_accepts_loss_kwargs  # what Trainer believes of both
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert rehearse(trainer, trainer.model, batch) == LossFacts(divided, leaves_unused=False)
+
+    def test_it_leaves_no_trace(self, tmp_path: Path):
+        model = resnet().train()
+        model.resnet.embedder.eval()
+        trainer = trainer_of(model, tmp_path, gradient_accumulation_steps=2)
+        batch = next(iter(trainer.get_train_dataloader()))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        modes = [module.training for module in model.modules()]
+        torch.manual_seed(5)
+        rehearse(trainer, model, batch)
+        drawn = torch.rand(1)
+        torch.manual_seed(5)
+        assert torch.equal(drawn, torch.rand(1))
+        assert [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])] == []
+        assert [module.training for module in model.modules()] == modes
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_a_loss_function_of_the_users_is_called_as_often_as_by_trainer(self, tmp_path: Path):
+        calls: list[list[int]] = []
+
+        def loss(outputs, labels, num_items_in_batch=None):
+            calls[-1].append(int(num_items_in_batch))
+            return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+        for kind in (Trainer, QATTrainer):
+            calls.append([])
+            args = arguments(tmp_path, gradient_accumulation_steps=2)
+            kind(resnet(), args, train_dataset=images(16), compute_loss_func=loss).train()
+        assert calls[0] == calls[1] and len(calls[0]) == 8
+
+    def test_a_loss_that_fails_outside_of_training_trains_nevertheless(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ):
+        class Mine(QATTrainer):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                assert self.is_in_train and self.optimizer is not None
+                return super().compute_loss(model, inputs, *args, **kwargs)
+
+        trainer = Mine(vit(), arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=images(16))
+        trainer.train()
+        assert trainer.state.global_step == 4 and "compute_loss fails before the first step" in caplog.text
+        assert trainer.model_accepts_loss_kwargs
+
+    def test_a_teacher_is_not_asked(self, tmp_path: Path):
+        trainer = trainer_of(vit(), tmp_path, teacher="float", gradient_accumulation_steps=2, max_steps=1)
+        asked = []
+        trainer.distillation.teacher.register_forward_hook(lambda *args: asked.append(trainer.state.global_step))
+        trainer.train()
+        assert len(asked) == 2  # the two batches of the step
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +242,17 @@ def test_fsdp2_splits_the_weights_and_resumes_exactly(sharded: tuple[Path, list[
 
 @pytest.mark.parametrize("name", [".", "checkpoint-4", "checkpoint-8"])
 def test_what_fsdp2_saves_loads_anywhere(sharded: tuple[Path, list[dict]], name: str):
-    model = AutoModelForImageClassification.from_pretrained(sharded[0] / name).eval()
-    assert model(torch.randn(2, 3, 32, 32)).logits.isfinite().all()
+    directory, (one, other) = sharded
+    model = AutoModelForImageClassification.from_pretrained(directory / name).eval()
+    assert torch.equal(model(shard.PIXELS).logits, one["logits"][name])
+    assert torch.equal(one["logits"][name], other["logits"][name])
+
+
+def test_the_models_that_fsdp2_saves_differ_from_each_other(sharded: tuple[Path, list[dict]]):
+    """Else the test above would not tell one from another; the last one in `.` is the best of the two."""
+    last, fourth, eighth = (sharded[1][0]["logits"][name] for name in (".", "checkpoint-4", "checkpoint-8"))
+    assert not torch.equal(fourth, eighth)
+    assert torch.equal(last, fourth) or torch.equal(last, eighth)
 
 
 def test_what_fsdp2_exports_is_the_best_model_which_it_has_loaded(sharded: tuple[Path, list[dict]]):
@@ -199,8 +270,3 @@ def test_a_synchronized_batch_norm_computes_alone_what_it_did():
     synchronize_batch_norms(norm)
     assert isinstance(norm, SynchronizedBatchNorm) and isinstance(norm, nn.BatchNorm2d)
     assert torch.equal(norm(x), expected)
-
-
-def test_parameters_that_a_loss_does_not_depend_on_are_named():
-    model = nn.ModuleDict({"used": nn.Linear(2, 2), "spare": nn.Linear(2, 2)})
-    assert without_gradient(model, model["used"](torch.ones(1, 2)).sum()) == ["spare.weight", "spare.bias"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,8 @@ class Tiny(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         logits = self.head(pixel_values.mean((2, 3)))
-        return {"logits": logits} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def trainer(hub, tmp_path):
     def make(**changes: object) -> QATTrainer:
         hub_options = {"push_to_hub": True, "hub_model_id": "user/model", "save_strategy": "steps", "save_steps": 1}
         args = arguments(tmp_path / "out", **{**hub_options, "max_steps": 3, **changes})
-        return QATTrainer(Tiny(), args, train_dataset=images(16, size=8))
+        return QATTrainer(Tiny(), args, train_dataset=images(16, size=8), eval_dataset=images(4, size=8))
 
     return make
 
@@ -189,6 +191,37 @@ class TestTroubles:
         made.train()
         assert f"{tmp_path / 'out' / 'checkpoint-2'} is not on the Hub, and was deleted meanwhile" in caplog.text
         assert is_on_hub(made.model, repository(), "checkpoint-3/model.safetensors")
+
+    def test_a_checkpoint_that_is_being_pushed_is_not_deleted(self, hub, trainer, repository, caplog):
+        made = trainer(hub_strategy="all_checkpoints", save_total_limit=1)
+        made.add_callback(Release(hub))
+        made.train()
+        state = repository().files()["checkpoint-1/trainer_state.json"]
+        assert b'"global_step": 1,' in state
+        assert "checkpoint-1 is not on the Hub" not in caplog.text and "A checkpoint is not" not in caplog.text
+
+    def test_one_that_training_deletes_at_its_end_is_pushed_before(self, trainer, monkeypatch, caplog):
+        """The first checkpoint is the best, and the only one that may stay: Trainer itself deletes the last."""
+        scores, found = iter([3.0, 2.0, 1.0]), []
+
+        def push(directory: Path, repo_id: str, **options: object) -> None:
+            time.sleep(0.5)
+            found.append((directory.name, sorted(path.name for path in directory.glob("*.json"))))
+
+        monkeypatch.setattr("hf_qat.trainer.pushing.push_directory", push)
+        made = trainer(
+            hub_strategy="all_checkpoints",
+            hub_always_push=True,
+            save_total_limit=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            metric_for_best_model="score",
+        )
+        made.compute_metrics = lambda prediction: {"score": next(scores)}
+        made.train()
+        checkpoints = [(name, files) for name, files in found if name.startswith("checkpoint-")]
+        assert checkpoints == [(f"checkpoint-{k}", ["config.json", "trainer_state.json"]) for k in (1, 2, 3)]
+        assert [path.name for path in Path(made.args.output_dir).glob("checkpoint-*")] == ["checkpoint-1"]
 
     @pytest.mark.parametrize(
         ("fault", "message"),

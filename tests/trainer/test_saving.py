@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForImageClassification, Trainer
+from transformers import AutoModelForImageClassification, Trainer, TrainerState
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 
-from hf_qat.files.atomic import INCOMPLETE, discard, put_in_place, written_whole
+from hf_qat.files.atomic import INCOMPLETE, discard, put_back, put_in_place, written_whole
+from hf_qat.trainer.saving import delete_older
 from hf_qat.trainer.trainer import QATTrainer
 from tests.training import arguments, differing, images, recipe, trainer_of, values, values_in, vit
 
@@ -115,6 +117,34 @@ class TestCheckpoints:
         assert "trainer_state.json" in pushed[1][1]
 
 
+class TestDeleting:
+    def saved(self, directory: Path, steps: int) -> None:
+        """Checkpoints of so many steps, the first one the oldest."""
+        for step in range(1, steps + 1):
+            (directory / f"checkpoint-{step}").mkdir()
+            os.utime(directory / f"checkpoint-{step}", (step, step))
+
+    @pytest.mark.parametrize(
+        ("limit", "best", "in_use", "left"),
+        [
+            (None, None, [], [1, 2, 3, 4]),
+            (0, None, [], [1, 2, 3, 4]),
+            (2, None, [], [3, 4]),
+            (2, 1, [], [1, 4]),
+            (1, 1, [], [1, 4]),
+            (2, None, [1], [1, 3, 4]),
+            (1, None, [2], [2, 4]),
+        ],
+    )
+    def test_the_oldest_go_but_for_the_best_and_those_in_use(
+        self, tmp_path: Path, limit: int | None, best: int | None, in_use: list[int], left: list[int]
+    ):
+        self.saved(tmp_path, 4)
+        state = TrainerState(best_model_checkpoint=None if best is None else str(tmp_path / f"checkpoint-{best}"))
+        delete_older(state, str(tmp_path), limit, [tmp_path / f"checkpoint-{step}" for step in in_use])
+        assert steps_in(tmp_path) == left
+
+
 class TestModels:
     def test_other_files_stay_and_old_weights_go(self, tmp_path: Path):
         trainer = trainer_of(vit(), tmp_path)
@@ -161,11 +191,11 @@ class TestModels:
         assert [name for name, _ in seen] == ["a.json", "config.json", "z.json", *weights]
         assert all(not {"model.safetensors", "model.safetensors.index.json"} & there for _, there in seen)
 
-    def test_its_class_refuses_it_for_want_of_weights_wherever_the_moving_stops(
+    def test_its_class_refuses_it_for_want_of_weights_wherever_the_moving_is_killed_and_it_is_completed_later(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         # For want of a config.json, the class would take its defaults, which fit some models.
-        class Stopped(BaseException):
+        class Killed(BaseException):
             pass
 
         trainer = trainer_of(vit(), tmp_path)
@@ -175,15 +205,18 @@ class TestModels:
             done = count()
 
             def replace(source: Path, target: Path, done: Iterator[int] = done, stop: int = stop) -> None:
-                if next(done) == stop:
-                    raise Stopped
+                if next(done) >= stop:  # nothing is done after it
+                    raise Killed
                 source.rename(target)
 
-            with monkeypatch.context() as patch, pytest.raises(Stopped):
+            with monkeypatch.context() as patch, pytest.raises(Killed):
                 patch.setattr("os.replace", replace)
                 trainer.save_model()
             with pytest.raises(OSError, match="no file named model.safetensors"):
                 type(trainer.model).from_pretrained(tmp_path)
+            put_back(tmp_path)
+            loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+            assert differing(values(loaded), values(trainer.model)) == []
 
 
 class TestDirectories:

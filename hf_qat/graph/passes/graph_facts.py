@@ -142,9 +142,9 @@ class GraphFacts:
 
     def _reason(self, node: fx.Node) -> str:
         if node in self.prelude:
-            return "belongs to the softmax behind it"
+            return "belongs to the softmax after it"
         if node in self._error_amplifying:
-            return "belongs to the logarithm, root, power or sine behind it"
+            return "belongs to the logarithm, root, power or sine after it"
         if node in self._epsilon_guards:
             return "keeps a divisor away from 0"
         plan = self._owner_plan(node)

@@ -97,7 +97,7 @@ def call_quantizers(graph: fx.Graph, placement: Placement, twin_of: Mapping[fx.N
 def _call_after(graph: fx.Graph, node: fx.Node, name: str, clamp: str | None) -> None:
     argument = node if clamp is None else node.args[0]
     options: dict[str, Any] = {} if clamp is None else {"activation": clamp}
-    # All inputs stay in front of the first operation.
+    # All inputs stay before the first operation.
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     with graph.inserting_after(inputs[-1] if node in inputs else node):
         call = graph.create_node("call_module", name, (argument,), options)

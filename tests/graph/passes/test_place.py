@@ -222,7 +222,7 @@ def test_an_attention_mask_belongs_to_the_softmax():
     modules = [nn.Linear(16, 16) for _ in range(3)]
     model = prepared(forward, *modules, inputs=tokens)
     assert "add_0_quantizer" not in activations(model)
-    assert model.float_operations == [("", "aten.add.Tensor", "belongs to the softmax behind it")]
+    assert model.float_operations == [("", "aten.add.Tensor", "belongs to the softmax after it")]
     calibrate(model, [tokens])
     assert model.matmul_0_quantizer.scale < 1
     with torch.no_grad():

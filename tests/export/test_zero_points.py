@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from hf_qat.export.zero_points import separate_zero_points
+
+
+def two_convolutions() -> onnx.ModelProto:
+    """Two int8 weights of 4 channels that share one zero point, and an activation that shares its own with nothing."""
+    codes = ", ".join(str(16 * k - 120) for k in range(16))
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]> g (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] z)
+        <float s = {{0.125}}, uint8 o = {{128}}, float[4] ws = {{0.5, 0.25, 0.125, 1}}, int8[4] wz = {{0, 0, 0, 0}},
+         int8[4, 4, 1, 1] v = {{{codes}}}, int8[4, 4, 1, 1] w = {{{codes}}}> {{
+            q = QuantizeLinear(x, s, o) d = DequantizeLinear(q, s, o)
+            dv = DequantizeLinear<axis=0>(v, ws, wz) a = Conv(d, dv)
+            qa = QuantizeLinear(a, s, o) da = DequantizeLinear(qa, s, o)
+            dw = DequantizeLinear<axis=0>(w, ws, wz) b = Conv(da, dw)
+            qb = QuantizeLinear(b, s, o) z = DequantizeLinear(qb, s, o)
+        }}"""
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def run(model: onnx.ModelProto, **entries: str) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    for key, value in entries.items():
+        options.add_session_config_entry(f"session.{key}", value)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
+    return session.run(None, {"x": x})[0]
+
+
+def test_onnx_runtime_can_then_make_signed_weights_unsigned():
+    model = two_convolutions()
+    wanted = run(model)
+    with pytest.raises(Exception, match="replace the existing tensor"):
+        run(model, x64quantprecision="1")
+    separate_zero_points(model)
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run(model, x64quantprecision="1"), wanted)
+    np.testing.assert_array_equal(run(model), wanted)
+
+
+def test_each_constant_has_its_own_and_activations_keep_theirs():
+    model = two_convolutions()
+    separate_zero_points(model)
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in tensors:
+            assert readers[node.input[2]] == 1 and tensors[node.input[2]].tolist() == [0] * 4
+    assert readers["o"] == 6
+    before = model.SerializeToString()
+    separate_zero_points(model)
+    assert model.SerializeToString() == before

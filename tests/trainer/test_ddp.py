@@ -1,0 +1,80 @@
+"""What processes have in common, in two real ones and in one alone."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from hf_qat.model.prepare import prepare_qat
+from hf_qat.trainer.ddp import average_gradients, copy_from_first_rank, leave_out_of_ddp, without_gradient
+from tests.models import hand_written
+from tests.training import recipe
+
+
+def one_of_two(rank: int, directory: str) -> None:
+    """Gradients: of the first parameter in both, of the second in one process, of the third in none."""
+    torch.set_num_threads(1)
+    store = f"file://{directory}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    norm = nn.BatchNorm1d(2)
+    nn.init.constant_(norm.weight, 3.0 + rank)
+    norm.running_mean.fill_(5.0 + rank)
+    copy_from_first_rank(norm, torch.device("cpu"))
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (3,), ())]
+    parameters[0].grad = torch.full((2, 2), 1.0 + rank)
+    if rank == 1:
+        parameters[1].grad = torch.tensor([2.0, 4.0, 6.0])
+    average_gradients(parameters)
+    found = {"weight": norm.weight.detach(), "mean": norm.running_mean, "gradients": [p.grad for p in parameters]}
+    torch.save(found, Path(directory) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_get_the_weights_of_the_first_and_the_mean_of_their_gradients(tmp_path: Path):
+    processes = mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2, join=False)
+    if not processes.join(timeout=90) and not processes.join(timeout=30):
+        for process in processes.processes:
+            process.kill()
+        pytest.fail("the two processes hang")
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["weight"].tolist() == [3.0, 3.0] and found["mean"].tolist() == [5.0, 5.0]
+        both, one, none = found["gradients"]
+        assert both.tolist() == [[1.5, 1.5], [1.5, 1.5]]
+        assert one.tolist() == [1.0, 2.0, 3.0] and none is None
+
+
+def test_one_process_alone_keeps_its_weights_and_gradients():
+    linear = nn.Linear(2, 2)
+    before = linear.weight.detach().clone()
+    linear.bias.grad = torch.tensor([1.0, 2.0])
+    copy_from_first_rank(linear, torch.device("cpu"))
+    average_gradients([linear.weight, linear.bias])
+    assert torch.equal(linear.weight, before)
+    assert linear.weight.grad is None and linear.bias.grad.tolist() == [1.0, 2.0]
+
+
+def test_ddp_leaves_alone_what_preparing_has_added():
+    model = prepare_qat(hand_written(), recipe(), torch.randn(2, 3, 16, 16))
+    leave_out_of_ddp(model)
+    named = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
+    floating = {name for name, _ in [*hand_written().named_parameters(), *hand_written().named_buffers()]}
+    assert named - set(model._ddp_params_and_buffers_to_ignore) == floating
+
+
+def test_parameters_that_a_loss_does_not_depend_on_are_named():
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "spare": nn.Linear(2, 2)})
+    assert without_gradient(model, model["used"](torch.ones(1, 2)).sum()) == ["spare.weight", "spare.bias"]
+    model["spare"].bias.requires_grad_(False)
+    assert without_gradient(model, model["used"](torch.ones(1, 2)).sum()) == ["spare.weight"]
+
+
+def test_scales_are_not_named():
+    model = prepare_qat(hand_written(), recipe(), torch.randn(2, 3, 16, 16))
+    loss = sum(parameter.sum() for name, parameter in model.named_parameters() if "quantizer" not in name)
+    assert without_gradient(model, loss) == []

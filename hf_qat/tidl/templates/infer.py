@@ -82,7 +82,7 @@ def frames(here: Path, images: list[Path], input_name: str) -> Iterator[tuple[st
             yield path.stem, {input_name: preprocess_image(image, config["preprocess"], config["session"])}
 
 
-def preprocess_image(image: Any, preprocess: dict[str, Any], session: dict[str, Any]) -> np.ndarray:
+def preprocess_image(image: Any, preprocess: dict, session: dict) -> np.ndarray:
     """(1, 3, H, W) float32 of a PIL image, by the entries of config.yaml."""
     image = image.convert("RGB")
     resize, crop = preprocess["resize"], preprocess["crop"]

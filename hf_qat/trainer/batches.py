@@ -47,7 +47,7 @@ def without_labels(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any]
     return {name: value for name, value in batch.items() if name not in {*LABEL_NAMES, *trainer.label_names}}
 
 
-def _any_loader(trainer: Trainer) -> DataLoader | None:
+def _any_loader(trainer: Trainer) -> DataLoader[Any] | None:
     """Of the train set; without one, of the evaluation set, or of the first of several."""
     if trainer.train_dataset is not None:
         return trainer.get_train_dataloader()

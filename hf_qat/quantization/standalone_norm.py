@@ -47,6 +47,9 @@ class QATStandaloneBatchNorm(QATLayer):
             return out
         return super().compute(x)
 
+    def _fuses(self) -> bool:
+        return False  # its weight is the factor itself, one number a channel
+
     def fold_factor(self) -> Tensor:
         """gamma / sqrt(running variance + eps), (C,)."""
         bn: Any = self

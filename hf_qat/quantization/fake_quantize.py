@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_qat.quantization.kernels import fuses
+
 
 Bound = Any  # a number, or a tensor where reading it would wait for a GPU
 
@@ -56,6 +58,11 @@ def fake_quantize(
     Returns:
         Same shape and dtype as `x`; computed in float32.
     """
+    if axis is None and scale.dim() == 0 and fuses(x):
+        from hf_qat.quantization.kernels.activation import fused_fake_quantize
+        from hf_qat.quantization.kernels.code_range import CodeRange
+
+        return fused_fake_quantize(x, scale.detach(), zero_point, CodeRange(qmin, qmax, logarithmic=False))
     low, high = code_bounds(zero_point, x, qmin, qmax, axis)
     step = along(scale.detach(), x, axis)
     if x.requires_grad and torch.is_grad_enabled():
@@ -85,23 +92,31 @@ def code_bounds(zero_point: Tensor | None, x: Tensor, qmin: int, qmax: int, axis
 
 
 def _is_cheap(parameter: Tensor) -> bool:
-    """Whether reading its value makes nobody wait."""
-    return parameter.dim() == 0 and parameter.device.type == "cpu"
+    """Whether reading its value makes nobody wait; a compiler would have to stop for it."""
+    return parameter.dim() == 0 and parameter.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def round_to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
     """`clamp(round(x / step), low, high) * step`, in float32.
 
-    One new tensor and three passes over it while it is in cache: to fill a second one would cost as much again.
+    One new tensor and three passes over it while it is in cache: to fill a second one would cost as much again. Not so
+    where a compiler fuses them; and traced by that of torch 2.11, an `autograd.Function` whose output was last written
+    to in place loses its gradient, without a word.
     """
+    if torch.compiler.is_compiling():
+        return torch.div(x.float(), step).round().clamp(low, high) * step
     return torch.div(x.float(), step).round_().clamp_(low, high).mul_(step)
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which is not called where it does nothing: see `round_to_codes` on torch 2.11."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
     """`grad` where `low * step < x < high * step`, else 0, as a new tensor; one pass where the bounds are numbers."""
     if isinstance(low, Tensor) or isinstance(high, Tensor):
-        y = torch.div(x, step)
-        return torch.where((y > low) & (y < high), grad, grad.new_zeros(()))
+        return _where_between(grad, torch.div(x, step), low, high)
     if _is_cheap(step):
         unit = float(step)
         passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * unit, high * unit)
@@ -109,8 +124,17 @@ def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound) 
     return pass_between(grad, torch.div(x, step), low, high)
 
 
+def _where_between(grad: Tensor, y: Tensor, low: Bound, high: Bound) -> Tensor:
+    return torch.where((y > low) & (y < high), grad, grad.new_zeros(()))
+
+
 def pass_between(grad: Tensor, y: Tensor, low: float, high: float) -> Tensor:
-    """`grad` where `low < y < high`, else 0, written over `y`: no mask, and no other tensor, is made."""
+    """`grad` where `low < y < high`, else 0, written over `y`: no mask, and no other tensor, is made.
+
+    A compiler fuses the formula, and would stop at what is written into a view.
+    """
+    if torch.compiler.is_compiling():
+        return _where_between(grad, y, low, high)
     passed: Tensor = torch.ops.aten.hardtanh_backward.grad_input(grad, y, low, high, grad_input=y)
     return passed
 
@@ -122,7 +146,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.bounds = low, high
-        return round_to_codes(x, step, low, high).to(x.dtype)
+        return as_dtype(round_to_codes(x, step, low, high), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

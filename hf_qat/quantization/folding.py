@@ -47,7 +47,10 @@ class _FoldFakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         size = along(step, weight, axis)
         out = torch.div(weight, size) if multiplier is None else torch.mul(weight, along(multiplier, weight, axis))
-        out.round_().clamp_(qmin, qmax).mul_(size)
+        if torch.compiler.is_compiling():  # see `round_to_codes`
+            out = out.round().clamp(qmin, qmax) * size
+        else:
+            out.round_().clamp_(qmin, qmax).mul_(size)
         ctx.save_for_backward(weight, out if step.requires_grad else None, multiplier, step)
         ctx.low, ctx.high, ctx.axis = float(qmin), float(qmax), axis
         return out
@@ -55,29 +58,71 @@ class _FoldFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, out, multiplier, step = ctx.saved_tensors
-        _, by_multiplier, by_step, *_ = ctx.needs_input_grad
+        by_multiplier = ctx.needs_input_grad[1]
         channels = torch.ones(weight.shape[ctx.axis], device=weight.device)
         size = along(step * channels, weight, ctx.axis)
         factor = None if multiplier is None else along(multiplier * channels, weight, ctx.axis)
-        dweight = torch.empty_like(weight)
-        passed, rounded = [], []  # sums per channel, of each block, for the multiplier and for the step
-        for rows in _blocks(weight, ctx.axis):
-            w, g, dy = weight[rows], grad[rows], dweight[rows]
-            torch.div(w, size[rows], out=dy) if factor is None else torch.mul(w, factor[rows], out=dy)
-            products = torch.empty_like(dy)
-            if by_step and factor is None:  # one sum of what rounding does: the difference of two sums would cancel
-                pass_between(w, products.copy_(dy), ctx.low, ctx.high)
-                rounded.append(_sum_to(torch.sub(out[rows], products, out=products).mul_(g), ctx.axis))
-            pass_between(g, dy, ctx.low, ctx.high)
-            if by_multiplier:
-                passed.append(_sum_to(torch.mul(dy, w, out=products), ctx.axis))
-            if by_step and factor is not None:
-                rounded.append(_sum_to(torch.mul(g, out[rows], out=products), ctx.axis))
-            if factor is not None:
-                dy.mul_(factor[rows] * size[rows])
-        dmultiplier = torch.cat(passed) * step if by_multiplier else None
-        dstep = torch.cat(rounded) / step if by_step else None
+        gradients = _by_formula if torch.compiler.is_compiling() else _in_blocks
+        bounds = ctx.low, ctx.high
+        dweight, passed, rounded = gradients(weight, grad, out, factor, size, bounds, ctx.axis, by_multiplier)
+        dmultiplier = passed * step if passed is not None else None
+        dstep = rounded / step if rounded is not None else None
         return dweight, _shaped(dmultiplier, multiplier), _shaped(dstep, step), None, None, None
+
+
+def _by_formula(
+    weight: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    factor: Tensor | None,
+    size: Tensor,
+    bounds: tuple[float, float],
+    axis: int,
+    by_multiplier: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `_in_blocks` computes, as one expression for a compiler to fuse."""
+    y = weight / size if factor is None else weight * factor
+    inside = (y > bounds[0]) & (y < bounds[1])
+    passed = torch.where(inside, grad, 0.0)
+    rounded = None
+    if out is not None:
+        change = out - torch.where(inside, weight, 0.0) if factor is None else out
+        rounded = _sum_to(grad * change, axis)
+    dweight = passed if factor is None else passed * (factor * size)
+    return dweight, _sum_to(passed * weight, axis) if by_multiplier else None, rounded
+
+
+def _in_blocks(
+    weight: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    factor: Tensor | None,
+    size: Tensor,
+    bounds: tuple[float, float],
+    axis: int,
+    by_multiplier: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient of the weight, and sums per channel for the multiplier and, where there is an `out`, for the step."""
+    low, high = bounds
+    dweight = torch.empty_like(weight)
+    passed, rounded = [], []
+    for rows in _blocks(weight, axis):
+        w, g, dy = weight[rows], grad[rows], dweight[rows]
+        torch.div(w, size[rows], out=dy) if factor is None else torch.mul(w, factor[rows], out=dy)
+        products = torch.empty_like(dy)
+        if (
+            out is not None and factor is None
+        ):  # one sum of what rounding does: the difference of two sums would cancel
+            pass_between(w, products.copy_(dy), low, high)
+            rounded.append(_sum_to(torch.sub(out[rows], products, out=products).mul_(g), axis))
+        pass_between(g, dy, low, high)
+        if by_multiplier:
+            passed.append(_sum_to(torch.mul(dy, w, out=products), axis))
+        if out is not None and factor is not None:
+            rounded.append(_sum_to(torch.mul(g, out[rows], out=products), axis))
+        if factor is not None:
+            dy.mul_(factor[rows] * size[rows])
+    return dweight, torch.cat(passed) if passed else None, torch.cat(rounded) if rounded else None
 
 
 def _shaped(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:

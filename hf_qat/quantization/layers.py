@@ -20,6 +20,7 @@ from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
 from hf_qat.quantization.class_swap import original_class, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
+from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import weight_scale
@@ -80,6 +81,8 @@ class QATLayer(nn.Module):
         if batch_norm is not None and is_live(batch_norm) and not self.batch_norm_frozen:
             out = self.operation(x, self._unfolded_weight(), self.bias, *arguments)
             return normalise_live(batch_norm, out)
+        if self.training and self._fuses():
+            return self.operation(x, *self._fused_fold(live=False), *arguments)
         scale = self._scale() if self.training else self.device_scale()
         weight, bias = self.folded(scale)
         if not self.training and bias is not None:
@@ -114,6 +117,8 @@ class QATLayer(nn.Module):
         quantizer = self.weight_quantizer
         if not quantizer.enabled:
             return self.weight
+        if self._fuses():
+            return self._fused_fold(live=True)[0]
         with torch.no_grad():
             factor = self.fold_factor()
         assert factor is not None
@@ -122,6 +127,28 @@ class QATLayer(nn.Module):
         return fold_fake_quantize(
             self.weight, factor / scale, scale / factor, quantizer.spec.qmin, quantizer.spec.qmax, self.channel_axis
         )
+
+    def _fuses(self) -> bool:
+        return self.weight_quantizer.enabled and fuses(self.weight)
+
+    def _fused_fold(self, live: bool) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the operation in training, by one kernel each way, in the type that autocast wants."""
+        from hf_qat.quantization.kernels.weight import Folding, Norm, fused_fold
+
+        bn: Any = self.batch_norm
+        quantizer, device = self.weight_quantizer, self.weight.device.type
+        spec, log2_scale = quantizer.spec, quantizer.log2_scale
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        norm, eps = None, 0.0
+        if bn is not None:
+            norm, eps = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, self.bias), bn.eps
+        weight, bias = fused_fold(
+            self.weight,
+            log2_scale.detach() if quantizer.frozen else log2_scale,
+            norm,
+            Folding(spec.qmin, spec.qmax, self.channel_axis, spec.power_of_two, live, eps, dtype),
+        )
+        return weight, self.bias if norm is None else bias
 
     def folded(self, scale: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight as the device sees it, batch norm folded in and quantized at `scale` if enabled, and its bias."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.fake_quantize import Bound, code_bounds, pass_inside, round_to_codes
+from hf_qat.quantization.fake_quantize import Bound, as_dtype, code_bounds, pass_inside, round_to_codes
 
 
 class QuantizerValues(NamedTuple):
@@ -69,7 +69,7 @@ class _Learned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
         ctx.save_for_backward(x, offset)
         ctx.values = values
-        return round_to_codes(x, values.scale, values.low, values.high).to(x.dtype)
+        return as_dtype(round_to_codes(x, values.scale, values.low, values.high), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
 from hf_qat.quantization.fake_quantize import fake_quantize
+from hf_qat.quantization.kernels import calls_operators, fuses
+from hf_qat.quantization.kernels.code_range import CodeRange
+from hf_qat.quantization.kernels.operators import traced_fake_quantize
 from hf_qat.quantization.learned import QuantizerValues, learned_fake_quantize, levels
 from hf_qat.quantization.observers import AVERAGING_CONSTANT, Observer, make_observer, synchronized_range
 from hf_qat.quantization.scales import scale_from_range
@@ -146,10 +149,30 @@ class FakeQuantize(nn.Module):
             x = ACTIVATIONS[activation](x)
         if self.training and not self.frozen and self.tracks_range:
             self._follow(x.detach())
+        if fuses(x):
+            return self._fused(x)
         if self.learned and not self.frozen and torch.is_grad_enabled():
             offset = None if self.spec.symmetric else self.offset
+            if calls_operators(x):
+                return traced_fake_quantize(x, self.log2_scale, offset, self._levels(), self._codes())
             return learned_fake_quantize(x, self.log2_scale, offset, self._levels())
         return fake_quantize(x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same as one kernel each way, which takes the parameters themselves."""
+        from hf_qat.quantization.kernels.activation import fused_fake_quantize
+
+        if self.tracks_range:  # the next batch moves its parameters, perhaps before the backward of this one
+            codes = CodeRange(self.spec.qmin, self.spec.qmax, logarithmic=False)
+            return fused_fake_quantize(x, self.scale, self.zero_point, codes)
+        scale, offset = self.log2_scale, None if self.spec.symmetric else self.offset
+        if self.frozen:
+            scale, offset = scale.detach(), offset if offset is None else offset.detach()
+        return fused_fake_quantize(x, scale, offset, self._codes())
+
+    def _codes(self) -> CodeRange:
+        limit = math.inf if self.scale_limit is None else self.scale_limit
+        return CodeRange(self.spec.qmin, self.spec.qmax, power_of_two=self.spec.power_of_two, scale_limit=limit)
 
     @torch.no_grad()
     def _levels(self) -> QuantizerValues:

@@ -45,6 +45,9 @@ class QATStandaloneBatchNorm(QATLayer):
             return normalise_live(self, x)
         return super().compute(x, arguments)
 
+    def _fuses(self) -> bool:
+        return False  # its weight is the factor itself, one number a channel
+
     def fold_factor(self) -> Tensor:
         """gamma / sqrt(running variance + eps), (C,)."""
         bn: Any = self

@@ -1,0 +1,265 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""One kernel each way for the weight of a layer: batch norm folded in, quantized per channel, and the bias with it.
+
+The expressions are those of `hf_qat.quantization.folding` and `hf_qat.quantization.layers`, and so are the gradients.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_qat.quantization.kernels.arithmetic import divide, scale_of, to_codes
+from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+
+
+#: Values of a channel that a program works on together: the least of these that holds them all, or the last.
+BLOCKS = (64, 256, 1024)
+
+#: Below this, a channel's fold factor counts as zero: dividing by it would overflow float32.
+SMALLEST_FACTOR = tl.constexpr(1e-12)
+
+LN2 = tl.constexpr(math.log(2.0))
+
+#: Rows of what forward keeps per channel.
+FACTOR, INVERSE, SHIFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+#: Rows of the gradients per channel.
+BY_SCALE, BY_GAMMA, BY_BETA, BY_BIAS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+class Folding(NamedTuple):
+    """What is fixed about a layer's weight.
+
+    Attributes:
+        qmin, qmax: lowest and highest code.
+        axis: the axis of the weight that channels run along.
+        power_of_two: the exponents of scales are rounded.
+        live: the factor is divided out again, because a batch norm follows that uses batch statistics.
+        eps: of the batch norm.
+        dtype: of the folded weight and bias.
+    """
+
+    qmin: int
+    qmax: int
+    axis: int
+    power_of_two: bool
+    live: bool
+    eps: float
+    dtype: torch.dtype
+
+
+class Norm(NamedTuple):
+    """The tensors of a batch norm, (C,) each, and the bias of the layer before it."""
+
+    mean: Tensor
+    variance: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    bias: Tensor | None
+
+
+@triton.jit
+def _place(c, start, channels, inner, BLOCK: tl.constexpr):
+    """Where the values `start` to `start + BLOCK` of channel `c` lie: in runs of `inner`, one of each channel."""
+    j = start + tl.arange(0, BLOCK)
+    return j, (j // inner) * (channels * inner) + c * inner + j % inner
+
+
+@triton.jit
+def _fold(
+    w_at,
+    out_at,
+    log2_scale_at,
+    kept_at,
+    bias_out_at,
+    mean_at,
+    variance_at,
+    gamma_at,
+    beta_at,
+    bias_at,
+    eps,
+    qmin,
+    qmax,
+    channels,
+    length,
+    inner,
+    PER_CHANNEL: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    LIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    c = tl.program_id(0)
+    scale = scale_of(tl.load(log2_scale_at + (c if PER_CHANNEL else 0)), POWER_OF_TWO)
+    step = scale
+    multiplier = scale
+    if variance_at is not None:
+        inverse = tl.rsqrt(tl.load(variance_at + c) + eps)
+        factor = inverse
+        if gamma_at is not None:
+            factor = tl.load(gamma_at + c) * inverse
+        if LIVE:
+            factor = tl.where(tl.abs(factor) < SMALLEST_FACTOR, SMALLEST_FACTOR, factor)
+            step = divide(scale, factor)
+        else:
+            shift = tl.load(mean_at + c)
+            if bias_at is not None:
+                shift = shift - tl.load(bias_at + c)
+            folded = -shift * factor
+            if beta_at is not None:
+                folded = tl.load(beta_at + c) + folded
+            tl.store(bias_out_at + c, folded.to(bias_out_at.dtype.element_ty))
+            tl.store(kept_at + INVERSE * channels + c, inverse)
+            tl.store(kept_at + SHIFT * channels + c, shift)
+        tl.store(kept_at + FACTOR * channels + c, factor)
+        multiplier = divide(factor, scale)
+    start = 0
+    while start < length:
+        j, place = _place(c, start, channels, inner, BLOCK)
+        w = tl.load(w_at + place, mask=j < length, other=0.0).to(tl.float32)
+        y = w * multiplier if variance_at is not None else divide(w, scale)
+        out = to_codes(y, qmin, qmax) * step
+        tl.store(out_at + place, out.to(out_at.dtype.element_ty), mask=j < length)
+        start += BLOCK
+
+
+@triton.jit
+def _fold_backward(
+    grad_at,
+    bias_grad_at,
+    w_at,
+    dw_at,
+    sums_at,
+    log2_scale_at,
+    kept_at,
+    qmin,
+    qmax,
+    channels,
+    length,
+    inner,
+    PER_CHANNEL: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    LIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    c = tl.program_id(0)
+    scale = scale_of(tl.load(log2_scale_at + (c if PER_CHANNEL else 0)), POWER_OF_TWO)
+    step = scale
+    multiplier = scale
+    factor = 1.0
+    if kept_at is not None:
+        factor = tl.load(kept_at + FACTOR * channels + c)
+        multiplier = divide(factor, scale)
+        if LIVE:
+            step = divide(scale, factor)
+    changed = tl.zeros((BLOCK,), tl.float32)
+    passed = tl.zeros((BLOCK,), tl.float32)
+    start = 0
+    while start < length:
+        j, place = _place(c, start, channels, inner, BLOCK)
+        w = tl.load(w_at + place, mask=j < length, other=0.0).to(tl.float32)
+        grad = tl.load(grad_at + place, mask=j < length, other=0.0).to(tl.float32)
+        y = w * multiplier if kept_at is not None else divide(w, scale)
+        inside = (y > qmin) & (y < qmax)
+        dy = tl.where(inside, grad, 0.0)
+        changed += grad * (to_codes(y, qmin, qmax) - tl.where(inside, y, 0.0))
+        passed += dy * w
+        dw = dy
+        if kept_at is not None:
+            dw = dy * (multiplier * step)
+        tl.store(dw_at + place, dw.to(dw_at.dtype.element_ty), mask=j < length)
+        start += BLOCK
+    tl.store(sums_at + BY_SCALE * channels + c, tl.sum(changed) * (step * LN2))
+    if bias_grad_at is not None:
+        inverse = tl.load(kept_at + INVERSE * channels + c)
+        shift = tl.load(kept_at + SHIFT * channels + c)
+        grad = tl.load(bias_grad_at + c).to(tl.float32)
+        tl.store(sums_at + BY_GAMMA * channels + c, (tl.sum(passed) - grad * shift) * inverse)
+        tl.store(sums_at + BY_BETA * channels + c, grad)
+        tl.store(sums_at + BY_BIAS * channels + c, grad * factor)
+
+
+def fused_fold(
+    weight: Tensor, log2_scale: Tensor, norm: Norm | None, folding: Folding
+) -> tuple[Tensor, Tensor | None]:
+    """The fake-quantized weight, a batch norm folded in, and its bias, `None` without a batch norm or with a live one.
+
+    Gradients reach the weight, `log2_scale`, gamma, beta and the layer's bias; the last three only if not `live`.
+
+    Args:
+        weight: any shape and layout, float32.
+        log2_scale: () or (C,) float32.
+        norm: what is folded in, if anything.
+        folding: the rest.
+    """
+    out, bias = _FusedFold.apply(weight, log2_scale, *(norm or (None,) * 5), folding)
+    return out, bias
+
+
+class _FusedFold(torch.autograd.Function):
+    """Saves the weight and three numbers per channel: running statistics move before backward, if they are live."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        log2_scale: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        bias: Tensor | None,
+        folding: Folding,
+    ) -> tuple[Tensor, Tensor | None]:
+        weight, like = in_memory_order(weight)
+        out = like if like.dtype == folding.dtype else torch.empty_like(weight, dtype=folding.dtype)
+        channels = weight.shape[folding.axis]
+        kept = folded = None
+        if variance is not None:
+            kept = torch.empty(3, channels, dtype=torch.float32, device=weight.device)
+            folded = None if folding.live else torch.empty(channels, dtype=folding.dtype, device=weight.device)
+        with torch.cuda.device_of(weight):
+            _fold[(channels,)](
+                weight, out, log2_scale, kept, folded, mean, variance, gamma, beta, bias, folding.eps,
+                *_options(weight, log2_scale, folding),
+            )  # fmt: skip
+        ctx.save_for_backward(weight, log2_scale, kept)
+        ctx.folding = folding
+        ctx.set_materialize_grads(False)
+        return out, folded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, log2_scale, kept = ctx.saved_tensors
+        _, by_scale, _, _, by_gamma, by_beta, by_bias, _ = ctx.needs_input_grad
+        channels = weight.shape[ctx.folding.axis]
+        grad = torch.zeros_like(weight) if grad is None else laid_out_like(grad, weight)
+        if bias_grad is None and kept is not None and not ctx.folding.live:
+            bias_grad = torch.zeros(channels, device=weight.device)
+        dweight = torch.empty_like(weight)
+        sums = torch.empty(4, channels, dtype=torch.float32, device=weight.device)
+        with torch.cuda.device_of(weight):
+            _fold_backward[(channels,)](
+                grad, bias_grad, weight, dweight, sums, log2_scale, kept, *_options(weight, log2_scale, ctx.folding)
+            )
+        dscale = None if not by_scale else sums[0] if log2_scale.dim() else sums[0].sum()
+        dgamma, dbeta, dbias = (
+            sums[row] if wanted and bias_grad is not None else None
+            for row, wanted in ((1, by_gamma), (2, by_beta), (3, by_bias))
+        )
+        return dweight, dscale, None, None, dgamma, dbeta, dbias, None
+
+
+def _options(weight: Tensor, log2_scale: Tensor, folding: Folding) -> tuple[Any, ...]:
+    """What both kernels take last."""
+    channels = weight.shape[folding.axis]
+    length = weight.numel() // channels
+    stride = weight.stride(folding.axis)
+    block = next((block for block in BLOCKS if block >= length), BLOCKS[-1])
+    return (
+        float(folding.qmin), float(folding.qmax), channels, length, stride,
+        log2_scale.dim() > 0, folding.power_of_two, folding.live, block,
+    )  # fmt: skip

@@ -1,0 +1,141 @@
+"""`torch.compile` of a prepared model: one graph, in every phase, that trains as eager does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
+from hf_qat.quantization.layers import plain
+from tests.models import HUGGING_FACE
+
+
+#: What the compiler does itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+STEPS = 20
+
+OBSERVED = {"learned": False, "observer": "moving_average"}
+CONFIGS = {
+    "learned": QATConfig("int8"),
+    "observed": QATConfig("int8", weights=OBSERVED, activations=OBSERVED),
+    "powers of two": QATConfig("TDA4VM"),
+}
+
+#: Phase → whether batch norm and whether ranges are frozen.
+PHASES = {"live": (False, False), "batch norm frozen": (True, False), "all frozen": (True, True)}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def prepared(config: QATConfig) -> nn.Module:
+    torch.manual_seed(0)
+    block = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    block += [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), nn.Dropout(0.2)]
+    model = nn.Sequential(*block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    batch = torch.randn(8, 3, 8, 8)
+    return calibrate(prepare_qat(model, config, batch[:2]), [batch])
+
+
+def enter(model: nn.Module, phase: str) -> None:
+    bn_frozen, ranges_frozen = PHASES[phase]
+    freeze_ranges(freeze_batch_norm(model.train(), bn_frozen), ranges_frozen)
+
+
+def losses(model: nn.Module, run: nn.Module, steps: int = STEPS) -> Tensor:
+    """Of a training on the same data with the same dropout."""
+    torch.manual_seed(1)
+    data, target = torch.randn(steps, 8, 3, 8, 8), torch.randn(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    found = []
+    for batch in data:
+        optimizer.zero_grad()
+        loss = (run(batch) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    return torch.stack(found)
+
+
+def graphs_and_breaks() -> tuple[int, int]:
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_it_is_one_graph_and_trains_as_eager_does(config: QATConfig, phase: str):
+    model = prepared(config)
+    enter(model, phase)
+    twin = copy.deepcopy(model)
+    expected = losses(model, model)
+    found = losses(twin, torch.compile(twin, backend="aot_eager"))
+    assert graphs_and_breaks() == (1, 0)
+    assert expected[-1] < expected[0]  # it trains
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for name, ours in twin.state_dict().items():
+        theirs = model.state_dict()[name]
+        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name
+
+
+def test_a_change_of_phase_compiles_once_and_a_return_not_at_all():
+    model = prepared(CONFIGS["learned"])
+    run = torch.compile(model, backend="aot_eager")
+    counts = []
+    for phase in ("live", "batch norm frozen", "all frozen", "live"):
+        enter(model, phase)
+        losses(model, run, steps=2)
+        counts.append(graphs_and_breaks())
+    assert counts == [(1, 0), (2, 0), (3, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("case", ["resnet", "vit"])
+def test_a_task_model_with_its_loss_is_one_graph(case: str):
+    case = HUGGING_FACE[case]
+    model = case.make()
+    model.config.problem_type = "single_label_classification"  # else it finds out in the first step, and recompiles
+    inputs = {"pixel_values": case.pixels(4), "labels": case.labels(4)}
+    calibrate(prepare_qat(model, example_inputs={"pixel_values": case.pixels(2)}), [inputs])
+    model.train()
+    results = []
+    for run in (torch.compile(model, backend="aot_eager"), model):
+        model.zero_grad()
+        state = copy.deepcopy(model.state_dict())
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(**inputs).loss
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((loss.detach(), gradients))
+        model.load_state_dict(state)
+    assert graphs_and_breaks() == (1, 0)
+    (loss, gradients), (expected, expected_gradients) = results
+    torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)  # bfloat16 is rounded at other places
+    assert (gradients - expected_gradients).norm() < 0.05 * expected_gradients.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_inductor_trains_it_too():
+    model = prepared(CONFIGS["learned"])
+    enter(model, "live")
+    twin = copy.deepcopy(model)
+    expected = losses(model, model)
+    found = losses(twin, torch.compile(twin))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)  # sums in another order, which rounding amplifies
+
+
+def test_arguments_of_an_operation_are_tuples_all_the_way_down():
+    nested = torch.fx.immutable_collections.immutable_list([1, 2])
+    assert plain([nested, None, 1, [nested]]) == ((1, 2), None, 1, ((1, 2),))
+    assert type(plain([nested])[0]) is tuple

@@ -156,7 +156,8 @@ def training_records(
 def _training_record(call: CallRecord, seen: CallRecord | None) -> CallRecord:
     if seen is None or _called_alike(call, seen):
         return call
-    inputs = [[_random_like(x) for x in tensors] for tensors in seen.inputs]
+    device = device_of(call.module)
+    inputs = [[_random_like(x).to(device) for x in tensors] for tensors in seen.inputs]
     return CallRecord(call.path, call.module, seen.signatures, inputs)
 
 

@@ -77,7 +77,11 @@ def _observe(module: nn.Module, run: Any, tensors: Sequence[Tensor], gradients: 
     # A module may write to what it is given, which a leaf that needs a gradient does not allow.
     given = [x.clone() if x.requires_grad else x for x in inputs]
     parameters = [p for p in module.parameters() if p.requires_grad] if gradients else []
-    with _buffers_kept(module) as buffers, torch.random.fork_rng(devices=_gpus(tensors)), torch.set_grad_enabled(gradients):
+    with (
+        _buffers_kept(module) as buffers,
+        torch.random.fork_rng(devices=_gpus(tensors)),
+        torch.set_grad_enabled(gradients),
+    ):
         torch.manual_seed(SEED)
         try:
             outputs = pytree.tree_leaves(run(given))

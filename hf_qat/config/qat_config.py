@@ -32,7 +32,7 @@ from hf_qat.config.checks import (
     refuse_unknown,
     scheme_changes,
 )
-from hf_qat.config.targets import Target, TensorScheme, check_schemes, did_you_mean, find_target
+from hf_qat.config.targets import Restrictions, Target, TensorScheme, check_schemes, did_you_mean, find_target
 from hf_qat.errors import ConfigError
 from hf_qat.version import __version__
 
@@ -61,6 +61,10 @@ class QATConfig(QuantizationConfigMixin):
         overrides: other schemes for some modules: `{glob: {"weights": {...}, "activations": {...}}}`, with the same
             globs and keys as above. Where several globs match a module, the later one wins. `bits` named here also
             hold in the first and the last layers, which otherwise keep the 8 bits that 4-bit targets have for them.
+        layer_restrictions: quantize as the target's layers can compute: TI's devices take no zero point in pooling,
+            resizing, slices, products and others, although their schemes have one. `False` leaves a zero point there,
+            which the device may ignore. Models of earlier versions were trained so, and stay so when they are loaded.
+        symmetric_input: of these restrictions, the one on what enters the model; TI's own training leaves it out.
         freeze_bn_at: fraction of training, 0 to 1, after which batch norm stops following the data and becomes a part
             of the convolution, as it is on the chip. `None`: 0 (from the first step) if the scales of activations are
             learned, else 0.5.
@@ -104,6 +108,8 @@ class QATConfig(QuantizationConfigMixin):
         activations: SchemeChanges | None = None,
         exclude: str | Sequence[str] = (),
         overrides: Overrides | None = None,
+        layer_restrictions: bool | None = None,
+        symmetric_input: bool = True,
         freeze_bn_at: float | None = None,
         freeze_ranges_at: float = 0.9,
         calibration_batches: int = 32,
@@ -124,6 +130,10 @@ class QATConfig(QuantizationConfigMixin):
         self.activations = scheme_changes("activations", activations)
         self.exclude = globs_on_paths("exclude", [exclude] if isinstance(exclude, str) else exclude)
         self.overrides = module_changes(overrides)
+        # A dict that `to_dict` wrote has a version; without this entry it is from before there were restrictions.
+        restricted = hf_qat_version is None if layer_restrictions is None else layer_restrictions
+        self.layer_restrictions = flag("layer_restrictions", restricted)
+        self.symmetric_input = flag("symmetric_input", symmetric_input)
         self.freeze_ranges_at = number("freeze_ranges_at", freeze_ranges_at, 0, 1)
         early = 0.0 if self.activation_scheme.learned else min(0.5, self.freeze_ranges_at)
         self.freeze_bn_at = early if freeze_bn_at is None else number("freeze_bn_at", freeze_bn_at, 0, 1)
@@ -150,8 +160,13 @@ class QATConfig(QuantizationConfigMixin):
 
     @property
     def target_spec(self) -> Target:
-        """The row of the table of targets."""
-        return find_target(self.target)
+        """The row of the table of targets, with the restrictions that hold."""
+        row = find_target(self.target)
+        if not self.layer_restrictions:
+            return replace(row, restrictions=Restrictions())
+        if not self.symmetric_input:
+            return replace(row, restrictions=replace(row.restrictions, symmetric_input=False))
+        return row
 
     @property
     def weight_scheme(self) -> TensorScheme:
@@ -215,6 +230,10 @@ class QATConfig(QuantizationConfigMixin):
         data["overrides"] = [list(item) for item in data["overrides"].items()]
         if data["checkpoint"] is None:
             del data["checkpoint"]
+        if find_target(self.target).restrictions == Restrictions() or not self.layer_restrictions:
+            del data["layer_restrictions"], data["symmetric_input"]  # as files were before there were restrictions
+        elif self.symmetric_input:
+            del data["symmetric_input"]
         return {**data, "hf_qat_version": __version__}
 
     def with_checkpoint(self, checkpoint: Mapping[str, Any] | None) -> QATConfig:

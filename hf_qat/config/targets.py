@@ -38,6 +38,28 @@ class TensorScheme:
 
 
 @dataclass(frozen=True)
+class Restrictions:
+    """What a device's layers cannot do, though its schemes could: nothing by default.
+
+    Attributes:
+        symmetric_input: what enters the model has zero_point 0.
+        symmetric_operations: names of rules (`hf_qat.graph.rules`) of operations whose inputs and outputs have it too.
+        symmetric_products: the result of an activation × activation product has it, as its inputs do by
+            `Target.symmetric_matmul`.
+        per_tensor_transposed: the weights of transposed convolutions have one scale, and what they read and make has
+            zero_point 0.
+        pair_before_activation: the result of a layer is rounded before an activation that a quantizer cannot compute
+            by clamping, such as SiLU: only ReLU belongs to the layer.
+    """
+
+    symmetric_input: bool = False
+    symmetric_operations: frozenset[str] = frozenset()
+    symmetric_products: bool = False
+    per_tensor_transposed: bool = False
+    pair_before_activation: bool = False
+
+
+@dataclass(frozen=True)
 class Target:
     """One entry of the table of targets.
 
@@ -50,6 +72,7 @@ class Target:
         one_sign_in_products: both inputs of such a product must be signed, or both unsigned.
         one_type_where_tensors_meet: all tensors that meet in an add or a concatenation share signedness, which is what
             lets ONNX Runtime use an integer kernel.
+        restrictions: what its layers cannot do; `QATConfig(layer_restrictions=False)` leaves them out.
         description: one line for `hf-qat --help` and the documentation.
     """
 
@@ -61,6 +84,7 @@ class Target:
     symmetric_matmul: bool = False
     one_sign_in_products: bool = False
     one_type_where_tensors_meet: bool = False
+    restrictions: Restrictions = Restrictions()
     description: str = ""
 
 
@@ -89,6 +113,24 @@ _PER_CHANNEL_4 = TensorScheme(bits=4, per_channel=True)
 _POWER_OF_TWO = TensorScheme(power_of_two=True)
 _AFFINE = TensorScheme(symmetric=False)
 _AFFINE_4 = TensorScheme(bits=4, symmetric=False)
+
+#: edgeai-tidl-tools, docs/quantization.md, "TIDL Layer Quantization Restrictions": asymmetric activations of
+#: convolutions, fully connected layers, softmax, layer norm, concatenations and additions only, and of what passes
+#: codes on whole (flatten, reshape, transpose). GELU and SiLU are its BatchNormLayer.
+_TIDL_SYMMETRIC = frozenset(
+    "mul div sub rsub maximum minimum mean sum batch_norm prelu gelu silu sigmoid hardsigmoid tanh elu relu relu6 "
+    "avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d max_pool1d max_pool2d adaptive_max_pool2d "
+    "amax amin upsample_bilinear2d upsample_linear1d upsample_nearest2d grid_sampler grid_sampler_2d "
+    "slice select split split_with_sizes chunk unbind narrow roll flip squeeze pad index gather index_select "
+    "pixel_shuffle pixel_unshuffle channel_shuffle".split()
+)
+_TIDL = Restrictions(
+    symmetric_input=True,
+    symmetric_operations=_TIDL_SYMMETRIC,
+    symmetric_products=True,
+    per_tensor_transposed=True,
+    pair_before_activation=True,
+)
 
 #: The table of targets. A new device is a new row, from outside by `register_target`.
 #:
@@ -138,6 +180,7 @@ TARGETS: list[Target] = [
         aliases=("J721E",),
         symmetric_matmul=True,
         one_sign_in_products=True,
+        restrictions=_TIDL,
         description="TI TDA4VM: 8 bits, power-of-two scales, one per tensor, no zero points",
     ),
     Target(
@@ -145,6 +188,7 @@ TARGETS: list[Target] = [
         weights=_PER_CHANNEL,
         activations=_AFFINE,
         symmetric_matmul=True,
+        restrictions=_TIDL,
         description="TI AM62A: 8 bits, weights per channel, activations with a zero point",
     ),
     Target(
@@ -153,6 +197,7 @@ TARGETS: list[Target] = [
         activations=_AFFINE,
         aliases=("J722S",),
         symmetric_matmul=True,
+        restrictions=_TIDL,
         description="TI AM67A: 8 bits, weights per channel, activations with a zero point",
     ),
     Target(
@@ -161,6 +206,7 @@ TARGETS: list[Target] = [
         activations=_AFFINE,
         aliases=("J721S2",),
         symmetric_matmul=True,
+        restrictions=_TIDL,
         description="TI AM68A: 8 bits, weights per channel, activations with a zero point",
     ),
     Target(
@@ -169,6 +215,7 @@ TARGETS: list[Target] = [
         activations=_AFFINE,
         aliases=("J784S4",),
         symmetric_matmul=True,
+        restrictions=_TIDL,
         description="TI AM69A: 8 bits, weights per channel, activations with a zero point",
     ),
 ]

@@ -26,16 +26,17 @@ def make_plan(model: nn.Module, captured: Mapping[str, CapturedModule], config: 
     """Resolve the target, all globs, and the edges of the model, right after capture.
 
     Args:
-        model: captured; it is run once if the target keeps more bits at the edges.
+        model: captured; it is run once if the target treats what enters it, or its edges, otherwise than the rest.
         captured: its captured children by path.
         config: the recipe.
         inputs: that the model was captured with.
     """
     bits = config.target_spec.edge_bits
-    edges = Edges() if bits is None else find_edges(model, captured, inputs, config.excludes)
+    concerned = bits is not None or config.target_spec.restrictions.symmetric_input
+    edges = find_edges(model, captured, inputs, config.excludes) if concerned else Edges()
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     plan = Plan(config.target_spec, {path: _module_plan(path, config, edges) for path in paths}, edges)
-    for path in edges.first_layer, *sorted(edges.last_layers):
+    for path in (edges.first_layer, *sorted(edges.last_layers)) if bits is not None else ():
         if path is not None:
             module = plan.modules[path]
             logger.info("%s: %d bits, %s", path or type(model).__name__, module.weights.bits, module.why)
@@ -45,7 +46,7 @@ def make_plan(model: nn.Module, captured: Mapping[str, CapturedModule], config: 
 def _module_plan(path: str, config: QATConfig, edges: Edges) -> ModulePlan:
     weights, activations = config.schemes_for(path)
     changes, bits = config.overrides_for(path), config.target_spec.edge_bits
-    edge = _edge(path, edges)
+    edge = _edge(path, edges) if bits is not None else None
     why = f"target {config.target}"
     if config.excludes(path):
         why = EXCLUDED

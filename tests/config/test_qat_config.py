@@ -354,6 +354,7 @@ def test_the_dict_is_plain_json_and_complete():
         "activations": {},
         "exclude": ["classifier"],
         "overrides": [["a", {"weights": {"bits": 2}}]],
+        "layer_restrictions": True,
         "freeze_bn_at": 0.0,
         "freeze_ranges_at": 0.9,
         "calibration_batches": 32,

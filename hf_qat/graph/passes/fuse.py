@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from hf_qat.config.targets import Restrictions
 from hf_qat.graph.captured import CapturedGraph, CapturedModule
 from hf_qat.graph.layer_calls import layer_calls
 from hf_qat.graph.nodes import call_before, eliminate_dead_code, replace_node
@@ -49,7 +50,7 @@ def fuse(captured: Mapping[str, CapturedModule], plan: Plan) -> None:
         child_plan = plan.below(child)
         fusions = find_fusions(module, child_plan, shared)
         for fusion in fusions:
-            _install(module, fusion, child_plan)
+            _install(module, fusion, child_plan, plan.target.restrictions)
         norms = standalone_norms(module, fusions)
         for way in module.graphs:
             call_layers(module, way, fusions)
@@ -127,15 +128,16 @@ def _foldable_norm(captured: CapturedModule, way: CapturedGraph, node: fx.Node) 
     return None if norm_path(captured, way, users[0]) is None else users[0]
 
 
-def _install(captured: CapturedModule, fusion: Fusion, plan: ChildPlan) -> None:
+def _install(captured: CapturedModule, fusion: Fusion, plan: ChildPlan, restrictions: Restrictions) -> None:
     """Make a layer fake-quantize its weight, in place, unless another child has done so."""
     layer, node = captured.get_submodule(fusion.path), fusion.call
     if isinstance(layer, QATLayer):
         return
     axis = 1 if node.target in TRANSPOSED else 0  # a transposed convolution's weight is (C_in, C_out / groups, …)
     spec = plan[fusion.path].weight_spec(axis)
-    if _grouped_transposed(node):
-        spec = replace(spec, axis=None)  # its output channels are no slices of the weight
+    one_scale = node.target in TRANSPOSED and restrictions.per_tensor_transposed
+    if one_scale or _grouped_transposed(node):  # of the latter, output channels are no slices of the weight
+        spec = replace(spec, axis=None)
     operation: Any = node.target
     options = {name: value for name, value in node.kwargs.items() if name != "bias"}
     install_layer(
@@ -147,6 +149,12 @@ def _install(captured: CapturedModule, fusion: Fusion, plan: ChildPlan) -> None:
         None if fusion.norm is None else captured.get_submodule(fusion.norm),
         keep_forward=not fusion.path,
     )
+
+
+def is_transposed(layer: QATLayer) -> bool:
+    """Whether a layer is a transposed convolution."""
+    operation: Any = layer.operation
+    return (operation.func if isinstance(operation, partial) else operation) in TRANSPOSED
 
 
 def _grouped_transposed(node: fx.Node) -> bool:

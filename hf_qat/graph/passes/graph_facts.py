@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
+from hf_qat.graph.passes.fuse import is_transposed
 from hf_qat.graph.plan import ModulePlan, Plan, join_path
 from hf_qat.graph.rules import (
     BEFORE_ERROR_AMPLIFYING,
@@ -80,8 +81,18 @@ class GraphFacts:
         if self.rules[node].kind not in (Kind.LAYER, Kind.COMPUTE) or len(node.users) != 1:
             return False
         user = next(iter(node.users))
-        follows = self.rules[user].kind is Kind.ACTIVATION or (is_scalar_multiple(user) and self.is_quantized(user))
+        follows = self._is_fused(user) or (is_scalar_multiple(user) and self.is_quantized(user))
         return follows and user.args[0] is node
+
+    def _is_fused(self, node: fx.Node) -> bool:
+        """Whether it is an activation that belongs to what it reads."""
+        rule, apart = self.rules[node], self._plan.target.restrictions.pair_before_activation
+        return rule.kind is Kind.ACTIVATION and not (apart and rule.clamp is None)
+
+    def is_transposed_layer(self, node: fx.Node) -> bool:
+        """Whether the node calls a transposed convolution."""
+        called = called_module(self.captured, node)
+        return isinstance(called, QATLayer) and is_transposed(called)
 
     def insertion_points(self) -> list[fx.Node]:
         """Operations whose result is rounded."""

@@ -20,14 +20,17 @@ QuantizerPath = tuple[str, str]
 
 def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[QuantizerPath, QuantizerSpec]:
     """The spec of every quantizer."""
-    at_edges = _at_edges(placements, plan)
+    at_edges, symmetric = _at_edges(placements, plan), _symmetric(placements, plan)
     specs = {}
     for child, placement in placements.items():
         signed = _must_be_signed(placement, plan.target)
         for quantizer in placement.quantizers:
             module = plan.modules[placement.facts.full_path(quantizer.name.rpartition(".")[0])]
             scheme = module.edge_activations if (child, quantizer.name) in at_edges else module.activations
-            if plan.target.symmetric_matmul and any(map(placement.facts.feeds_product, quantizer.insertion_points)):
+            in_product = plan.target.symmetric_matmul and any(
+                map(placement.facts.feeds_product, quantizer.insertion_points)
+            )
+            if in_product or (child, quantizer.name) in symmetric:
                 scheme = replace(scheme, symmetric=True)
             unit_range = all(placement.facts.rules[node].unit_range for node in quantizer.insertion_points)
             specs[child, quantizer.name] = activation_spec(
@@ -53,6 +56,43 @@ def activation_spec(scheme: TensorScheme, non_negative: bool, unit_range: bool, 
         observer=scheme.observer,
         fixed_scale=2.0**-scheme.bits if unit_range and not (scheme.symmetric and signed) else None,
     )
+
+
+def _symmetric(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath | None]:
+    """The quantizers of what a restricted operation of the target reads and makes, and of what enters the model."""
+    restrictions = plan.target.restrictions
+    found: set[QuantizerPath | None] = set()
+    for child, placement in placements.items():
+        facts = placement.facts
+        for node in facts.nodes:
+            rule = facts.rules[node]
+            transposed = restrictions.per_tensor_transposed and facts.is_transposed_layer(node)
+            if rule.name in restrictions.symmetric_operations or transposed:
+                found |= {_quantizer_of(placement, child, touched) for touched in (*node.all_input_nodes, node)}
+            elif restrictions.symmetric_products and rule.is_activation_product:
+                found.add(_quantizer_of(placement, child, node))
+        if "select" in restrictions.symmetric_operations:
+            cut = _cut_on_the_way(placement, placements)
+            found |= {_quantizer_of(placement, child, facts.placeholders[position]) for position in cut}
+        if restrictions.symmetric_input:
+            entering = [n for position, n in enumerate(facts.placeholders) if (child, position) in plan.edges.inputs]
+            found |= {_quantizer_of(placement, child, node) for node in entering}
+    return found
+
+
+def _cut_on_the_way(placement: Placement, placements: Mapping[str, Placement]) -> list[int]:
+    """Inputs of a child that are parts of what an earlier one returns: the model took `x[:, 0]` of it in between."""
+    found = []
+    for position, (other, output) in placement.facts.captured.producer_of_input.items():
+        made = placements[other].facts.outputs()[output] if other in placements else None
+        if made is not None and _numbers(made) != _numbers(placement.facts.placeholders[position]):
+            found.append(position)
+    return found
+
+
+def _numbers(node: fx.Node) -> int:
+    """How many numbers a value has for each image."""
+    return int(node.meta["val"].shape[1:].numel())
 
 
 def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:

@@ -89,8 +89,7 @@ def export_tidl(
         directory: where to; absent, empty, or an earlier bundle without compiled artifacts, which is replaced.
         target: the device: `TDA4VM`, `AM62A`, `AM67A`, `AM68A`, `AM69A`, or a part number such as `J721S2`.
         calibration_data: batches as forward takes them, preprocessed: the first `frames` inputs go into the bundle.
-        processor: the model's image processor, for `config.yaml`; without one, that file is left out, a warning in the
-            log says so, and the bundle's scripts run on prepared frames only.
+        processor: the model's image processor, for `config.yaml`; without one it is left out, and the log warns of it.
         labels: names of the classes, by number or in order; from the model's config, if it has one.
         name: of the model and its file; its `model_type` if left out.
         frames: how many calibration frames.

@@ -1,6 +1,6 @@
 """Triton's kernels against numpy and torch: on a GPU where there is one, else by Triton's interpreter.
 
-The interpreter must be asked for before Triton is imported, so the last test runs the others in a process of their own.
+It must be told to interpret before it is imported, so the last test runs the others in a process of their own.
 """
 
 from __future__ import annotations

@@ -31,6 +31,21 @@ from hf_qat.quantization.spec import QuantizerSpec
 SMALLEST_FACTOR = 1e-12
 
 
+@torch.library.custom_op("hf_qat::snapshot", mutates_args=())
+def snapshot(x: Tensor) -> Tensor:
+    """A copy that a compiler must keep for backward: it cannot compute it again from what it does not see into.
+
+    What is computed of running statistics, it would compute again in backward, from the statistics that the batch norm
+    has moved since: with other gradients, or with an error (torch 2.11 to 2.13).
+    """
+    return x.clone()
+
+
+@snapshot.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 class QATLayer(nn.Module):
     """Mixed into the class of a convolution or linear layer by `install_layer`; parameters keep their names.
 
@@ -123,6 +138,8 @@ class QATLayer(nn.Module):
             factor = self.fold_factor()
         assert factor is not None
         factor = torch.where(factor.abs() < SMALLEST_FACTOR, SMALLEST_FACTOR, factor)
+        if torch.compiler.is_compiling():
+            factor = snapshot(factor)
         scale = self._scale()
         return fold_fake_quantize(
             self.weight, factor / scale, scale / factor, quantizer.spec.qmin, quantizer.spec.qmax, self.channel_axis

@@ -15,7 +15,10 @@ from tests.models import HUGGING_FACE
 
 
 #: What the compiler does itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
 
 STEPS = 20
 
@@ -44,7 +47,8 @@ def prepared(config: QATConfig) -> nn.Module:
     block += [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU6(), nn.Dropout(0.2)]
     model = nn.Sequential(*block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
     batch = torch.randn(8, 3, 8, 8)
-    return calibrate(prepare_qat(model, config, batch[:2]), [batch])
+    calibrate(prepare_qat(model, config, batch[:2]), [batch])
+    return model
 
 
 def enter(model: nn.Module, phase: str) -> None:
@@ -72,6 +76,27 @@ def graphs_and_breaks() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+#: The second divides the graph as inductor does: cheap values are computed again in backward. Its dropout is another.
+BACKENDS = ("aot_eager", "aot_eager_decomp_partition")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("phase", ["live", "all frozen"])
+def test_gradients_of_one_step_are_those_of_eager(phase: str, backend: str):
+    model = prepared(CONFIGS["learned"])
+    model[6].p = 0.0
+    enter(model, phase)
+    batch, gradients = torch.randn(8, 3, 8, 8), []
+    for run in (torch.compile(copy.deepcopy(model), backend=backend), model):
+        run(batch).square().mean().backward()
+        gradients.append({name: p.grad for name, p in run.named_parameters() if p.grad is not None})
+    ours, theirs = ({name.removeprefix("_orig_mod."): g for name, g in found.items()} for found in gradients)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        if name != "3.bias" or phase != "live":  # before a live batch norm it has none but of rounding
+            assert (ours[name] - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_it_is_one_graph_and_trains_as_eager_does(config: QATConfig, phase: str):
@@ -85,7 +110,7 @@ def test_it_is_one_graph_and_trains_as_eager_does(config: QATConfig, phase: str)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     for name, ours in twin.state_dict().items():
         theirs = model.state_dict()[name]
-        assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), name
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), name
 
 
 def test_a_change_of_phase_compiles_once_and_a_return_not_at_all():

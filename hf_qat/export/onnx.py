@@ -17,6 +17,7 @@ import onnx
 import torch
 from torch import nn
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ExportError, StageError
 from hf_qat.export.cleanup import clean_up, set_metadata
@@ -77,12 +78,12 @@ def export_onnx(
 
 def _require_converted(model: nn.Module) -> QATConfig:
     state = state_of(model)
-    if state is not None and state.stage == "prepared":
+    if state is not None and state.stage is Stage.PREPARED:
         raise StageError(
             "cannot export: the model is prepared for training, not converted. Convert a copy, so that training can "
             "go on: export_onnx(convert(copy.deepcopy(model)), path)."
         )
-    return require_stage(model, "converted", "export").config
+    return require_stage(model, Stage.CONVERTED, "export").config
 
 
 def _require_tools(opset_version: int, verify: bool) -> None:

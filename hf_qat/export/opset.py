@@ -218,7 +218,7 @@ def _split(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
 
 @lowering("Pad")
 def _pad(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:
-    """The input `axes` goes; `pads` then lists all axes: first the sizes before, then the sizes behind."""
+    """The input `axes` goes; `pads` then lists all axes: first the sizes before, then the sizes after."""
     axes = _optional_constant(node, 3, "axes", onnx_graph)
     del node.input[3:]
     if axes is None:

@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import nn
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import ExportError
 from hf_qat.export.float_operators import count_quantize_nodes, float_operators, output_steps
 from hf_qat.export.io_names import bind, input_tensors, named_outputs
@@ -46,7 +47,7 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
         StageError: the model is not converted.
         ExportError: ONNX Runtime is missing, does not load the file, or there is nothing to compare.
     """
-    require_stage(model, "converted", "verify")
+    require_stage(model, Stage.CONVERTED, "verify")
     require_onnxruntime()
     path = Path(path)
     file = _load(path)

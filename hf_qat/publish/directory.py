@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import CalibrationError, ConfigError, ExportError
 from hf_qat.export import ExportReport, export_onnx, verify_onnx
 from hf_qat.model.state import require_stage
@@ -94,7 +95,7 @@ def _write_tidl(
     model: nn.Module, directory: Path, processor: Any | None, batches: Sequence[Mapping[str, Any]]
 ) -> tuple[TidlReport | None, str]:
     """The bundle for the device of the recipe, or the reason why there is none."""
-    target = require_stage(model, "converted", "export").config.target
+    target = require_stage(model, Stage.CONVERTED, "export").config.target
     if target not in {device.name for device in DEVICES}:
         return None, ""
     if not batches:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_qat.checkpoints.stored_format import quantized_layers
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import listed
 from hf_qat.model.in_float import by_reason, float_operations
 from hf_qat.model.plan import EXCLUDED
@@ -81,7 +82,7 @@ def summarize(model: nn.Module, float_ops: Mapping[str, Sequence[str]]) -> Summa
     Raises:
         StageError: the model is not converted.
     """
-    require_stage(model, "converted", "summarize")
+    require_stage(model, Stage.CONVERTED, "summarize")
     quantizers = {path: module for path, module in model.named_modules() if isinstance(module, QuantizeDequantize)}
     modules = quantized_layers(model)
     layers = [_layer(path, module, quantizers) for path, module in modules.items()]
@@ -125,7 +126,7 @@ def describe_spec(spec: QuantizerSpec) -> str:
 
 def _in_float(model: nn.Module, float_ops: Mapping[str, Sequence[str]]) -> list[InFloat]:
     """What the graphs of the model know; for all that lies elsewhere, what can be told from the ONNX file."""
-    config = require_stage(model, "converted", "summarize").config
+    config = require_stage(model, Stage.CONVERTED, "summarize").config
     known = float_operations(model)
     rows = [
         InFloat(operation, _named(paths), reason)

@@ -39,7 +39,7 @@ def fold_fake_quantize(
 
 
 class _FoldFakeQuantize(torch.autograd.Function):
-    """Saves the weight, which is kept anyway, and the output, which the convolution behind it saves, too."""
+    """Saves the weight, which is kept anyway, and the output, which the convolution after it saves, too."""
 
     @staticmethod
     def forward(

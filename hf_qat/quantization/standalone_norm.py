@@ -1,6 +1,6 @@
 """A batch norm that no layer precedes (DenseNet, SwiftFormer): in integers, a depthwise 1x1 convolution of its own.
 
-Its weight is gamma / sigma and its bias beta - mean * gamma / sigma: what folding makes of a batch norm behind a layer
+Its weight is gamma / sigma and its bias beta - mean * gamma / sigma: what folding makes of a batch norm after a layer
 whose weights are all 1 (Krishnamoorthi 2018 §3.2.2). While batch statistics are live, nothing is rounded: a batch norm
 takes every per-channel scale back anyway.
 """

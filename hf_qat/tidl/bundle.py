@@ -18,6 +18,7 @@ from onnx import ModelProto
 from torch import nn
 from transformers import BaseImageProcessor
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import ConfigError, ExportError
 from hf_qat.export import ExportReport, export_onnx, verify_onnx
 from hf_qat.export.onnx_graph import with_shapes
@@ -107,7 +108,7 @@ def export_tidl(
         ExportError: TIDL would refuse the model; the processor cannot be expressed; the directory holds something
             else; the artifacts are of another model.
     """
-    require_stage(model, "converted", "export")
+    require_stage(model, Stage.CONVERTED, "export")
     device = _device(target, ranges)
     content = _Content(
         name=_name(model, name),

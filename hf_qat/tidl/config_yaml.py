@@ -24,7 +24,7 @@ class Task:
     Attributes:
         type: its `task_type`.
         prefix: what a `model_id` starts with.
-        postprocess: the section of that name: arguments of the function that makes the steps behind the model.
+        postprocess: the section of that name: arguments of the function that makes the steps after the model.
         backend: what reads and resizes images.
     """
 

@@ -152,14 +152,14 @@ class Graph:
             node = self.makers.get(node.input[0])
         return self.quantizer(node) if node is not None and node.op_type == DEQUANTIZE else None
 
-    def behind(self, name: str) -> Quantizer | None:
+    def after(self, name: str) -> Quantizer | None:
         """The quantizer that a value goes to, through layers that only move it or multiply it by a constant."""
         for node in self.readers.get(name, ()):
             if node.op_type == QUANTIZE:
                 return self.quantizer(node)
             scaled = node.op_type in ("Mul", "Div") and len(self.fixed.intersection(node.input)) == 1
             if node.op_type in MOVING or scaled:
-                return self.behind(node.output[0])
+                return self.after(node.output[0])
         return None
 
 

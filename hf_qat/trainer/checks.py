@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError, listed
 from hf_qat.model.state import require_stage, state_of
@@ -119,7 +120,7 @@ def check_model(model: nn.Module, config: QATConfig | None) -> None:
     """
     state = state_of(model)
     if state is not None:
-        require_stage(model, "prepared", "train")
+        require_stage(model, Stage.PREPARED, "train")
         if config is not None and config != state.config:
             raise StageError(
                 "qat_config differs from the config that the model was prepared with: leave qat_config out, or give "

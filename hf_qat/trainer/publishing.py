@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.files.atomic import whole_directory
 from hf_qat.files.manifest import write_manifest
 from hf_qat.model.conversion import convert
@@ -72,7 +73,7 @@ def export(
     if not trainer.is_world_process_zero():
         measure(trainer, facts.measured_as, model, None)
         return
-    target = require_stage(model, "converted", "export").config.target
+    target = require_stage(model, Stage.CONVERTED, "export").config.target
     with whole_directory(directory, f"{TIDL}/{target}/{ARTIFACTS}") as made:
         contents = write_contents(model, made, trainer.processing_class, inputs)
         accuracy = {**facts.accuracy, **measure(trainer, facts.measured_as, model, made / ONNX), **given}

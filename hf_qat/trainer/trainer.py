@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.export.verify import require_onnxruntime
@@ -163,7 +164,7 @@ class QATTrainer(Trainer):
             with random_state_kept(self.args.device):
                 prepare_qat(model, self._qat_config, inputs)
         if isinstance(teacher, nn.Module):
-            temperature = require_stage(model, "prepared", "train").config.distillation_temperature
+            temperature = require_stage(model, Stage.PREPARED, "train").config.distillation_temperature
             self.distillation = Distillation(teacher, temperature, self.args.device)
             if inputs is not None:
                 self.distillation.check(model, inputs)
@@ -182,7 +183,7 @@ class QATTrainer(Trainer):
             CalibrationError: no data, or integers, NaN or infinities in it.
             StageError: the model is not prepared.
         """
-        config = require_stage(self.model, "prepared", "calibrate").config
+        config = require_stage(self.model, Stage.PREPARED, "calibrate").config
         if dataset is None and self.train_dataset is None:
             raise CalibrationError("no train set to calibrate from: pass train_dataset=, or call calibrate(dataset).")
         with random_state_kept(self.args.device):
@@ -521,7 +522,7 @@ class QATTrainer(Trainer):
         )
 
     def _recipe(self) -> QATConfig:
-        return require_stage(self.model, "prepared", "train").config
+        return require_stage(self.model, Stage.PREPARED, "train").config
 
     def _facts(self, model: nn.Module, directory: str) -> CardFacts:
         """What a card tells of the model, or of its converted copy; `directory` names it if nothing else does."""

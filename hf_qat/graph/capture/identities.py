@@ -28,7 +28,7 @@ Constant = Callable[[fx.Node], torch.Tensor | None]
 
 
 def drop_identities(graph: fx.Graph, constant: Constant) -> None:
-    """Let the users of each operation that changes nothing read its input, in place; the dead code is left behind.
+    """Let the users of each operation that changes nothing read its input, in place; dead code is left.
 
     Args:
         graph: nodes carry `meta["val"]`, a (fake) tensor.

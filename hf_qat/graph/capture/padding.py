@@ -17,7 +17,7 @@ DEFAULTS: tuple[Any, ...] = (None, None, None, [1], [0])
 
 
 def merge_padding(graph: fx.Graph) -> None:
-    """Merge symmetric zero padding into the convolutions behind it, in place; the dead code is left behind."""
+    """Merge symmetric zero padding into the convolutions after it, in place; dead code is left."""
     for node in graph.nodes:
         if node.target in CONVOLUTIONS and isinstance(node.args[0], fx.Node):
             _merge(node.args[0], node)

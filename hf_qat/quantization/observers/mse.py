@@ -59,7 +59,7 @@ def squared_errors(histogram: Histogram, scale: Tensor, zero_point: Tensor, spec
     """Expected sum of squared errors of quantized values that are uniform within each bin.
 
     In units of the step, `y = x / scale` and `c = clamp(round(y), qmin - zero_point, qmax - zero_point)`, the integral
-    of the squared error up to `y` is `c / 12 + (y - c)**3 / 3`: 1/12 for each whole step behind, and what is left.
+    of the squared error up to `y` is `c / 12 + (y - c)**3 / 3`: 1/12 for each whole step passed, and what is left.
     Unlike a sum over the centres of bins, this is right too where steps are narrower than bins (16 bits).
 
     Args:

@@ -102,7 +102,7 @@ def power(layer: Layer, device: Device) -> Iterator[Finding]:
 
 @layer_rule("Cast")
 def cast(layer: Layer, device: Device) -> Iterator[Finding]:
-    """Only right behind an input or right before an output."""
+    """Only right after an input or right before an output."""
     first = layer.node.input[0] in {value.name for value in layer.graph.inputs}
     last = layer.node.output[0] in layer.graph.outputs
     if not first and not last:

@@ -54,7 +54,7 @@ def signs(layer: Layer, device: Device) -> Iterator[Finding]:
     if len(layer.variables) < 2:
         return
     inputs = [layer.graph.before(name) for name in layer.inputs[:2]]
-    output = layer.graph.behind(layer.node.output[0])
+    output = layer.graph.after(layer.node.output[0])
     unsigned = [None if quantizer is None else quantizer.non_negative for quantizer in inputs]
     if None in unsigned:
         return

@@ -32,7 +32,7 @@ def _offset(quantizer: Quantizer | None) -> int:
 def network_input(graph: Graph, device: Device) -> Iterator[Finding]:
     """The layer that takes in the image knows no zero point."""
     for value in graph.inputs if device.asymmetric.value else ():
-        zero = _offset(graph.behind(value.name))
+        zero = _offset(graph.after(value.name))
         if zero:
             yield _warning(
                 "asymmetric-input",
@@ -60,7 +60,7 @@ def _asymmetric(layer: Layer) -> Iterator[str]:
     """Which of its activations have a zero point."""
     sides = (
         ("an input", layer.variables, layer.graph.before),
-        ("its output", [name for name in layer.node.output if name], layer.graph.behind),
+        ("its output", [name for name in layer.node.output if name], layer.graph.after),
     )
     for side, names, find in sides:
         zeros = [zero for name in names if (zero := _offset(find(name)))]

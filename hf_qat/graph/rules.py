@@ -45,6 +45,7 @@ class Rule:
         inputs: how many leading arguments are tensors to be quantized (a list counts as one).
         name: short name for quantizers of functional calls.
         is_activation_product: a product of two activations: some devices demand zero_point 0.
+        is_softmax: what masks its input belongs to it.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class Rule:
     clamp: str | None = None
     inputs: int = 1
     is_activation_product: bool = False
+    is_softmax: bool = False
 
 
 #: The rule of an operation that has none.
@@ -78,7 +80,8 @@ RULES: dict[Callable[..., Any], Rule] = {
     **_rows(Kind.COMPUTE, aten.sub, aten.div, inputs=2),
     **_rows(Kind.COMPUTE, aten.rsub),
     **_rows(Kind.COMPUTE, aten.grid_sampler, aten.grid_sampler_2d, non_negative=None),
-    **_rows(Kind.COMPUTE, aten.softmax, aten._softmax, aten.sigmoid, unit_range=True, non_negative=True),
+    **_rows(Kind.COMPUTE, aten.softmax, aten._softmax, unit_range=True, non_negative=True, is_softmax=True),
+    **_rows(Kind.COMPUTE, aten.sigmoid, unit_range=True, non_negative=True),
     **_rows(Kind.COMPUTE, aten.layer_norm, aten.group_norm, aten.instance_norm, aten.batch_norm, aten.rms_norm),
     **_rows(Kind.COMPUTE, aten.gelu, aten.tanh, aten.neg, aten.elu),
     **_rows(Kind.COMPUTE, aten.abs, aten.square, aten.linalg_vector_norm, aten.softplus, non_negative=True),

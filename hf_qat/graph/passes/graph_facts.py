@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor, fx
 
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
+from hf_qat.graph.passes.softmax import find_preludes, masks_alone
 from hf_qat.graph.plan import ModulePlan, Plan, join_path
 from hf_qat.graph.rules import (
     BEFORE_ERROR_AMPLIFYING,
@@ -26,14 +26,8 @@ from hf_qat.graph.rules import (
 from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer
 
 
-aten = torch.ops.aten
-
 LAYER = Rule(Kind.LAYER, "layer")
 NORM = Rule(Kind.COMPUTE, "batch_norm")
-
-#: Element-wise operations that may stand between a product and the softmax that it feeds, if their other operand does
-#: not depend on data: position biases and masks. A quantizer on a sum with -1e38 would have no resolution left.
-SOFTMAX_PRELUDE = {aten.add.Tensor, aten.sub.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
 
 class GraphFacts:
@@ -57,7 +51,9 @@ class GraphFacts:
         self.rules |= dict.fromkeys(self._error_amplifying, FLOAT)
         self._epsilon_guards = self._epsilon_guard_nodes()
         self.rules |= dict.fromkeys(self._epsilon_guards, FLOAT)
-        self.prelude = self._softmax_preludes()
+        self.prelude = find_preludes(self.nodes, self.rules, self.static)
+        self._masks = masks_alone(self.nodes, self.prelude, self.rules, self.static)
+        self.rules |= dict.fromkeys(self._masks, FLOAT)
         self._non_negative = self._non_negative_nodes(non_negative_inputs)
 
     def full_path(self, path: str) -> str:
@@ -141,7 +137,7 @@ class GraphFacts:
         return rows
 
     def _reason(self, node: fx.Node) -> str:
-        if node in self.prelude:
+        if node in self.prelude or node in self._masks:
             return "belongs to the softmax after it"
         if node in self._error_amplifying:
             return "belongs to the logarithm, root, power or sine after it"
@@ -201,38 +197,6 @@ class GraphFacts:
         """Whether an epsilon is added to a divisor on the way into the division."""
         alone = node in self._epsilon_guards and len(node.users) == 1 and len(node.all_input_nodes) == 1
         return alone and operation_name(next(iter(node.users))) == "div"
-
-    def _softmax_preludes(self) -> set[fx.Node]:
-        """Nodes between a product and its softmax, see `SOFTMAX_PRELUDE`."""
-        prelude: set[fx.Node] = set()
-        for node in self.nodes:
-            if self.rules[node].name in ("softmax", "_softmax") and self.is_quantized(node):
-                prelude |= self._prelude_of(node)
-        return prelude
-
-    def _prelude_of(self, softmax: fx.Node) -> set[fx.Node]:
-        found: set[fx.Node] = set()
-        node = softmax.args[0]
-        while isinstance(node, fx.Node) and len(node.users) == 1:
-            if self.rules[node].kind is Kind.PASS:
-                node = node.args[0]
-                continue
-            data = [n for n in node.all_input_nodes if n not in self.static]
-            if len(data) > 1:
-                data = [n for n in data if self._is_score(n)]  # the other one is a mask of this very input
-            if node.target not in SOFTMAX_PRELUDE or len(data) != 1 or len(node.all_input_nodes) < 2:
-                break
-            found.add(node)
-            node = data[0]
-        return found
-
-    def _is_score(self, node: fx.Node) -> bool:
-        """Whether the value is a product of two activations, scaled and masked perhaps."""
-        while self.rules[node].kind is Kind.PASS or is_scalar_multiple(node) or node.target in SOFTMAX_PRELUDE:
-            if not isinstance(node.args[0], fx.Node):
-                return False
-            node = node.args[0]
-        return self.rules[node].is_activation_product
 
     def _non_negative_nodes(self, inputs: set[int]) -> set[fx.Node]:
         known = {self.placeholders[position] for position in inputs}

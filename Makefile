@@ -12,10 +12,10 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,quality,plots
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test lint bench clean
+.PHONY: help install demo notebook test test-all lint bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## make .venv and install everything that the other targets need
 
@@ -25,7 +25,10 @@ demo: $(STAMP) ## train, quantize, export and verify a small net on real images
 notebook: $(STAMP) ## run the notebook on a local Hub and keep its outputs
 	$(BIN)/python -W ignore -m tests.notebook
 
-test: $(STAMP) ## run the tests
+test: $(STAMP) ## run the tests, without those that are marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(STAMP) ## check style (ruff) and types (mypy)

@@ -150,7 +150,7 @@ def silu(captured: CapturedModule, node: fx.Node) -> None:
     """x · sigmoid(x) → silu(x)."""
     x, factor = node.args
     if isinstance(factor, fx.Node) and factor.target is aten.sigmoid.default and factor.args[0] is x:
-        replace_node(node, emitter(captured.graph, node)(aten.silu.default, x))
+        replace_node(node, emitter(node)(aten.silu.default, x))
 
 
 def test_a_fusion_pattern_of_ones_own_makes_one_operation_of_several():

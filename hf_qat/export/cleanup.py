@@ -136,7 +136,7 @@ def _other_than_zeros(node: NodeProto, onnx_graph: OnnxGraph) -> str | None:
     for x, zeros in (tuple(node.input), tuple(reversed(node.input))):
         values, shape = onnx_graph.constant(zeros), onnx_graph.shape(x)
         if values is not None and shape is not None and not values.any() and _fits(values.shape, shape):
-            return x
+            return str(x)
     return None
 
 

@@ -104,7 +104,8 @@ def constant_value(node: NodeProto) -> TensorProto | None:
         return None
     attribute = node.attribute[0]
     if attribute.name == "value":
-        return attribute.t
+        tensor: TensorProto = attribute.t
+        return tensor
     if attribute.name in ("value_int", "value_ints"):
         return numpy_helper.from_array(np.asarray(helper.get_attribute_value(attribute), dtype=np.int64))
     if attribute.name in ("value_float", "value_floats"):
@@ -113,9 +114,8 @@ def constant_value(node: NodeProto) -> TensorProto | None:
 
 
 def _value_infos(body: GraphProto | FunctionProto) -> Iterable[ValueInfoProto]:
-    if isinstance(body, FunctionProto):
-        return body.value_info
-    return (*body.input, *body.output, *body.value_info)
+    declared = () if isinstance(body, FunctionProto) else (*body.input, *body.output)
+    return (*declared, *body.value_info)
 
 
 def subgraphs(node: NodeProto) -> Iterator[GraphProto]:

@@ -94,7 +94,7 @@ class CardFacts:
 def render(facts: CardFacts, options: CardOptions) -> ModelCard:
     """The card of a repository."""
     task, auto_class = task_of(facts.model)
-    text = ModelCard.from_template(
+    text: ModelCard = ModelCard.from_template(
         _metadata(facts, options, task),
         template_path=str(TEMPLATE),
         title=options.model_name or facts.repo_id.rpartition("/")[2],

@@ -6,6 +6,7 @@ float operation, quantize-dequantize of its result. While `torch.onnx.export` tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class QuantizedLayer(nn.Module):
     weight_shape: torch.Size
     channel_axis: int
     folded_norm: str | None
-    operation: Any
+    operation: Callable[..., Tensor]
     operation_args: tuple[Any, ...]
 
     @property

@@ -104,7 +104,8 @@ def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound) 
         return torch.where((y > low) & (y < high), grad, grad.new_zeros(()))
     if _is_cheap(step):
         unit = float(step)
-        return torch.ops.aten.hardtanh_backward(grad, x, low * unit, high * unit)
+        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * unit, high * unit)
+        return passed
     return pass_between(grad, torch.div(x, step), low, high)
 
 

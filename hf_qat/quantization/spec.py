@@ -38,9 +38,9 @@ class QuantizerSpec:
         """Lowest code."""
         if not self.signed or (self.non_negative and self.symmetric):
             return 0
-        return -(2 ** (self.bits - 1)) + int(self.narrow_range)
+        return -(1 << (self.bits - 1)) + int(self.narrow_range)
 
     @property
     def qmax(self) -> int:
         """Highest code."""
-        return 2 ** (self.bits - int(self.signed)) - 1
+        return (1 << (self.bits - int(self.signed))) - 1

@@ -61,7 +61,7 @@ class QATStandaloneBatchNorm(QATLayer):
     def float_bias(self) -> Tensor:
         """beta - mean * gamma / sigma, (C,)."""
         bn: Any = self
-        bias = -bn.running_mean * self.fold_factor()
+        bias: Tensor = -bn.running_mean * self.fold_factor()
         return bias if bn.bias is None else bn.bias + bias
 
     @torch.no_grad()

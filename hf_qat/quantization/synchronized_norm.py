@@ -38,7 +38,8 @@ class SynchronizedBatchNorm(nn.Module):
         factor = torch.rsqrt(variance + bn.eps)
         factor = factor if bn.weight is None else factor * bn.weight
         normalised = centred * factor.view(shape)
-        return (normalised if bn.bias is None else normalised + bn.bias.view(shape)).to(x.dtype)
+        result: Tensor = normalised if bn.bias is None else normalised + bn.bias.view(shape)
+        return result.to(x.dtype)
 
 
 class _SumOfRanks(torch.autograd.Function):

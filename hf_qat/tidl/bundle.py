@@ -61,6 +61,10 @@ class _Content:
     metrics: dict[str, float]
     recipe: Recipe | None
 
+    def __post_init__(self) -> None:
+        if self.recipe is not None:
+            check_size(self.recipe.preprocess, next(iter(self.frames[0].values())).shape)
+
 
 def export_tidl(
     model: nn.Module,
@@ -116,8 +120,6 @@ def export_tidl(
         metrics=dict(metrics or {}),
         recipe=None if processor is None else recipe_of(processor),
     )
-    if content.recipe is not None:
-        check_size(content.recipe.preprocess, next(iter(content.frames[0].values())).shape)
     with whole_directory(Path(directory), ARTIFACTS) as made:
         _write_model(model, made, content)
         if artifacts is not None:

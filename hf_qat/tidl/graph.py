@@ -245,7 +245,8 @@ def dequantized(codes: np.ndarray, quantizer: Quantizer) -> np.ndarray | None:
         along = [1] * codes.ndim
         along[quantizer.axis] = -1
         scale, zero = scale.reshape(along), zero.reshape(along)
-    return ((codes.astype(np.int64) - zero) * scale).astype(np.float32)
+    values: np.ndarray = (codes.astype(np.int64) - zero) * scale
+    return values.astype(np.float32)
 
 
 def from_the_end(axis: int, rank: int) -> int:

@@ -6,8 +6,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence, Sized
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
@@ -15,6 +17,7 @@ from transformers.trainer_utils import has_length
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError, listed
 from hf_qat.model.state import require_stage, state_of
+from hf_qat.quantization.quantizer import fake_quantizers
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -130,6 +133,32 @@ def check_model(model: nn.Module, config: QATConfig | None) -> None:
             "in anything less than float32. Load it with from_pretrained(..., dtype=torch.float32), or call "
             "model.float(); bf16=True in the TrainingArguments still computes in bfloat16."
         )
+
+
+def check_resumable(model: nn.Module, checkpoint: Path) -> None:
+    """Refuse a checkpoint of a float training, whose weights would load and whose optimizer would not.
+
+    Args:
+        model: prepared.
+        checkpoint: a directory; one without weights in files of safetensors passes.
+
+    Raises:
+        WeightsError: it holds weights, and no scale or range.
+    """
+    paths = tuple(f"{path}." for path in fake_quantizers(model))
+    wanted = {key for key in model.state_dict() if key.startswith(paths)}
+    found = {key for file in checkpoint.glob("*.safetensors") for key in _keys_in(file)}
+    if wanted and found and wanted.isdisjoint(found):
+        raise WeightsError(
+            f"{checkpoint} is a checkpoint of a float training: it has none of the {len(wanted)} scales and ranges of "
+            f"the prepared {type(model).__name__}, so there is nothing to resume. Load it as the model, by "
+            "from_pretrained, and train that without resume_from_checkpoint, in an output_dir of its own."
+        )
+
+
+def _keys_in(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def check_loaded(model: nn.Module, missing: Sequence[str], unexpected: Sequence[str]) -> None:

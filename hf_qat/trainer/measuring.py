@@ -30,7 +30,7 @@ class Record:
     Attributes:
         from_float: it came float, or without ranges: not quantized by somebody else.
         trained: an earlier `train()` has made a step with it.
-        accuracy: what `evaluate` gave before training, by the keys of `hf_qat.publish.accuracy.MEASURED_AS`.
+        accuracy: what `evaluate` gave before and after training, by the keys of `hf_qat.publish.accuracy.MEASURED_AS`.
     """
 
     from_float: bool = True
@@ -51,9 +51,9 @@ class Record:
         return None if any(quantizer.enabled for quantizer in fake_quantizers(model).values()) else "float"
 
     def note(self, stage: str | None, metrics: Mapping[str, float]) -> None:
-        """Keep what `evaluate` gave on the trainer's own evaluation set, if that was before training."""
+        """Keep what `evaluate` gave on the own evaluation set; of a model that came quantized, nothing."""
         found = user_metrics(metrics)
-        if found and stage in ("float", "calibrated"):
+        if found and stage in ("float", "calibrated", "qat"):
             self.accuracy[stage] = found
 
 

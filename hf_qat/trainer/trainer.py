@@ -34,7 +34,7 @@ from hf_qat.publish.directory import CARD, save_model
 from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer import checks, distributed, publishing, saving
-from hf_qat.trainer.batches import first_batch, first_inputs, inputs_of, without_labels
+from hf_qat.trainer.batches import example_inputs, first_batch, first_inputs, inputs_of, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
 from hf_qat.trainer.ddp import average_gradients
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
@@ -71,9 +71,9 @@ class QATTrainer(Trainer):
     | `training_step` | several processes: the gradients of scales are averaged |
     | `compute_loss` | a teacher's distillation loss; mixed precision of a model that FSDP2 split |
     | `log` | metrics of quantization |
-    | `evaluate`, `evaluation_loop` | what was measured before training is noted for the card; FSDP2 before training |
+    | `evaluate`, `evaluation_loop` | before: calibrated if need be, ready for FSDP2; after: noted for the card |
     | `_save_checkpoint`, `_get_output_dir`, `_save`, `save_model` | whole or not at all; of FSDP2, gathered |
-    | `_issue_warnings_after_load` | raises where Trainer warns |
+    | `_load_from_checkpoint`, `_issue_warnings_after_load` | a checkpoint that does not fit is an error |
     | `init_hf_repo`, `_push_from_checkpoint` | patience with the Hub, and errors that are heard of |
     | `create_model_card`, `push_to_hub` | our own card; the exported model instead of the training checkpoint |
 
@@ -154,10 +154,10 @@ class QATTrainer(Trainer):
     def _prepare_model(self, model: nn.Module) -> None:
         """Prepare `model` in place if it is not yet, set the teacher, and forget what is known of an earlier model."""
         checks.check_model(model, self._qat_config)
-        self._record, self._loss_facts = reset_record(model), None
+        self.model, self._record, self._loss_facts = model, reset_record(model), None
         self._first_batch = first_batch(self)
         distributed.synchronize_initial_model(self, model)
-        inputs = None if self._first_batch is None else without_labels(self, self._first_batch)
+        inputs = None if self._first_batch is None else example_inputs(self, model, self._first_batch)
         teacher = copy.deepcopy(model) if self._teacher == "float" else self._teacher
         if state_of(model) is None:
             with random_state_kept(self.args.device):
@@ -171,7 +171,8 @@ class QATTrainer(Trainer):
     def calibrate(self, dataset: Dataset[Any] | None = None) -> None:
         """Find the scales from data, without training; `evaluate()` then tells what that gives.
 
-        `train()` does so by itself where it has not been done. It draws no random numbers of the training's.
+        `train()`, `evaluate()` and `predict()` do so by themselves where it has not been done. It draws no random
+        numbers of the training's.
 
         Args:
             dataset: the train set if left out, shuffled; another one is read in its order. `calibration_batches` of
@@ -186,7 +187,8 @@ class QATTrainer(Trainer):
             raise CalibrationError("no train set to calibrate from: pass train_dataset=, or call calibrate(dataset).")
         with random_state_kept(self.args.device):
             loader = self.get_train_dataloader() if dataset is None else self.get_test_dataloader(dataset)
-            calibrate(self.model, inputs_of(self, loader), config.calibration_batches, config.bias_correction)
+            batches = inputs_of(self, self.model, loader)
+            calibrate(self.model, batches, config.calibration_batches, config.bias_correction)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, beginning with a calibration where the model needs one.
@@ -202,6 +204,7 @@ class QATTrainer(Trainer):
             put_back(str(self.args.output_dir))
         self.accelerator.wait_for_everyone()
         self._pushes = BackgroundPush()
+        self._record.accuracy.pop("qat", None)
         try:
             output = super().train(*args, **kwargs)
         finally:
@@ -215,6 +218,11 @@ class QATTrainer(Trainer):
         if self.is_in_train:
             self._prepare_model(model)
         return model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load what training goes on from; `WeightsError` for a checkpoint of a float training."""
+        checks.check_resumable(self.model, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
@@ -304,19 +312,29 @@ class QATTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Evaluate; the metrics of the own evaluation set before training will stand in the model card.
+        """Evaluate; the metrics of the own evaluation set before and after training will stand in the model card.
 
-        Within `fake_quant_disabled(trainer.model)`, before calibration, those are metrics of the float model.
+        A model without ranges is calibrated first. Within `fake_quant_disabled(trainer.model)` it is not: those are
+        metrics of the float model.
         """
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if eval_dataset is None and metric_key_prefix == "eval":  # figures of one card are of one data set
+        of_the_card = eval_dataset is None and metric_key_prefix == "eval"  # figures of one card are of one data set
+        if of_the_card and not (self.is_in_train and self.measured_as == "qat"):
             self._record.note(self.measured_as, metrics)
         return metrics
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model over a data set, also before training where FSDP2 is to split it."""
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model over data, as `evaluate` and `predict` do; one without ranges is calibrated first.
+
+        That also works before training where FSDP2 is to split the model.
+        """
+        if self.measured_as is None:
+            dataset = None if self.train_dataset is not None else dataloader.dataset
+            source = "the train set" if dataset is None else "the data that it is to be run on: there is no train set"
+            logger.warning(f"The model has no ranges yet and is calibrated first, on {source}.")
+            self.calibrate(dataset)
         distributed.make_ready_to_evaluate(self)
-        return super().evaluation_loop(*args, **kwargs)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     @property
     def measured_as(self) -> str | None:
@@ -420,7 +438,7 @@ class QATTrainer(Trainer):
         directory, options, given = Path(directory), publishing.card_options(card), given_accuracy(metrics)
         require_onnxruntime()
         facts = self._facts(self.convert(), directory.name)
-        inputs = first_inputs(self, publishing.VERIFIED_INPUTS)
+        inputs = first_inputs(self, self.model, publishing.VERIFIED_INPUTS)
         publishing.export(self, facts, options, given, inputs, directory)
         self.accelerator.wait_for_everyone()
         return directory

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 from transformers.utils import ModelOutput
 
 from hf_qat.errors import ExportError
@@ -28,7 +28,7 @@ class Doubling(nn.Module):
     config = "a config"
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Output:
-        loss = None if labels is None else F.mse_loss(pixel_values, labels)
+        loss = None if labels is None else functional.mse_loss(pixel_values, labels)
         return Output(loss, 2 * pixel_values, 3 * pixel_values)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_qat import QATConfig, prepare_qat
 from hf_qat.config.targets import TensorScheme
-from hf_qat.graph.capture.capture import capture
+from hf_qat.graph.capture.capture import Parts, capture
 from hf_qat.graph.plan import Plan
 from hf_qat.model.plan import make_plan
 from hf_qat.quantization.layers import qat_layers
@@ -25,7 +25,7 @@ X = torch.randn(2, 4)
 def plan(*arguments: object, layers: int = 4, **options: object) -> Plan:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
     config = QATConfig(*arguments, **options)
-    return make_plan(model, capture(model, X, config.excludes), config, X)
+    return make_plan(model, capture(model, X, Parts(config.excludes)), config, X)
 
 
 def bits(*arguments: object, **options: object) -> dict[str, int]:

@@ -78,9 +78,9 @@ def test_codes_and_scales_become_initializers_that_are_not_folded(tmp_path):
     graph = export(RoundTrip(torch.uint8, 0, 255, 7), tmp_path / "model.onnx", opset_version=18).graph
     constants = {tensor.name: tensor.data_type for tensor in graph.initializer}
     kinds = [tuple(constants.get(name) for name in node.input) for node in graph.node if "Linear" in node.op_type]
-    FLOAT, UINT8, INT8, INT32 = (onnx.TensorProto.DataType.Value(k) for k in ("FLOAT", "UINT8", "INT8", "INT32"))
+    real, uint8, int8, int32 = (onnx.TensorProto.DataType.Value(k) for k in ("FLOAT", "UINT8", "INT8", "INT32"))
     assert sorted(kinds, key=str) == sorted(
-        [(None, FLOAT, UINT8), (None, FLOAT, UINT8), (INT8, FLOAT, INT8), (INT32, FLOAT, INT32)], key=str
+        [(None, real, uint8), (None, real, uint8), (int8, real, int8), (int32, real, int32)], key=str
     )
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError
@@ -15,6 +16,7 @@ from hf_qat.trainer.checks import (
     check_distribution,
     check_loaded,
     check_model,
+    check_resumable,
     check_teacher,
     check_train_set,
 )
@@ -163,6 +165,17 @@ def test_missing_and_unexpected_keys_are_named():
     keys = [f"layer.{k}" for k in range(7)]
     with pytest.raises(WeightsError, match=r"1 missing keys \(head.bias\), 7 .*\(layer.0, .* and 2 more\)"):
         check_loaded(hand_written(), ["head.bias"], keys)
+
+
+def test_a_checkpoint_of_a_float_training_is_refused_and_one_of_ours_is_not(tmp_path: Path):
+    check_resumable(prepared(), tmp_path)  # no weights to look at
+    for model, name in ((hand_written(), "float"), (prepared(), "ours")):
+        (tmp_path / name).mkdir()
+        save_file(model.state_dict(), tmp_path / name / "model.safetensors")
+    check_resumable(prepared(), tmp_path / "ours")
+    added = len(prepared().state_dict()) - len(hand_written().state_dict())
+    with pytest.raises(WeightsError, match=rf"float is a checkpoint of a float training: it has none of the {added} "):
+        check_resumable(prepared(), tmp_path / "float")
 
 
 def test_the_second_name_of_a_tied_weight_may_be_missing():

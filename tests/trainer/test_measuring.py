@@ -34,10 +34,10 @@ def test_a_model_that_came_with_ranges_is_not_called_calibrated():
     assert record.measured_as(model, 0) == "quantized" and record.measured_as(model, 5) == "qat"
 
 
-def test_only_metrics_of_the_user_before_training_are_noted():
+def test_only_metrics_of_the_user_are_noted_of_a_model_that_came_float():
     record = Record()
     metrics = {"eval_accuracy": 0.5, "eval_loss": 2.0, "eval_runtime": 1.0, "epoch": 1.0}
-    for stage in (None, "qat", "quantized"):
+    for stage in (None, "quantized"):
         record.note(stage, metrics)
     assert record.accuracy == {}
     record.note("float", {"eval_loss": 2.0})

@@ -214,6 +214,20 @@ class TestSaving:
         assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["target"] == "AM68A"
         assert (tmp_path / "preprocessor_config.json").exists()
 
+    def test_its_card_says_what_was_measured_before_and_after_training(self, tmp_path: Path):
+        trainer = publisher(tmp_path, "AM68A", eval_strategy="steps", eval_steps=2, max_steps=4)
+        calibrated = trainer.evaluate()["eval_accuracy"]
+        trainer.train()
+        trainer.create_model_card()
+        assert figures(tmp_path) == {"accuracy, quantized by calibration alone": calibrated}
+        trained = trainer.evaluate()["eval_accuracy"]
+        trainer.create_model_card()
+        expected = {"accuracy, quantized by calibration alone": calibrated}
+        assert figures(tmp_path) == {**expected, "accuracy, quantized, after training (QAT)": trained}
+        trainer.train()  # what was measured is not of this model any more
+        trainer.create_model_card()
+        assert figures(tmp_path) == expected
+
     def test_a_checkpoint_of_the_training_has_a_card_of_its_own(self, tmp_path: Path):
         trainer = publisher(tmp_path, "AM68A")
         before = values(trainer.model)

@@ -15,7 +15,7 @@ from hf_qat.errors import StageError, WeightsError
 from hf_qat.model.state import state_of
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import LABELS, resnet, segformer, spread, swin
-from tests.training import FOLLOWED, differing, images, trainer_of, values, values_in, vit
+from tests.training import FOLLOWED, arguments, differing, images, trainer_of, values, values_in, vit
 
 
 def dinov2() -> nn.Module:
@@ -59,6 +59,14 @@ class TestResuming:
         save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(WeightsError, match=r"missing keys \(classifier.bias\).* keys \(classifier.biases\)"):
             trainer_of(vit(), tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+    @pytest.mark.parametrize("make", [vit, resnet])
+    def test_a_float_training_in_the_same_directory_is_not_resumed(self, tmp_path: Path, make: Callable):
+        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+        transformers.Trainer(make(), args, train_dataset=images(16)).train()
+        trainer = trainer_of(make(), tmp_path)
+        with pytest.raises(WeightsError, match="checkpoint-2 is a checkpoint of a float training.*from_pretrained"):
+            trainer.train(resume_from_checkpoint=True)
 
     @pytest.mark.parametrize("make", [vit, swin, dinov2, segformer])
     def test_no_weight_is_lost_where_transformers_has_other_names_in_files(

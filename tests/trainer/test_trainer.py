@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, default_data_collator
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError, WeightsError
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import state_of
-from hf_qat.model.switches import freeze_batch_norm
+from hf_qat.model.switches import fake_quant_disabled, freeze_batch_norm
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import HUGGING_FACE, LABELS, resnet
@@ -54,6 +54,13 @@ class TestDropIn:
     def test_an_argument_that_trainer_does_not_take_is_refused(self, tmp_path: Path):
         with pytest.raises(TypeError, match="tokeniser"):
             QATTrainer(resnet(), arguments(tmp_path), tokeniser=None)
+
+    def test_arguments_are_taken_in_the_order_of_trainer(self, tmp_path: Path):
+        args, train, evaluation = arguments(tmp_path), images(16), images(8, seed=1)
+        for kind in (Trainer, QATTrainer):
+            trainer = kind(vit(), args, default_data_collator, train, evaluation)
+            assert trainer.data_collator is default_data_collator
+            assert trainer.train_dataset is train and trainer.eval_dataset is evaluation
 
     def test_the_model_stays_the_same_object_of_its_own_class(self, tmp_path: Path):
         model = vit()
@@ -271,6 +278,36 @@ class TestCalibration:
         with torch.no_grad():
             expected = trainer.model.eval()(pixel_values=data["pixel_values"][:], labels=data["labels"][:]).loss
         assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("how", ["evaluate", "predict"])
+    def test_a_model_without_ranges_is_calibrated_before_it_is_measured(
+        self, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+    ):
+        losses = []
+        for explicit in (True, False):
+            trainer = trainer_of(vit(), tmp_path)
+            torch.manual_seed(1)
+            if explicit:
+                trainer.calibrate()
+            metrics = trainer.evaluate() if how == "evaluate" else trainer.predict(images(10, seed=1)).metrics
+            losses.append(metrics["eval_loss" if how == "evaluate" else "test_loss"])
+            assert ("calibrated first, on the train set" in caplog.text) is not explicit
+        assert losses[0] == losses[1]
+
+    def test_without_a_train_set_it_is_calibrated_on_what_it_is_measured_on(self, tmp_path: Path):
+        trainer = trainer_of(vit(), tmp_path, train_dataset=None)
+        loss = trainer.evaluate()["eval_loss"]
+        expected = trainer_of(vit(), tmp_path, train_dataset=None)
+        expected.calibrate(images(10, seed=1))
+        assert loss == expected.evaluate()["eval_loss"]
+
+    def test_with_quantizers_off_a_model_without_ranges_is_measured_as_it_is(self, tmp_path: Path):
+        trainer = trainer_of(vit(), tmp_path)
+        with fake_quant_disabled(trainer.model):
+            loss = trainer.evaluate()["eval_loss"]
+        assert {int(q.observed) for q in fake_quantizers(trainer.model).values()} == {0}
+        plain = Trainer(vit(), arguments(tmp_path), eval_dataset=images(10, seed=1))
+        assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
 
     def test_bias_correction_is_the_configs_to_choose(self, tmp_path: Path):
         biases = {}

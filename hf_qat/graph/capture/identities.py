@@ -35,13 +35,15 @@ def drop_identities(graph: fx.Graph, constant: Constant) -> None:
         constant: the value at a `get_attr` node, `None` if it is not a constant.
     """
     uniform: dict[Any, bool | int | float] = {}
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         value = _uniform_value(node, uniform, constant)
         if value is not None:
             uniform[node] = value
         kept = _unchanged(node, uniform)
         if kept is not None and _same_type(kept, node) and not any(map(writes, node.users)):
             node.replace_all_uses_with(kept)
+            if _packet(node) in DROPOUTS:  # no dead code otherwise, as a dropout may draw random numbers
+                graph.erase_node(node)
 
 
 def _uniform_value(node: fx.Node, uniform: dict[Any, bool | int | float], constant: Constant) -> Any:

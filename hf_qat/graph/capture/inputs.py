@@ -92,7 +92,8 @@ def with_batch(inputs: Inputs, size: int, device: torch.device) -> tuple[tuple[A
         index = torch.arange(size, device=leaf.device) % leaf.shape[0]
         return leaf.detach().index_select(0, index).contiguous().to(device)
 
-    return pytree.tree_map(resize, as_call(inputs))
+    args, kwargs = pytree.tree_map(resize, as_call(inputs))
+    return args, kwargs
 
 
 def accepts_labels(model: nn.Module) -> bool:

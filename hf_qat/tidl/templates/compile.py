@@ -5,6 +5,8 @@
 Everything comes from runtime_options.json, model/ and calibration/; the result goes to artifacts/.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -12,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +70,7 @@ def main() -> None:
     print("compiled to", artifacts)
 
 
-def tools(settings: dict, onnxruntime: ModuleType) -> str:
+def tools(settings: dict[str, Any], onnxruntime: ModuleType) -> str:
     """Where TI's tools are."""
     path = os.environ.get("TIDL_TOOLS_PATH")
     if not path:

@@ -7,6 +7,8 @@
 Outputs are printed and written to outputs/.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -47,7 +49,7 @@ def main() -> None:
         print(name + ":", describe(here, settings, names, outputs))
 
 
-def providers(here: Path, cpu: bool, onnxruntime: ModuleType) -> dict:
+def providers(here: Path, cpu: bool, onnxruntime: ModuleType) -> dict[str, Any]:
     """Arguments of the session."""
     if cpu:
         return {"providers": ["CPUExecutionProvider"]}
@@ -62,7 +64,7 @@ def providers(here: Path, cpu: bool, onnxruntime: ModuleType) -> dict:
     return {"providers": [PROVIDER, "CPUExecutionProvider"], "provider_options": [options, {}]}
 
 
-def frames(here: Path, images: list, input_name: str) -> Iterator[tuple[str, dict]]:
+def frames(here: Path, images: list[Path], input_name: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Names and inputs: of images, or of the calibration frames."""
     if not images:
         for frame in sorted((here / "calibration").glob("*.npz")):
@@ -80,7 +82,7 @@ def frames(here: Path, images: list, input_name: str) -> Iterator[tuple[str, dic
             yield path.stem, {input_name: preprocess_image(image, config["preprocess"], config["session"])}
 
 
-def preprocess_image(image: Any, preprocess: dict, session: dict) -> np.ndarray:
+def preprocess_image(image: Any, preprocess: dict[str, Any], session: dict[str, Any]) -> np.ndarray:
     """(1, 3, H, W) float32 of a PIL image, by the entries of config.yaml."""
     pixels = np.asarray(resized(image.convert("RGB"), preprocess), dtype=np.float32)
     crop = preprocess["crop"]
@@ -95,7 +97,7 @@ def preprocess_image(image: Any, preprocess: dict, session: dict) -> np.ndarray:
     return np.ascontiguousarray(((pixels - mean) * scale).transpose(2, 0, 1)[None])
 
 
-def resized(image: Any, preprocess: dict) -> Any:
+def resized(image: Any, preprocess: dict[str, Any]) -> Any:
     """The PIL image, before it is cropped."""
     resize = preprocess["resize"]
     if resize is None:
@@ -109,7 +111,7 @@ def resized(image: Any, preprocess: dict) -> Any:
     return image.resize((resize[1], resize[0]), 2 if interpolation is None else interpolation)  # 2: bilinear
 
 
-def describe(here: Path, settings: dict, names: list, outputs: list) -> str:
+def describe(here: Path, settings: dict[str, Any], names: list[str], outputs: list[np.ndarray]) -> str:
     """The five best classes of a classifier; shapes of everything else."""
     if settings["task"] != "classification":
         return ", ".join(name + " " + str(list(output.shape)) for name, output in zip(names, outputs, strict=True))

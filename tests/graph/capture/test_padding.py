@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from hf_qat.graph.capture.padding import merge_padding
 
@@ -47,23 +47,23 @@ def merged(before: Callable[[Tensor], Tensor], **arguments: object) -> tuple[lis
     ("amounts", "arguments", "expected"),
     [
         ((1, 1, 1, 1), {}, (1, 1)),
-        ((2, 2, 1, 1), {}, (1, 2)),  # F.pad begins with the last axis
+        ((2, 2, 1, 1), {}, (1, 2)),  # functional.pad begins with the last axis
         ((2, 2), {}, (0, 2)),
         ((1, 1, 1, 1), {"padding": 2}, (3, 3)),
         ((1, 1, 1, 1), {"padding": (0, 1), "stride": 2, "dilation": 2, "bias": False}, (1, 2)),
     ],
 )
 def test_symmetric_zeros_become_padding(amounts, arguments, expected):
-    assert merged(lambda x: F.pad(x, amounts), **arguments) == (["conv2d"], expected)
+    assert merged(lambda x: functional.pad(x, amounts), **arguments) == (["conv2d"], expected)
 
 
 @pytest.mark.parametrize(
     "before",
     [
-        lambda x: F.pad(x, (0, 1, 0, 1)),
-        lambda x: F.pad(x, (1, 1, 1, 1), value=0.5),
-        lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"),
-        lambda x: F.pad(x, (-1, -1, 1, 1)),
+        lambda x: functional.pad(x, (0, 1, 0, 1)),
+        lambda x: functional.pad(x, (1, 1, 1, 1), value=0.5),
+        lambda x: functional.pad(x, (1, 1, 1, 1), mode="reflect"),
+        lambda x: functional.pad(x, (-1, -1, 1, 1)),
     ],
     ids=["one-sided", "of another value", "reflected", "cropped"],
 )
@@ -80,7 +80,7 @@ def test_a_pad_that_others_read_too_stays_for_them():
             self.conv = nn.Conv2d(3, 3, 3)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            padded = F.pad(x, (1, 1, 1, 1))
+            padded = functional.pad(x, (1, 1, 1, 1))
             return self.conv(padded), padded
 
     x, model = torch.randn(1, 3, 8, 8), Both()

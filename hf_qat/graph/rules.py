@@ -1,7 +1,7 @@
 """The table of operations: how each ATen op of a captured graph takes part in quantization.
 
-A rule is added by adding a row, from outside by `register_rule`. Fixed ranges: softmax and sigmoid lie in [0, 1], so
-their scale is 1 / 2**bits.
+A rule is added by adding a row, from outside by `register_rule`. Fixed ranges: sigmoid, and softmax over a short row,
+lie in [0, 1], so their scale is 1 / 2**bits.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
-from hf_qat.graph.passes.softmax import find_preludes, masks_alone
+from hf_qat.graph.passes.softmax import find_preludes, long_results, masks_alone
 from hf_qat.graph.plan import ModulePlan, Plan, join_path
 from hf_qat.graph.rules import (
     BEFORE_ERROR_AMPLIFYING,
@@ -52,8 +52,9 @@ class GraphFacts:
         self._epsilon_guards = self._epsilon_guard_nodes()
         self.rules |= dict.fromkeys(self._epsilon_guards, FLOAT)
         self.prelude = find_preludes(self.nodes, self.rules, self.static)
+        self._returned = long_results(self.nodes, self.rules)
         self._masks = masks_alone(self.nodes, self.prelude, self.rules, self.static)
-        self.rules |= dict.fromkeys(self._masks, FLOAT)
+        self.rules |= dict.fromkeys(self._masks | self._returned, FLOAT)
         self._non_negative = self._non_negative_nodes(non_negative_inputs)
 
     def full_path(self, path: str) -> str:
@@ -139,6 +140,8 @@ class GraphFacts:
     def _reason(self, node: fx.Node) -> str:
         if node in self.prelude or node in self._masks:
             return "belongs to the softmax after it"
+        if node in self._returned:
+            return "many probabilities, which are returned"
         if node in self._error_amplifying:
             return "belongs to the logarithm, root, power or sine after it"
         if node in self._epsilon_guards:

@@ -9,7 +9,9 @@ from typing import Any
 from torch import fx
 
 from hf_qat.config.targets import Target, TensorScheme
+from hf_qat.graph.passes.graph_facts import GraphFacts
 from hf_qat.graph.passes.sharing import Placement
+from hf_qat.graph.passes.softmax import has_long_rows
 from hf_qat.graph.plan import Plan
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -29,7 +31,7 @@ def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[Quanti
             scheme = module.edge_activations if (child, quantizer.name) in at_edges else module.activations
             if plan.target.symmetric_matmul and any(map(placement.facts.feeds_product, quantizer.insertion_points)):
                 scheme = replace(scheme, symmetric=True)
-            unit_range = all(placement.facts.rules[node].unit_range for node in quantizer.insertion_points)
+            unit_range = all(_has_fixed_range(placement.facts, node) for node in quantizer.insertion_points)
             specs[child, quantizer.name] = activation_spec(
                 scheme, quantizer.non_negative, unit_range, quantizer.name in signed
             )
@@ -53,6 +55,12 @@ def activation_spec(scheme: TensorScheme, non_negative: bool, unit_range: bool, 
         observer=scheme.observer,
         fixed_scale=2.0**-scheme.bits if unit_range and not (scheme.symmetric and signed) else None,
     )
+
+
+def _has_fixed_range(facts: GraphFacts, node: fx.Node) -> bool:
+    """Whether all of [0, 1] is used: most of a long row of probabilities would be rounded to 0."""
+    rule = facts.rules[node]
+    return rule.unit_range and not has_long_rows(node, rule)
 
 
 def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:

@@ -210,6 +210,21 @@ def is_scalar_multiple(node: fx.Node) -> bool:
     return node.op == "call_function" and scaled and not isinstance(node.args[1], fx.Node)
 
 
+#: Convolutions whose weight is (C_in, C_out / groups, …).
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+
+
+def weight_axis(node: fx.Node) -> int | None:
+    """The axis of its weight that the output channels of a convolution or linear layer run along.
+
+    `None` for a grouped transposed convolution, which has several output channels per slice of axis 1.
+    """
+    if node.target not in TRANSPOSED:
+        return 0
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return 1 if groups == 1 else None
+
+
 def tensor_inputs(node: fx.Node, rule: Rule) -> list[fx.Node]:
     """The arguments of `node` that `rule` wants quantized; a list argument is spread out."""
     found: list[fx.Node] = []

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
 from hf_qat.graph.passes.softmax import find_preludes, long_results, masks_alone
+from hf_qat.graph.passes.weights import find_weights
 from hf_qat.graph.plan import ModulePlan, Plan, join_path
 from hf_qat.graph.rules import (
     BEFORE_ERROR_AMPLIFYING,
@@ -55,6 +56,7 @@ class GraphFacts:
         self._returned = long_results(self.nodes, self.rules)
         self._masks = masks_alone(self.nodes, self.prelude, self.rules, self.static)
         self.rules |= dict.fromkeys(self._masks | self._returned, FLOAT)
+        self.weights = find_weights(self.nodes, self.rules, self.static)
         self._non_negative = self._non_negative_nodes(non_negative_inputs)
 
     def full_path(self, path: str) -> str:
@@ -105,7 +107,7 @@ class GraphFacts:
 
     def source(self, node: fx.Node) -> fx.Node:
         """Back through whatever hands its values on unchanged."""
-        while self.rules[node].kind is Kind.PASS and isinstance(node.args[0], fx.Node):
+        while self.rules[node].kind is Kind.PASS and isinstance(node.args[0], fx.Node) and node not in self.weights:
             if node.target is operator.getitem and self.rules[node.args[0]].kind is not Kind.PASS:
                 break  # one of several results of an operation that makes new values
             node = node.args[0]
@@ -157,7 +159,7 @@ class GraphFacts:
             return FLOAT if self._owner_plan(node).excluded else NORM
         rule = rule_of(node)
         if rule.kind is Kind.LAYER:
-            # Its weight is no layer's own: both operands are quantized like activations.
+            # Its weight is no layer's own, and perhaps no weight at all: see `find_weights`.
             rule = Rule(Kind.COMPUTE, rule.name, inputs=2)
         if rule.kind in (Kind.FLOAT, Kind.PASS):
             return rule

@@ -1,4 +1,4 @@
-"""How each quantizer of an activation rounds: by the scheme of its module, its sign, and what it meets."""
+"""How each quantizer in a graph rounds: by the scheme of its module, its sign, and what it meets."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[Quanti
         signed = _must_be_signed(placement, plan.target)
         for quantizer in placement.quantizers:
             module = plan.modules[placement.facts.full_path(quantizer.name.rpartition(".")[0])]
+            weight = placement.facts.weights.get(quantizer.insertion_points[0])
+            if weight is not None:
+                specs[child, quantizer.name] = module.weight_spec(weight.axis)
+                continue
             scheme = module.edge_activations if (child, quantizer.name) in at_edges else module.activations
             if plan.target.symmetric_matmul and any(map(placement.facts.feeds_product, quantizer.insertion_points)):
                 scheme = replace(scheme, symmetric=True)

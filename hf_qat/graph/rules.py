@@ -111,7 +111,8 @@ RULES: dict[Callable[..., Any], Rule] = {
 FLOAT_REASONS = {
     "where": "selects by a mask",
     "masked_fill": "selects by a mask",
-    "embedding": "a table look-up",
+    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), "a table look-up"),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "rounding its state would add up over the steps"),
     "topk": "data-dependent selection",
     "to": "makes numbers of integers",
     "prod": "its range is too wide for 8 bits",

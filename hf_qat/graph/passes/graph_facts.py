@@ -133,7 +133,7 @@ class GraphFacts:
         """`(module path, operation, reason)` of every data-dependent floating-point operation left in float."""
         rows = []
         for node in self.nodes:
-            data = node.op == "call_function" and node not in self.static and is_floating(node)
+            data = node.op == "call_function" and node not in self.static and _makes_numbers(node)
             in_float = self.rules[node].kind is Kind.FLOAT or node in self.prelude
             if data and in_float and not self._fuses_into_division(node):
                 rows.append((self.owner(node), str(node.target), self._reason(node)))
@@ -213,6 +213,13 @@ class GraphFacts:
             if rule.non_negative or (inherited and all(number >= 0 for number in _operands(node, rule))):
                 known.add(node)
         return known
+
+
+def _makes_numbers(node: fx.Node) -> bool:
+    """Whether the value, or one of several, is a tensor of real numbers."""
+    values = node.meta.get("val")
+    several = values if isinstance(values, (list, tuple)) else [values]
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in several)
 
 
 def _operands(node: fx.Node, rule: Rule) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import fx, nn
+from torch import nn
 
 from hf_qat.errors import ExportError
 from hf_qat.graph.nodes import module_path
@@ -21,16 +23,19 @@ def require_expressible(model: nn.Module) -> None:
     Raises:
         ExportError: a batch norm uses the statistics of the batch in evaluation, too.
     """
+    for path in _batch_statistics(model):
+        raise ExportError(
+            f"{path or type(model).__name__} normalises by the statistics of each batch in evaluation, too, which "
+            "ONNX cannot: give it running statistics, or use an instance, group or layer norm."
+        )
+
+
+def _batch_statistics(model: nn.Module) -> Iterator[str]:
+    """Paths of the batch norms without running statistics, and of what calls `F.batch_norm(training=True)`."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            yield path
     for child, captured in captured_children(model).items():
         for node in captured.graph.nodes:
-            if _normalises_by_batch(node):
-                path = join_path(child, module_path(node)) or type(model).__name__
-                raise ExportError(
-                    f"{path} normalises by the statistics of each batch in evaluation, too (training=True), which "
-                    "ONNX cannot: give it running statistics, or use an instance, group or layer norm."
-                )
-
-
-def _normalises_by_batch(node: fx.Node) -> bool:
-    is_norm = node.target is torch.ops.aten.batch_norm.default
-    return is_norm and node.args[TRAINING] is True
+            if node.target is torch.ops.aten.batch_norm.default and node.args[TRAINING] is True:
+                yield join_path(child, module_path(node))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabled, prepare_qat
-from hf_qat.errors import CaptureError, ExportError
+from hf_qat.errors import CalibrationError, CaptureError, ExportError
 from hf_qat.quantization.layers import qat_layers
 
 
@@ -192,7 +192,7 @@ def test_torch_vmap_is_refused_with_its_name_and_what_to_do():
         def forward(self, x: Tensor) -> Tensor:
             return torch.vmap(self.linear)(x)
 
-    with pytest.raises(CaptureError, match=r"cannot be captured: .* torch\.vmap .* exclude="):
+    with pytest.raises(CaptureError, match=r"cannot be captured: .* torch\.vmap .*exclude="):
         prepare_qat(Mapped(), QATConfig(), torch.randn(4, 8))
 
 
@@ -225,3 +225,22 @@ def test_an_embedding_bag_stays_float_and_is_named():
     model = prepare_qat(Bag(), QATConfig(), (torch.randint(0, 10, (2, 3)), torch.randn(2, 8)))
     ((path, operation, reason),) = model.float_operations
     assert (path, operation.split(".")[1], reason) == ("bag", "embedding_bag", "a table look-up")
+
+
+def test_a_model_of_token_ids_alone_can_be_calibrated_and_exported(tmp_path: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
+    float_model = copy.deepcopy(model).eval()
+    ids = torch.randint(0, 10, (4, 3))
+    prepare_qat(model, QATConfig(), ids)
+    converted = convert(calibrate(model, [ids]))
+    with torch.no_grad():
+        wanted = float_model(ids)
+        assert (converted(ids) - wanted).norm() / wanted.norm() < 0.02
+    assert export_onnx(converted, tmp_path / "model.onnx", ids).max_output_lsb <= 1
+
+
+def test_integers_for_a_model_of_real_numbers_are_still_refused():
+    model = prepare_qat(nn.Sequential(nn.Linear(8, 4)), QATConfig(), torch.randn(2, 8))
+    with pytest.raises(CalibrationError, match="int64 only"):
+        calibrate(model, [torch.randint(0, 10, (4, 8))])

@@ -78,7 +78,8 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
         with torch.device("cpu"):
             with MetaCapture():
                 recipe = config.with_checkpoint(None)
-                parts = Parts(recipe.excludes, saved.operations.keys(), saved.stage is Stage.PREPARED)
+                paths = [path for path in saved.operations if _has_module(model, path)]  # another class has others
+                parts = Parts(recipe.excludes, paths, saved.stage is Stage.PREPARED)
                 prepare_parts(model, recipe, rebuild_inputs(saved.inputs), parts)
             _require_same_graph(model, saved)
             if saved.stage is Stage.CONVERTED:
@@ -88,6 +89,10 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
         other_labels = saved.stage is Stage.PREPARED and saved.num_labels != _info(model).num_labels
         new_heads = check_tensors(model, stored, shapes, other_labels)
     return PendingRestore(set(layers), _constants(model), new_heads)
+
+
+def _has_module(model: nn.Module, path: str) -> bool:
+    return path in dict(model.named_modules(remove_duplicate=False))
 
 
 def _constants(model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from hf_qat.errors import WeightsError
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
 from hf_qat.quantization.packing import unpack_nibbles
 from hf_qat.quantization.quantizer import FakeQuantize
+from hf_qat.quantization.weight_quantizer import QuantizedWeight
 
 
 #: Names that safetensors has for the dtypes of our own state.
@@ -189,7 +190,7 @@ def _check_log2_scale(stored: Stored, module: FakeQuantize) -> None:
     _require_scale(stored, torch.exp2(stored.read()))
 
 
-def _check_scale(stored: Stored, module: QuantizeDequantize | QuantizedLayer) -> None:
+def _check_scale(stored: Stored, module: QuantizeDequantize | QuantizedLayer | QuantizedWeight) -> None:
     _require_scale(stored, stored.read())
 
 
@@ -218,7 +219,7 @@ def _check_zero_point(stored: Stored, module: QuantizeDequantize) -> None:
         raise stored.refuse(f"is the zero point {value}, outside of [{low}, {high}]")
 
 
-def _check_codes(stored: Stored, module: QuantizedLayer) -> None:
+def _check_codes(stored: Stored, module: QuantizedLayer | QuantizedWeight) -> None:
     spec = module.weight_spec
     codes = stored.read_large().flatten()
     if codes.dtype == torch.uint8:
@@ -241,6 +242,7 @@ CHECKS: dict[type[nn.Module], dict[str, Check]] = {
         "range_max": _check_finite,
     },
     QuantizeDequantize: {"scale": _check_scale, "zero_point": _check_zero_point},
+    QuantizedWeight: {"weight": _check_codes, "scale": _check_scale},
     QuantizedLayer: {"weight": _check_codes, "weight_scale": _check_scale, "bias_scale": _check_scale},
 }
 

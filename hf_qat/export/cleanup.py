@@ -105,7 +105,7 @@ def quantize_constants(model: ModelProto) -> None:
     onnx_graph = OnnxGraph(graph)
     nodes = []
     for node in graph.node:
-        x, scale, zero_point = (onnx_graph.constant(name) for name in [*node.input, "", ""][:3])
+        x, scale, zero_point = (onnx_graph.constant(name) for name in [*node.input, "", "", ""][:3])
         if node.op_type == "QuantizeLinear" and x is not None and scale is not None and zero_point is not None:
             limits = np.iinfo(zero_point.dtype)
             codes = np.clip(np.rint(x / scale) + zero_point, limits.min, limits.max).astype(zero_point.dtype)

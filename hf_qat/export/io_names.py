@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_qat.errors import ExportError
 from hf_qat.graph.capture.inputs import Inputs, guess_inputs, with_batch
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.model.state import captured_children
@@ -45,17 +46,34 @@ def export_call(model: nn.Module, inputs: Inputs, dynamic: bool) -> ExportCall:
         model: on the CPU; it is run once, to see what comes out.
         inputs: as forward takes them, batch first.
         dynamic: the batch is free; else it is 1.
+
+    Raises:
+        ExportError: something else than tensors comes out.
     """
     # torch.export takes a size of 1 for a constant, even where it is told that the axis is dynamic.
     args, kwargs = with_batch(inputs, 2 if dynamic else 1, torch.device("cpu"))
     bound = bind(model, args, kwargs)
+    result = model(*args, **kwargs)
+    _require_tensors(type(model).__name__, result)
+    # The exporter takes a dict at the end of the arguments for the arguments by name.
+    by_name = bool(bound.args) and isinstance(bound.args[-1], dict)
     return ExportCall(
-        args=bound.args,
-        kwargs=bound.kwargs,
+        args=() if by_name else bound.args,
+        kwargs=dict(bound.arguments) if by_name else bound.kwargs,
         input_names=input_names(bound),
-        output_names=[name for name, _ in named_outputs(model(*args, **kwargs))],
+        output_names=[name for name, _ in named_outputs(result)],
         dynamic_shapes=dynamic_batch(bound) if dynamic else None,
     )
+
+
+def _require_tensors(name: str, result: Any) -> None:
+    """Refuse what an ONNX file cannot return."""
+    others = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None and not isinstance(leaf, Tensor)]
+    if others:
+        raise ExportError(
+            f"{name} returns {others[0]!r} of type {type(others[0]).__name__} beside its tensors, and an ONNX file "
+            "returns tensors only: leave it out of what forward returns, or export a module that does, around it."
+        )
 
 
 def example_of(model: nn.Module) -> Inputs:

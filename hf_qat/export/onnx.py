@@ -24,6 +24,7 @@ from hf_qat.export.cleanup import clean_up, set_metadata
 from hf_qat.export.io_names import ExportCall, example_of, export_call
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
+from hf_qat.export.refusals import require_expressible
 from hf_qat.export.report import ExportReport
 from hf_qat.export.verify import describe, require_onnxruntime, verify_onnx
 from hf_qat.files.atomic import whole_file
@@ -63,6 +64,7 @@ def export_onnx(
             opset. No file is left behind then.
     """
     config = _require_converted(model)
+    require_expressible(model)
     _require_tools(opset_version, verify)
     path = Path(path)
     with whole_file(path) as temporary:

@@ -170,6 +170,22 @@ def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
     return np.concatenate([rows, *[rows[-1:]] * (count - len(rows))])
 
 
+def _largest_difference(name: str, wanted: np.ndarray, got: np.ndarray) -> float:
+    """Of two arrays of one shape; infinities that are equal do not differ.
+
+    Raises:
+        ExportError: one of them has NaN, or an infinity where the other one has a number.
+    """
+    differences = np.abs(np.subtract(wanted, got, out=np.zeros_like(wanted), where=wanted != got))
+    largest = float(differences.max(initial=0.0))
+    if not np.isfinite(largest):
+        raise ExportError(
+            f"the output {name!r} is not finite, in torch or on ONNX Runtime: the weights or the inputs hold NaN or "
+            "infinities, or training has diverged. Go back to an earlier checkpoint, and lower the learning rate."
+        )
+    return largest
+
+
 @dataclass
 class _Comparison:
     """Differences, collected batch by batch; `steps` are the quantization steps of the outputs."""
@@ -182,7 +198,7 @@ class _Comparison:
 
     def add(self, expected: Sequence[tuple[str, np.ndarray]], results: Sequence[np.ndarray]) -> None:
         for (name, wanted), got, step in zip(expected, results, self.steps, strict=True):
-            difference = float(np.abs(wanted.astype(np.float64) - got).max(initial=0.0))
+            difference = _largest_difference(name, wanted.astype(np.float64), got)
             self.difference = max(self.difference, difference)
             if step is not None:
                 self.lsb = max(self.lsb or 0, round(difference / step))

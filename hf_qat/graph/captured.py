@@ -205,7 +205,7 @@ class CapturedModule(nn.Module):
         incoming_quantizer: input position → (child, path) of the quantizer that the input carries already.
         output_quantizers: a path below the child per output, `None` where none is carried.
         float_operations: what stays float, and why.
-        inner: the modules inside, whose mode and hooks a graph cannot follow.
+        watched_modules: the modules inside, whose mode and hooks a graph cannot follow.
     """
 
     graphs: list[CapturedGraph]
@@ -213,7 +213,7 @@ class CapturedModule(nn.Module):
     incoming_quantizer: dict[int, tuple[str, str]]
     output_quantizers: list[str | None]
     float_operations: list[tuple[str, str, str]]
-    inner: list[nn.Module]
+    watched_modules: list[nn.Module]
     _python_signature: inspect.Signature
     _warned: bool
 
@@ -267,7 +267,7 @@ class CapturedModule(nn.Module):
         """A graph has the modes and hooks of the modules inside that they had when it was captured."""
         if self._warned:
             return
-        for module in self.inner:
+        for module in self.watched_modules:
             if user_hooks(module):
                 object.__setattr__(self, "_warned", True)
                 logger.warning(
@@ -343,7 +343,7 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
         "incoming_quantizer": {},
         "output_quantizers": [],
         "float_operations": [],
-        "inner": [inner for inner in module.modules() if inner is not module],
+        "watched_modules": [inner for inner in module.modules() if inner is not module],
         "_python_signature": python_signature,
         "_warned": False,
     }.items():

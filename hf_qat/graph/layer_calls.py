@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from hf_qat.graph.captured import CapturedModule
@@ -12,7 +14,7 @@ def layer_calls(captured: CapturedModule, graph: fx.Graph) -> dict[fx.Node, str]
     """The nodes that compute with a layer's own weight and bias, in order → the layer's path below the child.
 
     A weight that the graph computes (a standardised or sliced one), or that something else computes with, too (a tied
-    one), is no layer's own: both operands are then quantized like activations.
+    one), is no layer's own; see `hf_qat.graph.passes.weights`.
 
     Args:
         captured: the child that has the layers.
@@ -41,11 +43,13 @@ def _layer_path(captured: CapturedModule, node: fx.Node) -> str | None:
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or set(node.all_input_nodes[3:]):
         return None
     path, _, name = str(weight.target).rpartition(".")
-    module = captured.get_submodule(path)
+    module: Any = captured.get_submodule(path)
     if name != "weight" or isinstance(module, CapturedModule) and path:
         return None
+    if not hasattr(module, "bias") or (module.bias is not None and module.bias.dim() != 1):
+        return None  # no layer: a parameter of that name, or a bias that is no row of channels
     expected = f"{path}.bias" if path else "bias"
-    own_bias = getattr(module, "bias", None)
+    own_bias = module.bias
     if bias is None:
         return path if own_bias is None else None
     return path if isinstance(bias, fx.Node) and bias.target == expected else None

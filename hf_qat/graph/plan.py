@@ -51,11 +51,11 @@ class ModulePlan:
     excluded: bool
     why: str
 
-    def weight_spec(self, channel_axis: int) -> QuantizerSpec:
+    def weight_spec(self, channel_axis: int | None) -> QuantizerSpec:
         """The spec of its weight: signed, symmetric, without the lowest code.
 
         Args:
-            channel_axis: the axis of the weight that output channels run along.
+            channel_axis: the axis of the weight that output channels run along; `None` where they run along none.
         """
         scheme = self.weights
         return QuantizerSpec(

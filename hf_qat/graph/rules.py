@@ -1,7 +1,7 @@
 """The table of operations: how each ATen op of a captured graph takes part in quantization.
 
-A rule is added by adding a row, from outside by `register_rule`. Fixed ranges: softmax and sigmoid lie in [0, 1], so
-their scale is 1 / 2**bits.
+A rule is added by adding a row, from outside by `register_rule`. Fixed ranges: sigmoid, and softmax over a short row,
+lie in [0, 1], so their scale is 1 / 2**bits.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Rule:
         inputs: how many leading arguments are tensors to be quantized (a list counts as one).
         name: short name for quantizers of functional calls.
         is_activation_product: a product of two activations: some devices demand zero_point 0.
+        is_softmax: what masks its input belongs to it.
     """
 
     kind: Kind
@@ -54,6 +55,7 @@ class Rule:
     clamp: str | None = None
     inputs: int = 1
     is_activation_product: bool = False
+    is_softmax: bool = False
 
 
 #: The rule of an operation that has none.
@@ -78,7 +80,8 @@ RULES: dict[Callable[..., Any], Rule] = {
     **_rows(Kind.COMPUTE, aten.sub, aten.div, inputs=2),
     **_rows(Kind.COMPUTE, aten.rsub),
     **_rows(Kind.COMPUTE, aten.grid_sampler, aten.grid_sampler_2d, non_negative=None),
-    **_rows(Kind.COMPUTE, aten.softmax, aten._softmax, aten.sigmoid, unit_range=True, non_negative=True),
+    **_rows(Kind.COMPUTE, aten.softmax, aten._softmax, unit_range=True, non_negative=True, is_softmax=True),
+    **_rows(Kind.COMPUTE, aten.sigmoid, unit_range=True, non_negative=True),
     **_rows(Kind.COMPUTE, aten.layer_norm, aten.group_norm, aten.instance_norm, aten.batch_norm, aten.rms_norm),
     **_rows(Kind.COMPUTE, aten.gelu, aten.tanh, aten.neg, aten.elu),
     **_rows(Kind.COMPUTE, aten.abs, aten.square, aten.linalg_vector_norm, aten.softplus, non_negative=True),
@@ -108,7 +111,8 @@ RULES: dict[Callable[..., Any], Rule] = {
 FLOAT_REASONS = {
     "where": "selects by a mask",
     "masked_fill": "selects by a mask",
-    "embedding": "a table look-up",
+    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), "a table look-up"),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "rounding its state would add up over the steps"),
     "topk": "data-dependent selection",
     "to": "makes numbers of integers",
     "prod": "its range is too wide for 8 bits",
@@ -205,6 +209,21 @@ def is_scalar_multiple(node: fx.Node) -> bool:
     """`x * c` or `x / c` with a number: belongs to the product before it."""
     scaled = node.target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
     return node.op == "call_function" and scaled and not isinstance(node.args[1], fx.Node)
+
+
+#: Convolutions whose weight is (C_in, C_out / groups, …).
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+
+
+def weight_axis(node: fx.Node) -> int | None:
+    """The axis of its weight that the output channels of a convolution or linear layer run along.
+
+    `None` for a grouped transposed convolution, which has several output channels per slice of axis 1.
+    """
+    if node.target not in TRANSPOSED:
+        return 0
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return 1 if groups == 1 else None
 
 
 def tensor_inputs(node: fx.Node, rule: Rule) -> list[fx.Node]:

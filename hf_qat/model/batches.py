@@ -12,24 +12,32 @@ from torch.utils import _pytree as pytree
 from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.graph.capture.modes import evaluating
+from hf_qat.graph.nodes import is_floating
+from hf_qat.model.state import captured_children
 
 
 def run_batches(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[Inputs]:
     """Forward each batch, in evaluation mode and without gradients; yields it afterwards."""
-    device = device_of(model)
+    device, tokens = device_of(model), _takes_integers_alone(model)
     with evaluating(model), torch.no_grad():
         for position, batch in enumerate(batches):
             args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(batch))
-            _check_batch(position, [*args, *kwargs.values()])
+            _check_batch(position, [*args, *kwargs.values()], tokens)
             _check_call(model, position, args, kwargs)
             model(*args, **kwargs)
             yield batch
 
 
-def _check_batch(position: int, values: list[object]) -> None:
+def _takes_integers_alone(model: nn.Module) -> bool:
+    """Whether the part that is called first takes no real numbers: token ids, not pixels."""
+    first = next(iter(captured_children(model).values()), None)
+    return first is not None and not any(is_floating(node) for node in first.evaluation.inputs())
+
+
+def _check_batch(position: int, values: list[object], tokens: bool) -> None:
     tensors = [value for value in values if isinstance(value, Tensor)]
     floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if tensors and not floating:
+    if tensors and not floating and not tokens:
         raise CalibrationError(
             f"calibration batch {position} holds {tensors[0].dtype} only: give the floats that the model is trained "
             "on, that is the output of the image processor, not raw pixels."

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import StageError
+from hf_qat.graph.captured import captured_modules
+from hf_qat.graph.weights import fold_weights
 from hf_qat.model.saved_config import attach_hf_quantizer
 from hf_qat.model.state import require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, convert_layer
@@ -47,6 +49,8 @@ def swap_to_integer_modules(model: Model) -> Model:
         norm = layer.batch_norm
         convert_layer(layer).folded_norm = None if norm is None else paths[id(norm)]
         norms |= set() if norm is None else {id(norm)}
+    for captured in captured_modules(model).values():
+        fold_weights(captured)
     _drop(model, norms)
     _replace_quantizers(model)
     require_stage(model, Stage.PREPARED, "convert").stage = Stage.CONVERTED

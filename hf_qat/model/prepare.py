@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import StageError
+from hf_qat.errors import CaptureError, StageError
 from hf_qat.graph.capture.capture import Parts, capture
 from hf_qat.graph.capture.inputs import Inputs, device_of, guess_inputs
 from hf_qat.graph.fingerprint import operations
@@ -49,15 +50,27 @@ def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: I
     Raises:
         StageError: prepared or converted already.
         ConfigError: a glob of `exclude` or `overrides` matches no module.
-        CaptureError: forward cannot become a graph; the message names the module and the line.
+        CaptureError: forward cannot become a graph, the message names the module and the line; or a parameter is not
+            in float32.
     """
     state = state_of(model)
     if state is not None:
         raise StageError(f"{type(model).__name__} is {state.stage} already; prepare a copy of the float model.")
+    _require_float32(model)
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
     return prepare_parts(model, config, inputs, Parts(config.excludes))
+
+
+def _require_float32(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise CaptureError(
+                f"{name} of {type(model).__name__} is {parameter.dtype}, and scales are found and trained in float32: "
+                "call model.float() before prepare_qat. For mixed precision, train under torch.autocast; a prepared "
+                "model can be cast, too."
+            )
 
 
 def prepare_parts(model: Model, config: QATConfig, inputs: Inputs, parts: Parts) -> Model:

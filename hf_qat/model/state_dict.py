@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import WeightsError
+from hf_qat.graph.captured import captured_modules
+from hf_qat.graph.nodes import fetch
+from hf_qat.graph.weights import weights_in_graph
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+from hf_qat.quantization.weight_quantizer import WeightQuantizer
 
 
 #: Last parts of the keys of `FakeQuantize`.
@@ -72,6 +76,11 @@ def initialize_weight_scales(model: nn.Module) -> None:
     for layer in qat_layers(model).values():
         if layer.float_weight().device.type != "meta":
             layer.initialize_scale(replace(layer.weight_quantizer.spec, observer="minmax"))
+    for captured in captured_modules(model).values():
+        for path, weight in weights_in_graph(captured).items():
+            quantizer: WeightQuantizer = fetch(captured, path)
+            if weight.device.type != "meta":
+                quantizer.initialize_scale(weight, replace(quantizer.spec, observer="minmax"))
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def _candidates(model: nn.Module, inputs: Inputs, parts: Parts) -> list[_Candida
         if not failed:
             break
     captured = [call for call in calls if call.path in found]
-    if not captured:
+    if not captured and parts.paths is None:
         raise next(iter(errors.values()), CaptureError(_nothing(model)))
     if errors:
         _report_float(model, errors)

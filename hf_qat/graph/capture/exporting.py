@@ -107,20 +107,32 @@ def export_call(calls: CallRecord, training: bool, constants: Constants) -> Capt
     leaves = [leaf for argument in calls.signatures[0].leaves.values() for leaf in argument]
     _require_plain([leaf.value for leaf in leaves if isinstance(leaf, Constant)], f"{name} is called with")
     wrapper = _FlatCall(calls.module, calls.signatures[0])
-    # A stride guard rejects real inputs where the example was a view; contiguous copies have none.
-    examples = tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in calls.inputs[0])
+    examples = _examples(name, calls.inputs[0])
     dynamic = _dynamic_dimensions(calls.inputs)
     with modes_kept(calls.module):
         _put_into_mode(calls.module, training)
         program = _export(name, wrapper, examples, dynamic)
         _put_into_mode(calls.module, training)  # caches hold the exporter's own tensors now
     _require_dynamic(name, program, dynamic)
-    graph = _cleaned(name, program, calls.module, constants)
+    try:
+        graph = _cleaned(name, program, calls.module, constants)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise _opaque(name) from error
     shapes = [
         tuple(None if d in dims else n for d, n in enumerate(x.shape))
         for x, dims in zip(examples, dynamic, strict=True)
     ]
     return CapturedGraph(graph, calls.signatures[0], shapes, wrapper.result.spec, wrapper.result.leaves, training)
+
+
+def _examples(name: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of the inputs: where one was a view, a stride guard would reject real inputs; these have none."""
+    try:
+        return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs)
+    except RuntimeError as error:  # they lived inside torch.vmap only
+        raise _opaque(name) from error
 
 
 def _put_into_mode(module: nn.Module, training: bool) -> None:
@@ -141,6 +153,14 @@ def _export(name: str, wrapper: nn.Module, examples: tuple[Tensor, ...], dynamic
             f"{name} cannot be captured: {reason.strip()}{_user_line(error)}. Leave it in float with "
             f"QATConfig(exclude={name!r}), or remove the data-dependent control flow."
         ) from error
+
+
+def _opaque(name: str) -> CaptureError:
+    """What torch exports, but neither it nor a pass of ours can look into."""
+    return CaptureError(
+        f"{name} cannot be captured: it holds, or is called in, what no pass can look into, such as torch.vmap or "
+        f"torch.cond. Leave it in float with QATConfig(exclude={name!r}), or write it with plain operations."
+    )
 
 
 def _cleaned(name: str, program: Any, child: nn.Module, constants: Constants) -> fx.Graph:

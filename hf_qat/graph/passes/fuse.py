@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,12 @@ from hf_qat.graph.layer_calls import layer_calls
 from hf_qat.graph.nodes import call_before, eliminate_dead_code, replace_node
 from hf_qat.graph.norm_calls import drop_counting, norm_path
 from hf_qat.graph.plan import ModulePlan, Plan
+from hf_qat.graph.rules import TRANSPOSED, weight_axis
 from hf_qat.quantization.layers import QATLayer, install_freezable_norm, install_layer, plain
 from hf_qat.quantization.standalone_norm import QATStandaloneBatchNorm, install_standalone_norm
 
 
 aten = torch.ops.aten
-
-TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 
 #: Plans of the modules of one captured child, by their paths below it.
 ChildPlan = Mapping[str, ModulePlan]
@@ -121,7 +120,7 @@ def standalone_norms(captured: CapturedModule, fusions: Collection[Fusion]) -> s
 def _foldable_norm(captured: CapturedModule, way: CapturedGraph, node: fx.Node) -> fx.Node | None:
     """The batch norm node that alone consumes `node`, if its statistics can be folded into the weight."""
     users = list(node.users)
-    if len(users) != 1 or _grouped_transposed(node):
+    if len(users) != 1 or weight_axis(node) is None:
         return None
     if node.target is aten.linear.default and node.meta["val"].dim() != 2:
         return None  # its channels are the last axis, those of the batch norm the second
@@ -133,10 +132,9 @@ def _install(captured: CapturedModule, fusion: Fusion, plan: ChildPlan, restrict
     layer, node = captured.get_submodule(fusion.path), fusion.call
     if isinstance(layer, QATLayer):
         return
-    axis = 1 if node.target in TRANSPOSED else 0  # a transposed convolution's weight is (C_in, C_out / groups, …)
+    axis = weight_axis(node)
     spec = plan[fusion.path].weight_spec(axis)
-    one_scale = node.target in TRANSPOSED and restrictions.per_tensor_transposed
-    if one_scale or _grouped_transposed(node):  # of the latter, output channels are no slices of the weight
+    if node.target in TRANSPOSED and restrictions.per_tensor_transposed:
         spec = replace(spec, axis=None)
     operation: Any = node.target
     options = {name: value for name, value in node.kwargs.items() if name != "bias"}
@@ -145,7 +143,7 @@ def _install(captured: CapturedModule, fusion: Fusion, plan: ChildPlan, restrict
         partial(operation, **options) if options else operation,
         node.args[3:],
         spec,
-        axis,
+        1 if node.target in TRANSPOSED else 0,
         None if fusion.norm is None else captured.get_submodule(fusion.norm),
         keep_forward=not fusion.path,
     )
@@ -155,14 +153,6 @@ def is_transposed(layer: QATLayer) -> bool:
     """Whether a layer is a transposed convolution."""
     operation: Any = layer.operation
     return (operation.func if isinstance(operation, partial) else operation) in TRANSPOSED
-
-
-def _grouped_transposed(node: fx.Node) -> bool:
-    """A grouped transposed convolution has several output channels per slice of axis 1."""
-    if node.target not in TRANSPOSED:
-        return False
-    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    return bool(groups != 1)
 
 
 def call_layers(captured: CapturedModule, way: CapturedGraph, fusions: Collection[Fusion]) -> None:

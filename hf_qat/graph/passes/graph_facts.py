@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch import Tensor, fx
 
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
 from hf_qat.graph.passes.fuse import is_transposed
+from hf_qat.graph.passes.softmax import find_preludes, long_results, masks_alone
+from hf_qat.graph.passes.weights import find_weights
 from hf_qat.graph.plan import ModulePlan, Plan, join_path
 from hf_qat.graph.rules import (
     BEFORE_ERROR_AMPLIFYING,
@@ -27,14 +28,8 @@ from hf_qat.graph.rules import (
 from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer
 
 
-aten = torch.ops.aten
-
 LAYER = Rule(Kind.LAYER, "layer")
 NORM = Rule(Kind.COMPUTE, "batch_norm")
-
-#: Element-wise operations that may stand between a product and the softmax that it feeds, if their other operand does
-#: not depend on data: position biases and masks. A quantizer on a sum with -1e38 would have no resolution left.
-SOFTMAX_PRELUDE = {aten.add.Tensor, aten.sub.Tensor, aten.where.self, aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
 
 class GraphFacts:
@@ -58,7 +53,11 @@ class GraphFacts:
         self.rules |= dict.fromkeys(self._error_amplifying, FLOAT)
         self._epsilon_guards = self._epsilon_guard_nodes()
         self.rules |= dict.fromkeys(self._epsilon_guards, FLOAT)
-        self.prelude = self._softmax_preludes()
+        self.prelude = find_preludes(self.nodes, self.rules, self.static)
+        self._returned = long_results(self.nodes, self.rules)
+        self._masks = masks_alone(self.nodes, self.prelude, self.rules, self.static)
+        self.rules |= dict.fromkeys(self._masks | self._returned, FLOAT)
+        self.weights = find_weights(self.nodes, self.rules, self.static)
         self._non_negative = self._non_negative_nodes(non_negative_inputs)
 
     def full_path(self, path: str) -> str:
@@ -119,7 +118,7 @@ class GraphFacts:
 
     def source(self, node: fx.Node) -> fx.Node:
         """Back through whatever hands its values on unchanged."""
-        while self.rules[node].kind is Kind.PASS and isinstance(node.args[0], fx.Node):
+        while self.rules[node].kind is Kind.PASS and isinstance(node.args[0], fx.Node) and node not in self.weights:
             if node.target is operator.getitem and self.rules[node.args[0]].kind is not Kind.PASS:
                 break  # one of several results of an operation that makes new values
             node = node.args[0]
@@ -145,15 +144,17 @@ class GraphFacts:
         """`(module path, operation, reason)` of every data-dependent floating-point operation left in float."""
         rows = []
         for node in self.nodes:
-            data = node.op == "call_function" and node not in self.static and is_floating(node)
+            data = node.op == "call_function" and node not in self.static and _makes_numbers(node)
             in_float = self.rules[node].kind is Kind.FLOAT or node in self.prelude
             if data and in_float and not self._fuses_into_division(node):
                 rows.append((self.owner(node), str(node.target), self._reason(node)))
         return rows
 
     def _reason(self, node: fx.Node) -> str:
-        if node in self.prelude:
+        if node in self.prelude or node in self._masks:
             return "belongs to the softmax after it"
+        if node in self._returned:
+            return "many probabilities, which are returned"
         if node in self._error_amplifying:
             return "belongs to the logarithm, root, power or sine after it"
         if node in self._epsilon_guards:
@@ -169,7 +170,7 @@ class GraphFacts:
             return FLOAT if self._owner_plan(node).excluded else NORM
         rule = rule_of(node)
         if rule.kind is Kind.LAYER:
-            # Its weight is no layer's own: both operands are quantized like activations.
+            # Its weight is no layer's own, and perhaps no weight at all: see `find_weights`.
             rule = Rule(Kind.COMPUTE, rule.name, inputs=2)
         if rule.kind in (Kind.FLOAT, Kind.PASS):
             return rule
@@ -213,38 +214,6 @@ class GraphFacts:
         alone = node in self._epsilon_guards and len(node.users) == 1 and len(node.all_input_nodes) == 1
         return alone and operation_name(next(iter(node.users))) == "div"
 
-    def _softmax_preludes(self) -> set[fx.Node]:
-        """Nodes between a product and its softmax, see `SOFTMAX_PRELUDE`."""
-        prelude: set[fx.Node] = set()
-        for node in self.nodes:
-            if self.rules[node].name in ("softmax", "_softmax") and self.is_quantized(node):
-                prelude |= self._prelude_of(node)
-        return prelude
-
-    def _prelude_of(self, softmax: fx.Node) -> set[fx.Node]:
-        found: set[fx.Node] = set()
-        node = softmax.args[0]
-        while isinstance(node, fx.Node) and len(node.users) == 1:
-            if self.rules[node].kind is Kind.PASS:
-                node = node.args[0]
-                continue
-            data = [n for n in node.all_input_nodes if n not in self.static]
-            if len(data) > 1:
-                data = [n for n in data if self._is_score(n)]  # the other one is a mask of this very input
-            if node.target not in SOFTMAX_PRELUDE or len(data) != 1 or len(node.all_input_nodes) < 2:
-                break
-            found.add(node)
-            node = data[0]
-        return found
-
-    def _is_score(self, node: fx.Node) -> bool:
-        """Whether the value is a product of two activations, scaled and masked perhaps."""
-        while self.rules[node].kind is Kind.PASS or is_scalar_multiple(node) or node.target in SOFTMAX_PRELUDE:
-            if not isinstance(node.args[0], fx.Node):
-                return False
-            node = node.args[0]
-        return self.rules[node].is_activation_product
-
     def _non_negative_nodes(self, inputs: set[int]) -> set[fx.Node]:
         known = {self.placeholders[position] for position in inputs}
         for node in self.nodes:
@@ -255,6 +224,13 @@ class GraphFacts:
             if rule.non_negative or (inherited and all(number >= 0 for number in _operands(node, rule))):
                 known.add(node)
         return known
+
+
+def _makes_numbers(node: fx.Node) -> bool:
+    """Whether the value, or one of several, is a tensor of real numbers."""
+    values = node.meta.get("val")
+    several = values if isinstance(values, (list, tuple)) else [values]
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in several)
 
 
 def _operands(node: fx.Node, rule: Rule) -> list[float]:

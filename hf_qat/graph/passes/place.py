@@ -16,6 +16,7 @@ from hf_qat.graph.passes.twins import find_twins
 from hf_qat.graph.plan import Plan
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
+from hf_qat.quantization.weight_quantizer import WeightQuantizer
 
 
 #: Largest value of ReLU6; a quantizer that computes it must not reach further.
@@ -77,7 +78,13 @@ def _add_quantizer(module: CapturedModule, quantizer: SharedQuantizer, facts: Gr
     absorbs_relu6 = clamps == {"relu6"} and not spec.power_of_two and spec.qmin == 0
     limit = RELU6_LIMIT / spec.qmax if absorbs_relu6 and spec.symmetric else None
     owner, _, name = quantizer.name.rpartition(".")
-    module.get_submodule(owner).add_module(name, FakeQuantize(spec, scale_limit=limit))
+    point = quantizer.insertion_points[0]
+    if point in facts.weights:
+        channels = None if spec.axis is None else int(point.meta["val"].shape[spec.axis])
+        made: FakeQuantize = WeightQuantizer(spec, channels)
+    else:
+        made = FakeQuantize(spec, scale_limit=limit)
+    module.get_submodule(owner).add_module(name, made)
 
 
 def call_quantizers(graph: fx.Graph, placement: Placement, twin_of: Mapping[fx.Node, fx.Node]) -> None:

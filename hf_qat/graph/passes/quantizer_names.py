@@ -1,7 +1,8 @@
 """Stable names of quantizers: from module paths and ordinals within a module, never from node numbers.
 
 `layer.1.convolution.activation_quantizer` (a layer's output), `layers.0.add_0_quantizer` (the first addition in the
-forward of `layers.0`), `pixel_values_quantizer` (an input), `embeddings.position_embeddings_quantizer` (a parameter).
+forward of `layers.0`), `pixel_values_quantizer` (an input), `embeddings.position_embeddings_quantizer` (a parameter),
+`stem.weight_quantizer` (a weight that is computed for `stem`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ def quantizer_names(facts: GraphFacts, insertion_points: list[fx.Node]) -> dict[
     """Insertion point → path of its quantizer below the captured child."""
     arguments = facts.captured.signature.tensor_names()
     ordinals, single = _ordinals(facts), _single_operations(facts, insertion_points)
+    computed: Counter[str] = Counter()
     names: dict[fx.Node, str] = {}
     for point in insertion_points:
         if point.op == "placeholder":
             names[point] = f"{arguments[facts.placeholders.index(point)]}_quantizer"
         elif point.op == "get_attr":
             names[point] = f"{point.target}_quantizer"
+        elif point in facts.weights:
+            owner = module_path(facts.weights[point].user)
+            names[point] = join_path(owner, "weight_quantizer" + (f"_{n}" if (n := computed[owner]) else ""))
+            computed[owner] += 1
         else:
             names[point] = _after_operation(facts, _fused_to(facts, point), ordinals, single)
     assert len(set(names.values())) == len(names), "two quantizers of one name"

@@ -1,4 +1,4 @@
-"""How each quantizer of an activation rounds: by the scheme of its module, its sign, and what it meets."""
+"""How each quantizer in a graph rounds: by the scheme of its module, its sign, and what it meets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from torch import fx
 
 from hf_qat.config.targets import Target, TensorScheme
+from hf_qat.graph.passes.graph_facts import GraphFacts
 from hf_qat.graph.passes.sharing import Placement
+from hf_qat.graph.passes.softmax import has_long_rows
 from hf_qat.graph.plan import Plan
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -26,13 +28,17 @@ def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[Quanti
         signed = _must_be_signed(placement, plan.target)
         for quantizer in placement.quantizers:
             module = plan.modules[placement.facts.full_path(quantizer.name.rpartition(".")[0])]
+            weight = placement.facts.weights.get(quantizer.insertion_points[0])
+            if weight is not None:
+                specs[child, quantizer.name] = module.weight_spec(weight.axis)
+                continue
             scheme = module.edge_activations if (child, quantizer.name) in at_edges else module.activations
             in_product = plan.target.symmetric_matmul and any(
                 map(placement.facts.feeds_product, quantizer.insertion_points)
             )
             if in_product or (child, quantizer.name) in symmetric:
                 scheme = replace(scheme, symmetric=True)
-            unit_range = all(placement.facts.rules[node].unit_range for node in quantizer.insertion_points)
+            unit_range = all(_has_fixed_range(placement.facts, node) for node in quantizer.insertion_points)
             specs[child, quantizer.name] = activation_spec(
                 scheme, quantizer.non_negative, unit_range, quantizer.name in signed
             )
@@ -93,6 +99,12 @@ def _cut_on_the_way(placement: Placement, placements: Mapping[str, Placement]) -
 def _numbers(node: fx.Node) -> int:
     """How many numbers a value has for each image."""
     return int(node.meta["val"].shape[1:].numel())
+
+
+def _has_fixed_range(facts: GraphFacts, node: fx.Node) -> bool:
+    """Whether all of [0, 1] is used: most of a long row of probabilities would be rounded to 0."""
+    rule = facts.rules[node]
+    return rule.unit_range and not has_long_rows(node, rule)
 
 
 def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:

@@ -87,6 +87,34 @@ def _split_baddbmm(captured: CapturedModule, node: fx.Node) -> None:
     replace_node(node, emit(aten.add.Tensor, emit(aten.bmm.default, *node.args[1:]), node.args[0]))
 
 
+@register_rewrite(aten.avg_pool2d.default)
+@register_rewrite(aten.avg_pool3d.default)
+def _divide_by_window(captured: CapturedModule, node: fx.Node) -> None:
+    """Average pooling with a divisor of its own, which ONNX has not → the mean of each window times a constant."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    divisor = given.get("divisor_override")
+    if divisor is None:
+        return
+    x, axes, emit = node.args[0], 2 if target is aten.avg_pool2d.default else 3, emitter(node)
+    kernel, stride, padding = (_sizes(given.get(name), axes) for name in ("kernel_size", "stride", "padding"))
+    stride, padding = stride or kernel, padding or [0] * axes
+    sizes = zip(_value(x).shape[-axes:], _value(node).shape[-axes:], kernel, stride, padding, strict=True)
+    # What lies beyond the input counts as 0, also where a last window (ceil_mode) reaches beyond the padding.
+    ends = [(p, max(0, (out - 1) * s + k - size - p)) for size, out, k, s, p in sizes]
+    if any(before or after for before, after in ends):
+        x = emit(aten.constant_pad_nd.default, x, [end for pair in reversed(ends) for end in pair], 0.0)
+    mean = emit(target, x, kernel, stride)
+    replace_node(node, emit(aten.mul.Tensor, mean, math.prod(kernel) / divisor))
+
+
+def _sizes(value: Any, axes: int) -> list[int]:
+    """One size for each axis; none where none is given."""
+    given = [value] if isinstance(value, int) else list(value or [])
+    return given * axes if len(given) == 1 else given
+
+
 @register_rewrite(aten.im2col.default)
 def _permute_for_unfold(captured: CapturedModule, node: fx.Node) -> None:
     """`im2col` whose windows do not overlap: (N, C, h·kh, w·kw) → (N, C·kh·kw, h·w)."""

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabled, prepare_qat
 from hf_qat.graph.capture.capture import capture
 from hf_qat.graph.passes.rewrite import rewrite
 
@@ -97,3 +98,35 @@ def test_windows_that_overlap_stay_an_unfolding():
     captured = capture(module, torch.randn(2, 4, 6, 8))[""]
     rewrite({"": captured})
     assert any("im2col" in str(node.target) for node in captured.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pool"),
+    [
+        pytest.param((3, 4, 12, 12), nn.AvgPool2d(3, divisor_override=2), id="plain"),
+        pytest.param((3, 4, 12, 11), nn.AvgPool2d(3, stride=2, padding=1, divisor_override=5), id="padded"),
+        pytest.param((3, 4, 12, 11), nn.AvgPool2d((2, 3), stride=(3, 2), divisor_override=4), id="two sizes"),
+        pytest.param(
+            (3, 4, 12, 11), nn.AvgPool2d(3, 2, padding=1, ceil_mode=True, divisor_override=7), id="ceil and padded"
+        ),
+        pytest.param((3, 4, 11, 12), nn.AvgPool2d(2, ceil_mode=True, divisor_override=7), id="ceil"),
+        pytest.param(
+            (3, 4, 12, 12), nn.AvgPool2d(3, 1, 1, count_include_pad=False, divisor_override=9), id="not counted"
+        ),
+        pytest.param((3, 4, 6, 7, 8), nn.AvgPool3d(2, 2, 1, ceil_mode=True, divisor_override=3), id="three axes"),
+    ],
+)
+def test_average_pooling_with_a_divisor_of_its_own_is_right_in_torch_and_in_onnx(shape, pool, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(*shape)
+    conv = nn.Conv3d if x.dim() == 5 else nn.Conv2d
+    model = nn.Sequential(conv(4, 4, 1), pool).eval()
+    with torch.no_grad():
+        wanted = model(x)
+        prepare_qat(model, QATConfig(), x)
+        with fake_quant_disabled(model):
+            torch.testing.assert_close(model(x), wanted)
+        calibrate(model, [x])
+        report = export_onnx(convert(model), tmp_path / "model.onnx", x)
+        assert report.max_output_lsb <= 1
+        assert (model(x) - wanted).norm() / wanted.norm() < 0.02

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
 from hf_qat.graph.nodes import short_name
-from hf_qat.quantization.class_swap import swap_class
+from hf_qat.graph.stored_graph import restore_graph, store_graph
+from hf_qat.quantization.class_swap import MADE_BY, swap_class
 
 
 logger = logging.getLogger(__name__)
@@ -178,6 +180,15 @@ class CapturedGraph:
         exec(compile(code.src, f"<graph {id(self):x}>", "exec"), namespace)  # noqa: S102
         self.run = namespace["forward"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `pickle` and `copy` keep: plain data, without the function that `recompile` makes."""
+        return {**vars(self), "graph": store_graph(self.graph), "run": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the graph and its function again."""
+        vars(self).update(state, graph=restore_graph(state["graph"]))
+        self.__post_init__()
+
     def inputs(self) -> list[fx.Node]:
         """The nodes of the inputs, in order."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -311,14 +322,16 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
     raise AssertionError("the call is one that was captured")
 
 
-def _graph_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    """A `forward` that runs the graph behind the original's signature, which Trainer and backbones inspect."""
+@cache
+def graph_forward(original: Any) -> Callable[..., Any]:
+    """A `forward` that runs the graph behind the signature of the class `original`, which others inspect."""
 
     def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         return self.run_graph(*args, **kwargs)
 
     forward.__doc__ = original.forward.__doc__
     forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    setattr(forward, MADE_BY, (graph_forward, original))
     return forward
 
 
@@ -334,9 +347,10 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
         The same object, with its class exchanged.
     """
     python_signature = inspect.signature(module.forward)
+    original: Any = type(module)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
-    captured = swap_class(module, CapturedModule, _graph_forward(type(module)))
+    captured = swap_class(module, CapturedModule, graph_forward(original))
     for name, value in {
         "graphs": graphs,
         "producer_of_input": {},

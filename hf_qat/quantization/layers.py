@@ -21,6 +21,7 @@ from hf_qat.quantization.class_swap import original_class, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.live_norm import is_live, normalise_live
+from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
@@ -28,6 +29,8 @@ from hf_qat.quantization.spec import QuantizerSpec
 
 #: Below this, a channel's fold factor counts as zero: dividing by it would overflow float32.
 SMALLEST_FACTOR = 1e-12
+
+register()  # a layer holds the operation that it computes
 
 
 class QATLayer(nn.Module):

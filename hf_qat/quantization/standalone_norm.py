@@ -33,11 +33,9 @@ class QATStandaloneBatchNorm(QATLayer):
 
     Attributes:
         weight_shape: (C, 1, …), that of the convolution's weight.
-        norm_class: whose forward normalises by batch statistics.
     """
 
     weight_shape: tuple[int, ...]
-    norm_class: type[nn.Module]
 
     def compute(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
         """(N, C, …) → the same shape."""
@@ -83,8 +81,7 @@ class QATStandaloneBatchNorm(QATLayer):
         """Stop being a batch norm."""
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self._buffers.pop(name, None)
-        for name in ("weight_shape", "norm_class"):
-            del self.__dict__[name]
+        del self.__dict__["weight_shape"]
         self.__class__ = rebased(original_class(type(self)), ChannelAffine)
 
 
@@ -109,7 +106,6 @@ def install_standalone_norm(
     assert isinstance(statistics, Tensor)
     affine = swap_class(module, QATStandaloneBatchNorm, original.forward if keep_forward else None)
     channels = statistics.shape[0]
-    affine.norm_class = original_class(original) if keep_forward else original
     affine.weight_shape = (channels, *[1] * (dims - 1))
     affine.operation = scale_channels if dims == 2 else CONVOLUTIONS[dims]
     ones = [1] * (dims - 2)

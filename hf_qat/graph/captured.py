@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from hf_qat.errors import CaptureError
+from hf_qat.errors import CaptureError, StageError, listed
 from hf_qat.graph.nodes import short_name
 from hf_qat.graph.stored_graph import restore_graph, store_graph
 from hf_qat.quantization.class_swap import MADE_BY, swap_class
+from hf_qat.quantization.layers import qat_layers
+from hf_qat.quantization.quantizer import fake_quantizers
 
 
 logger = logging.getLogger(__name__)
@@ -203,6 +205,19 @@ class CapturedGraph:
         return pytree.tree_unflatten(fill(self.result_leaves, outputs), self.result_spec)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a module is registered: below a captured module at `path`, and directly in `parent`."""
+
+    path: str
+    parent: nn.Module
+    module: nn.Module
+
+    def is_intact(self) -> bool:
+        """Whether it is still there."""
+        return self.parent._modules.get(self.path.rpartition(".")[2]) is self.module
+
+
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
     return tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
 
@@ -216,7 +231,7 @@ class CapturedModule(nn.Module):
         incoming_quantizer: input position → (child, path) of the quantizer that the input carries already.
         output_quantizers: a path below the child per output, `None` where none is carried.
         float_operations: what stays float, and why.
-        inner: the modules inside, whose mode and hooks a graph cannot follow.
+        places: where each module inside is registered; a graph calls, and reads the parameters of, these very ones.
     """
 
     graphs: list[CapturedGraph]
@@ -224,9 +239,10 @@ class CapturedModule(nn.Module):
     incoming_quantizer: dict[int, tuple[str, str]]
     output_quantizers: list[str | None]
     float_operations: list[tuple[str, str, str]]
-    inner: list[nn.Module]
+    places: list[Place]
     _python_signature: inspect.Signature
-    _warned: bool
+    _warned_of_hooks: bool
+    _ranges_checked: bool
 
     @property
     def evaluation(self) -> CapturedGraph:
@@ -264,7 +280,9 @@ class CapturedModule(nn.Module):
         call, tensors = flatten_call(self._python_signature, args, kwargs)
         captured = self._graph_for(call, tensors)
         if not torch.compiler.is_compiling():
-            self._check_inner()
+            self.require_intact()
+            self._check_hooks()
+            self._check_ranges()
         return captured.compute(self, tensors)
 
     def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
@@ -274,13 +292,30 @@ class CapturedModule(nn.Module):
                 return captured
         raise _not_captured(type(self).__name__, of_mode[0], call, tensors)
 
-    def _check_inner(self) -> None:
-        """A graph has the modes and hooks of the modules inside that they had when it was captured."""
-        if self._warned:
+    def remember_places(self) -> None:
+        """Take the modules that are inside now for those that belong there."""
+        named = [(path, module) for path, module in self.named_modules() if path]
+        places = [Place(path, self.get_submodule(path.rpartition(".")[0]), module) for path, module in named]
+        object.__setattr__(self, "places", places)
+
+    def require_intact(self) -> None:
+        """Raise `StageError` if a module inside was exchanged or removed after `remember_places`."""
+        for place in self.places:
+            if not place.is_intact():
+                raise StageError(
+                    f"{place.path} of {type(self).__name__} was exchanged or removed after prepare_qat: the graph, "
+                    "the quantizers and the optimizer know the one from before. Change the float model, then "
+                    "prepare it."
+                )
+
+    def _check_hooks(self) -> None:
+        """A graph cannot follow hooks that the modules inside got after it was captured."""
+        if self._warned_of_hooks:
             return
-        for module in self.inner:
+        for place in self.places:
+            module = place.module
             if user_hooks(module):
-                object.__setattr__(self, "_warned", True)
+                object.__setattr__(self, "_warned_of_hooks", True)
                 logger.warning(
                     "A hook was added to a %s inside %s after prepare_qat: it is not called, because the captured "
                     "graph computes in its place. Add hooks before prepare_qat.",
@@ -288,6 +323,22 @@ class CapturedModule(nn.Module):
                     type(self).__name__,
                 )
                 return
+
+    def _check_ranges(self) -> None:
+        """Say once which quantizers are about to round by ranges that nobody has collected."""
+        quantizers = {} if self._ranges_checked else fake_quantizers(self)
+        if not any(quantizer.enabled and quantizer.observer is None for quantizer in quantizers.values()):
+            return
+        object.__setattr__(self, "_ranges_checked", True)
+        weights = {id(layer.weight_quantizer) for layer in qat_layers(self).values()}  # need no data
+        unknown = [path for path, q in quantizers.items() if id(q) not in weights and q.lacks_range()]
+        if unknown:
+            logger.warning(
+                "%s computes with ranges that were never collected (%s): its results say nothing yet. Call "
+                "calibrate(model, batches) first.",
+                type(self).__name__,
+                listed(unknown),
+            )
 
 
 def user_hooks(module: nn.Module) -> list[object]:
@@ -357,12 +408,13 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
         "incoming_quantizer": {},
         "output_quantizers": [],
         "float_operations": [],
-        "inner": [inner for inner in module.modules() if inner is not module],
         "_python_signature": python_signature,
-        "_warned": False,
+        "_warned_of_hooks": False,
+        "_ranges_checked": False,
     }.items():
         # Not nn.Module.__setattr__: none of these is a parameter, a buffer or a submodule.
         object.__setattr__(captured, name, value)
+    captured.remember_places()
     return captured
 
 

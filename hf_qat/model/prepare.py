@@ -92,6 +92,8 @@ def _prepare(model: nn.Module, config: QATConfig, inputs: Inputs, parts: Parts) 
 
     _make_norms_freezable(model)
     _follow_model(model)
+    for module in captured.values():
+        module.remember_places()
     initialize_weight_scales(model)
     install_hooks(model)
     object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured)))

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hf_qat.errors import CaptureError
+
 
 Mixin = TypeVar("Mixin", bound=nn.Module)
 
@@ -24,6 +26,10 @@ _MARK = "_hf_qat_mixed"
 #: Attribute of a `forward` that is made at run time: the function that made it, and what it was made for. A pickle
 #: holds these two.
 MADE_BY = "_hf_qat_made_by"
+
+
+#: Names of a mixin that are meant to be those of the module, too.
+SHARED = frozenset(dir(nn.Module)) | {"weight", "bias"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,25 @@ def swap_class(module: nn.Module, mixin: type[Mixin], forward: Callable[..., Any
     module.__class__ = class_with(part, original, forward)
     assert isinstance(module, mixin)
     return module
+
+
+def require_free_names(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """The names that `mixin` gives to what it adds must not be names of the module's own.
+
+    Raises:
+        CaptureError: one is; with the names.
+    """
+    added = {name for cls in mixin.__mro__ if cls not in nn.Module.__mro__ for name in (*vars(cls), *_annotated(cls))}
+    taken = sorted(name for name in added - SHARED if not name.startswith("__") and hasattr(module, name))
+    if taken:
+        raise CaptureError(
+            f"{type(module).__name__} has attributes of its own called {', '.join(taken)}, which hf_qat needs for "
+            "what it adds: rename them, or exclude the module"
+        )
+
+
+def _annotated(cls: type) -> set[str]:
+    return set(cls.__dict__.get("__annotations__", ()))
 
 
 def original_class(cls: type) -> type:

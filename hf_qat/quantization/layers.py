@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
-from hf_qat.quantization.class_swap import original_class, swap_class
+from hf_qat.quantization.class_swap import original_class, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.live_norm import is_live, normalise_live
@@ -187,11 +187,16 @@ class QATLayer(nn.Module):
         """Take back the class that the module had before `install_layer`."""
         self.__class__ = original_class(type(self))
 
+    def shifted_bias(self) -> Tensor | None:
+        """What a bias correction changes: the bias of the batch norm if there is one, else the layer's own."""
+        bn: Any = self.batch_norm
+        bias: Tensor | None = self.bias if bn is None else bn.bias
+        return bias
+
     @torch.no_grad()
     def shift_bias(self, correction: Tensor) -> bool:
         """Add (C,) to the output by way of a bias; `False` if the layer has none to add it to."""
-        bn: Any = self.batch_norm
-        bias = self.bias if bn is None else bn.bias
+        bias = self.shifted_bias()
         if bias is None:
             return False
         bias.add_(correction.to(bias))
@@ -222,6 +227,7 @@ def install_layer(
         batch_norm: what follows it and is to be folded in.
         keep_forward: its `forward` runs a graph that calls `compute`.
     """
+    require_free_names(module, QATLayer)
     layer = swap_class(module, QATLayer, type(module).forward if keep_forward else None)
     layer.operation = operation
     layer.operation_args = plain(operation_args)

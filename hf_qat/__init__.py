@@ -33,6 +33,7 @@ _HOME = {
     "freeze_batch_norm": "model.switches",
     "freeze_ranges": "model.switches",
     "load_weights": "checkpoints.load_weights",
+    "parameter_groups": "model.parameter_groups",
     "prepare_qat": "model.prepare",
     "verify_onnx": "export.verify",
 }
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from hf_qat.model.calibration import calibrate as calibrate
     from hf_qat.model.conversion import convert as convert
     from hf_qat.model.fx_module import QATFxModule as QATFxModule
+    from hf_qat.model.parameter_groups import parameter_groups as parameter_groups
     from hf_qat.model.prepare import prepare_qat as prepare_qat
     from hf_qat.model.schedule import QATSchedule as QATSchedule
     from hf_qat.model.switches import fake_quant_disabled as fake_quant_disabled

@@ -35,6 +35,10 @@ class CalibrationError(HfQatError, ValueError):
     """Calibration data that cannot give ranges: empty, integer, NaN."""
 
 
+class NonFiniteError(HfQatError, ValueError):
+    """A model that holds NaN or infinity."""
+
+
 class WeightsError(HfQatError, ValueError):
     """A state dict that does not fit the model."""
 

@@ -23,6 +23,9 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 #: Epsilon of the frozen batch norms of DETR and its descendants.
 FROZEN_EPS = 1e-5
 
+#: Least weight of a batch norm without parameters, which is 1 / sigma: its square and the inverse of it are float32.
+SMALLEST_WEIGHT = 1e-12
+
 
 @torch.no_grad()
 def dequantize_(model: Model, dtype: torch.dtype | str | None = None) -> Model:
@@ -77,7 +80,10 @@ def _norm_tensors(fresh: nn.Module, path: str, weight: Tensor | None, bias: Tens
     # DETR's frozen batch norms keep their epsilon in the code.
     tensors = {"running_mean": 0 * ones, "running_var": ones - getattr(norm, "eps", FROZEN_EPS)}
     if norm.weight is None:
-        tensors["running_mean"] = -bias
+        # x * w + b = (x + b / w) / sqrt(1 / w²): what a parameter would hold, the statistics do.
+        weight = weight.clamp_min(SMALLEST_WEIGHT)
+        variance = (weight.square().reciprocal() - norm.eps).clamp_min(0.0)
+        tensors = {"running_mean": -bias / weight, "running_var": variance}
     else:
         tensors |= {"weight": weight, "bias": bias}
     return {key_of(path, name): value for name, value in tensors.items()}

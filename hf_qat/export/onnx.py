@@ -26,9 +26,10 @@ from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
 from hf_qat.export.refusals import require_expressible
 from hf_qat.export.report import ExportReport
-from hf_qat.export.verify import describe, require_onnxruntime, verify_onnx
+from hf_qat.export.verify import describe, require_agreement, require_onnxruntime, verify_onnx
 from hf_qat.files.atomic import whole_file
 from hf_qat.graph.capture.inputs import Inputs, device_of
+from hf_qat.model.finite import require_finite
 from hf_qat.model.state import require_stage, state_of
 from hf_qat.version import __version__
 
@@ -60,11 +61,13 @@ def export_onnx(
 
     Raises:
         StageError: the model is not converted.
-        ExportError: the path cannot be written to, a package is missing, or the model cannot be expressed at this
-            opset. No file is left behind then.
+        NonFiniteError: a weight or a scale holds NaN or infinity.
+        ExportError: the path cannot be written to, a package is missing, the model cannot be expressed at this opset,
+            or ONNX Runtime computes something else than torch. No file is left behind then, and an earlier one stays.
     """
     config = _require_converted(model)
     require_expressible(model)
+    require_finite(model, "export")
     _require_tools(opset_version, verify)
     path = Path(path)
     with whole_file(path) as temporary:
@@ -75,6 +78,7 @@ def export_onnx(
         _check(file, opset_version)
         temporary.write_bytes(file.SerializeToString())
         report = verify_onnx(model, temporary, [inputs]) if verify else describe(model, temporary, file)
+        require_agreement(report)
     return replace(report, path=path)
 
 

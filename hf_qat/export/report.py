@@ -15,13 +15,17 @@ class Agreement:
 
     Attributes:
         top1_agreement: share of predictions with the same best class, 0 to 1; `None` for outputs without classes.
-        max_output_lsb: largest difference in an output, in steps of that output's quantizer; `None` if none has one.
-        max_abs_diff: largest difference in an output.
+        max_output_lsb: largest difference in an output, in steps of that output's quantizer; `None` if none has one,
+            and where the difference is infinite.
+        max_abs_diff: largest difference in an output; infinite where one side alone is not finite, or both hold NaN.
+        relative_error: root of the summed squares of the differences, relative to that of torch's outputs: the largest
+            of all outputs. Differences within one step of an output's quantizer count as none.
     """
 
     top1_agreement: float | None
     max_output_lsb: int | None
     max_abs_diff: float
+    relative_error: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ CLASS_AXES = {2: 1, 3: 2, 4: 1}
 #: What ONNX Runtime 1.32 says where its optimizer makes signed codes unsigned and forgets the `output_dtype` of a
 #: `QuantizeLinear` that it has inserted itself, from opset 21 on. It can be told to leave the codes signed.
 SIGNED_CODES_BUG = "output_dtype INT8 does not match y_zero_point type UINT8"
+
+#: What rounding alone may come to: the largest `Agreement.relative_error` with which a file is taken for the model.
+LARGEST_ERROR = 0.5
+
+#: Differences of outputs up to so many steps are none: a step, and what float32 makes of it.
+WITHIN_STEP = 1.01
 
 #: Names of outputs that hold a score for each class.
 SCORES = frozenset({"logits", "output"})
@@ -64,6 +71,18 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
     plain, optimized = (comparison.result() for comparison in comparisons)
     report = describe(model, path, file)
     return replace(report, samples=samples, plain=plain, optimized=optimized, session_options=sessions[1].options)
+
+
+def require_agreement(report: ExportReport) -> None:
+    """Raise `ExportError` if ONNX Runtime, in either setting, computes something else than torch does."""
+    for setting, agreement in (("off", report.plain), ("on", report.optimized)):
+        if agreement is not None and not agreement.relative_error <= LARGEST_ERROR:
+            raise ExportError(
+                f"ONNX Runtime (optimizations {setting}) computes something else from the file than torch from the "
+                f"model: outputs differ by {agreement.relative_error:.0%} of their size, at most {LARGEST_ERROR:.0%} "
+                "may come of rounding. verify_onnx compares a file on more inputs; export_onnx(..., verify=False) "
+                "writes it nevertheless."
+            )
 
 
 def describe(model: nn.Module, path: Path, file: onnx.ModelProto) -> ExportReport:
@@ -104,6 +123,7 @@ class Session:
     """One file loaded into ONNX Runtime, which takes batches of any size even where the file has a fixed one.
 
     Attributes:
+        optimized: whether ONNX Runtime's optimizations are on.
         options: session options that ONNX Runtime needs to load the file.
 
     Raises:
@@ -111,6 +131,7 @@ class Session:
     """
 
     def __init__(self, path: Path, optimized: bool) -> None:
+        self.optimized = optimized
         self.options: dict[str, str] = {}
         try:
             self._session = _start(path, optimized, self.options)
@@ -170,22 +191,6 @@ def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
     return np.concatenate([rows, *[rows[-1:]] * (count - len(rows))])
 
 
-def _largest_difference(name: str, wanted: np.ndarray, got: np.ndarray) -> float:
-    """Of two arrays of one shape; infinities that are equal do not differ.
-
-    Raises:
-        ExportError: one of them has NaN, or an infinity where the other one has a number.
-    """
-    differences = np.abs(np.subtract(wanted, got, out=np.zeros_like(wanted), where=wanted != got))
-    largest = float(differences.max(initial=0.0))
-    if not np.isfinite(largest):
-        raise ExportError(
-            f"the output {name!r} is not finite, in torch or on ONNX Runtime: the weights or the inputs hold NaN or "
-            "infinities, or training has diverged. Go back to an earlier checkpoint, and lower the learning rate."
-        )
-    return largest
-
-
 @dataclass
 class _Comparison:
     """Differences, collected batch by batch; `steps` are the quantization steps of the outputs."""
@@ -193,21 +198,51 @@ class _Comparison:
     steps: list[float | None]
     agreeing: int = 0
     predictions: int = 0
-    lsb: int | None = None
+    lsb: float | None = None
     difference: float = 0.0
+    errors: list[float] = field(default_factory=list)
+    energies: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.errors, self.energies = [0.0] * len(self.steps), [0.0] * len(self.steps)
 
     def add(self, expected: Sequence[tuple[str, np.ndarray]], results: Sequence[np.ndarray]) -> None:
-        for (name, wanted), got, step in zip(expected, results, self.steps, strict=True):
-            difference = _largest_difference(name, wanted.astype(np.float64), got)
-            self.difference = max(self.difference, difference)
+        for k, ((name, wanted), got, step) in enumerate(zip(expected, results, self.steps, strict=True)):
+            differences = _differences(wanted, got)
+            largest = float(differences.max(initial=0.0))
+            self.difference = max(self.difference, largest)
             if step is not None:
-                self.lsb = max(self.lsb or 0, round(difference / step))
-            axis = CLASS_AXES.get(wanted.ndim) if name in SCORES else None
-            if axis is not None and wanted.shape[axis] > 1:
-                same = wanted.argmax(axis) == got.argmax(axis)
-                self.agreeing += int(same.sum())
-                self.predictions += same.size
+                self.lsb = max(self.lsb or 0.0, largest / step)
+            counted = differences[differences > (step or 0.0) * WITHIN_STEP]
+            self.errors[k] += float(np.square(counted).sum())
+            self.energies[k] += float(np.square(wanted[np.isfinite(wanted)].astype(np.float64)).sum())
+            self._compare_classes(name, wanted, got)
+
+    def _compare_classes(self, name: str, wanted: np.ndarray, got: np.ndarray) -> None:
+        axis = CLASS_AXES.get(wanted.ndim) if name in SCORES else None
+        if axis is None or wanted.shape[axis] <= 1:
+            return
+        known = ~np.isnan(wanted).any(axis) & ~np.isnan(got).any(axis)
+        same = (wanted.argmax(axis) == got.argmax(axis)) & known
+        self.agreeing += int(same.sum())
+        self.predictions += same.size
 
     def result(self) -> Agreement:
         share = self.agreeing / self.predictions if self.predictions else None
-        return Agreement(share, self.lsb, self.difference)
+        relative = max(map(_relative, self.errors, self.energies), default=0.0)
+        lsb = None if self.lsb is None or math.isinf(self.lsb) else round(self.lsb)
+        return Agreement(share, lsb, self.difference, relative)
+
+
+def _differences(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """Magnitudes; 0 between infinities of one sign, infinite where there is NaN."""
+    with np.errstate(invalid="ignore"):
+        differences = np.abs(wanted.astype(np.float64) - got)
+    differences[wanted == got] = 0.0
+    return np.where(np.isnan(differences), np.inf, differences)
+
+
+def _relative(error: float, energy: float) -> float:
+    if error == 0.0:
+        return 0.0
+    return math.sqrt(error / energy) if energy else math.inf

@@ -13,15 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from hf_qat.errors import CaptureError
+from hf_qat.errors import CaptureError, StageError, listed
 from hf_qat.graph.nodes import short_name
-from hf_qat.quantization.class_swap import swap_class
+from hf_qat.graph.stored_graph import restore_graph, store_graph
+from hf_qat.quantization.class_swap import MADE_BY, swap_class
+from hf_qat.quantization.layers import qat_layers
+from hf_qat.quantization.quantizer import fake_quantizers
 
 
 logger = logging.getLogger(__name__)
@@ -178,6 +182,15 @@ class CapturedGraph:
         exec(compile(code.src, f"<graph {id(self):x}>", "exec"), namespace)  # noqa: S102
         self.run = namespace["forward"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What `pickle` and `copy` keep: plain data, without the function that `recompile` makes."""
+        return {**vars(self), "graph": store_graph(self.graph), "run": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Make the graph and its function again."""
+        vars(self).update(state, graph=restore_graph(state["graph"]))
+        self.__post_init__()
+
     def inputs(self) -> list[fx.Node]:
         """The nodes of the inputs, in order."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -190,6 +203,19 @@ class CapturedGraph:
         """Run on flat tensors; the result has the structure of the original forward's."""
         outputs = iter(self.run(module, *tensors))
         return pytree.tree_unflatten(fill(self.result_leaves, outputs), self.result_spec)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is registered: below a captured module at `path`, and directly in `parent`."""
+
+    path: str
+    parent: nn.Module
+    module: nn.Module
+
+    def is_intact(self) -> bool:
+        """Whether it is still there."""
+        return self.parent._modules.get(self.path.rpartition(".")[2]) is self.module
 
 
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
@@ -205,7 +231,7 @@ class CapturedModule(nn.Module):
         incoming_quantizer: input position → (child, path) of the quantizer that the input carries already.
         output_quantizers: a path below the child per output, `None` where none is carried.
         float_operations: what stays float, and why.
-        watched_modules: the modules inside, whose mode and hooks a graph cannot follow.
+        places: where each module inside is registered; a graph calls, and reads the parameters of, these very ones.
     """
 
     graphs: list[CapturedGraph]
@@ -213,9 +239,10 @@ class CapturedModule(nn.Module):
     incoming_quantizer: dict[int, tuple[str, str]]
     output_quantizers: list[str | None]
     float_operations: list[tuple[str, str, str]]
-    watched_modules: list[nn.Module]
+    places: list[Place]
     _python_signature: inspect.Signature
-    _warned: bool
+    _warned_of_hooks: bool
+    _ranges_checked: bool
 
     @property
     def evaluation(self) -> CapturedGraph:
@@ -253,7 +280,9 @@ class CapturedModule(nn.Module):
         call, tensors = flatten_call(self._python_signature, args, kwargs)
         captured = self._graph_for(call, tensors)
         if not torch.compiler.is_compiling():
-            self._check_inner()
+            self.require_intact()
+            self._check_hooks()
+            self._check_ranges()
         return captured.compute(self, tensors)
 
     def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
@@ -263,13 +292,30 @@ class CapturedModule(nn.Module):
                 return captured
         raise _not_captured(type(self).__name__, of_mode[0], call, tensors)
 
-    def _check_inner(self) -> None:
-        """A graph has the modes and hooks of the modules inside that they had when it was captured."""
-        if self._warned:
+    def remember_places(self) -> None:
+        """Take the modules that are inside now for those that belong there."""
+        named = [(path, module) for path, module in self.named_modules() if path]
+        places = [Place(path, self.get_submodule(path.rpartition(".")[0]), module) for path, module in named]
+        object.__setattr__(self, "places", places)
+
+    def require_intact(self) -> None:
+        """Raise `StageError` if a module inside was exchanged or removed after `remember_places`."""
+        for place in self.places:
+            if not place.is_intact():
+                raise StageError(
+                    f"{place.path} of {type(self).__name__} was exchanged or removed after prepare_qat: the graph, "
+                    "the quantizers and the optimizer know the one from before. Change the float model, then "
+                    "prepare it."
+                )
+
+    def _check_hooks(self) -> None:
+        """A graph cannot follow hooks that the modules inside got after it was captured."""
+        if self._warned_of_hooks:
             return
-        for module in self.watched_modules:
+        for place in self.places:
+            module = place.module
             if user_hooks(module):
-                object.__setattr__(self, "_warned", True)
+                object.__setattr__(self, "_warned_of_hooks", True)
                 logger.warning(
                     "A hook was added to a %s inside %s after prepare_qat: it is not called, because the captured "
                     "graph computes in its place. Add hooks before prepare_qat.",
@@ -277,6 +323,22 @@ class CapturedModule(nn.Module):
                     type(self).__name__,
                 )
                 return
+
+    def _check_ranges(self) -> None:
+        """Say once which quantizers are about to round by ranges that nobody has collected."""
+        quantizers = {} if self._ranges_checked else fake_quantizers(self)
+        if not any(quantizer.enabled and quantizer.observer is None for quantizer in quantizers.values()):
+            return
+        object.__setattr__(self, "_ranges_checked", True)
+        weights = {id(layer.weight_quantizer) for layer in qat_layers(self).values()}  # need no data
+        unknown = [path for path, q in quantizers.items() if id(q) not in weights and q.lacks_range()]
+        if unknown:
+            logger.warning(
+                "%s computes with ranges that were never collected (%s): its results say nothing yet. Call "
+                "calibrate(model, batches) first.",
+                type(self).__name__,
+                listed(unknown),
+            )
 
 
 def user_hooks(module: nn.Module) -> list[object]:
@@ -311,14 +373,16 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
     raise AssertionError("the call is one that was captured")
 
 
-def _graph_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    """A `forward` that runs the graph behind the original's signature, which Trainer and backbones inspect."""
+@cache
+def graph_forward(original: Any) -> Callable[..., Any]:
+    """A `forward` that runs the graph behind the signature of the class `original`, which others inspect."""
 
     def forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
         return self.run_graph(*args, **kwargs)
 
     forward.__doc__ = original.forward.__doc__
     forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    setattr(forward, MADE_BY, (graph_forward, original))
     return forward
 
 
@@ -334,21 +398,23 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
         The same object, with its class exchanged.
     """
     python_signature = inspect.signature(module.forward)
+    original: Any = type(module)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
-    captured = swap_class(module, CapturedModule, _graph_forward(type(module)))
+    captured = swap_class(module, CapturedModule, graph_forward(original))
     for name, value in {
         "graphs": graphs,
         "producer_of_input": {},
         "incoming_quantizer": {},
         "output_quantizers": [],
         "float_operations": [],
-        "watched_modules": [inner for inner in module.modules() if inner is not module],
         "_python_signature": python_signature,
-        "_warned": False,
+        "_warned_of_hooks": False,
+        "_ranges_checked": False,
     }.items():
         # Not nn.Module.__setattr__: none of these is a parameter, a buffer or a submodule.
         object.__setattr__(captured, name, value)
+    captured.remember_places()
     return captured
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_qat.errors import listed
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.model.batches import run_batches
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks, min_over_ranks
 from hf_qat.quantization.layers import QATLayer, qat_layers
 
+
+logger = logging.getLogger(__name__)
 
 #: Batches that bias correction averages over: a mean per channel needs far less data than a range.
 BIAS_CORRECTION_BATCHES = 4
@@ -26,11 +30,12 @@ def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
 
     One pass in float records the mean of every call; then every batch runs quantized, and each layer is corrected on
     the way, so that the next one sees corrected inputs. A layer that is called several times is shifted by the mean of
-    what its calls need. Layers without a bias or a batch norm stay as they are.
+    what its calls need. Layers without a bias or a batch norm stay as they are, and so do those whose bias is a
+    parameter that does not require gradients; which ones these are is logged.
 
     Collective: all ranks correct by the means over all of them, on as many batches as the one that has fewest.
     """
-    layers = qat_layers(model)
+    layers = _without_frozen_biases(qat_layers(model))
     batches = batches[: min_over_ranks(len(batches))]
     means: dict[str, list[Tensor]] = {path: [] for path in layers}
 
@@ -53,6 +58,23 @@ def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
             pass
     for path, shift in shifts.items():
         layers[path].shift_bias(shift)
+
+
+def _without_frozen_biases(layers: dict[str, QATLayer]) -> dict[str, QATLayer]:
+    kept = {path: layer for path, layer in layers.items() if not _has_frozen_bias(layer)}
+    frozen = [path for path in layers if path not in kept]
+    if frozen:
+        logger.info(
+            "Bias correction leaves %d layers alone, whose biases do not require gradients: %s.",
+            len(frozen),
+            listed(frozen),
+        )
+    return kept
+
+
+def _has_frozen_bias(layer: QATLayer) -> bool:
+    bias = layer.shifted_bias()
+    return isinstance(bias, nn.Parameter) and not bias.requires_grad
 
 
 @contextmanager

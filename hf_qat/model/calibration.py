@@ -33,12 +33,14 @@ def calibrate(
 
     Args:
         model: prepared.
-        batches: tensors, tuples or dicts, as forward takes them; labels in a dict are ignored. A data loader will do.
+        batches: tensors, tuples or dicts, as forward takes them; labels in a dict are ignored. A data loader of dicts
+            will do; of one of pairs, pass the first halves: `(images for images, labels in loader)`.
         num_batches: use at most so many.
-        bias_correction: shift biases so that every layer's mean output is that of the float model.
+        bias_correction: shift biases so that every layer's mean output is that of the float model; those that do not
+            require gradients stay as they are.
 
     Returns:
-        The same object.
+        The same object. Frozen ranges are as they were, unless there were none yet.
 
     Raises:
         StageError: the model is not prepared.
@@ -56,7 +58,7 @@ def _observe(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
     quantizers = fake_quantizers(model)
     layers = qat_layers(model)
     weights = {id(layer.weight_quantizer) for layer in layers.values()}
-    activations = {path: q for path, q in quantizers.items() if id(q) not in weights and not q.frozen}
+    activations = {path: q for path, q in quantizers.items() if id(q) not in weights and q.wants_range()}
     for quantizer in activations.values():
         quantizer.start_observing()
     try:
@@ -67,7 +69,7 @@ def _observe(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
         for quantizer in activations.values():
             quantizer.observer = None
     for layer in layers.values():
-        if not layer.weight_quantizer.frozen:
+        if layer.weight_quantizer.wants_range():
             layer.initialize_scale()
             layer.weight_quantizer.observed.fill_(1)
     return kept

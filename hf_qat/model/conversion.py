@@ -12,8 +12,9 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import StageError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.graph.weights import fold_weights
+from hf_qat.model.finite import require_finite
 from hf_qat.model.saved_config import attach_hf_quantizer
-from hf_qat.model.state import require_stage
+from hf_qat.model.state import captured_children, require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, convert_layer
 from hf_qat.quantization.layers import FreezableBatchNorm, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
@@ -34,8 +35,10 @@ def convert(model: Model) -> Model:
 
     Raises:
         StageError: not prepared, converted already, or neither calibrated nor trained.
+        NonFiniteError: a weight, a statistic or a range holds NaN or infinity, of which a code would show nothing.
     """
     require_stage(model, Stage.PREPARED, "convert")
+    require_finite(model, "convert")
     _require_ranges(model)
     return swap_to_integer_modules(model)
 
@@ -53,6 +56,8 @@ def swap_to_integer_modules(model: Model) -> Model:
         fold_weights(captured)
     _drop(model, norms)
     _replace_quantizers(model)
+    for captured in captured_children(model).values():
+        captured.remember_places()
     require_stage(model, Stage.PREPARED, "convert").stage = Stage.CONVERTED
     if isinstance(model, PreTrainedModel):
         attach_hf_quantizer(model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -20,7 +18,9 @@ from hf_qat.graph.passes.connect import connect
 from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
+from hf_qat.model.finite import require_finite
 from hf_qat.model.plan import make_plan
+from hf_qat.model.rollback import unchanged_on_failure
 from hf_qat.model.saved_config import attach_quantization_config
 from hf_qat.model.state import STATE, QATState, state_of
 from hf_qat.model.state_dict import initialize_weight_scales, install_hooks
@@ -50,8 +50,11 @@ def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: I
     Raises:
         StageError: prepared or converted already.
         ConfigError: a glob of `exclude` or `overrides` matches no module.
+        NonFiniteError: a weight holds NaN or infinity; the message names it.
         CaptureError: forward cannot become a graph, the message names the module and the line; or a parameter is not
             in float32.
+
+    Whatever is raised, the model is left as it was.
     """
     state = state_of(model)
     if state is not None:
@@ -60,6 +63,7 @@ def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: I
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
+    require_finite(model, "prepare")
     return prepare_parts(model, config, inputs, Parts(config.excludes))
 
 
@@ -79,8 +83,15 @@ def prepare_parts(model: Model, config: QATConfig, inputs: Inputs, parts: Parts)
     Raises:
         CaptureError: one of them cannot become a graph.
     """
-    with _eager_attention(model):
-        captured = capture(model, inputs, parts)
+    with unchanged_on_failure(model):
+        _prepare(model, config, inputs, parts)
+    return model
+
+
+def _prepare(model: nn.Module, config: QATConfig, inputs: Inputs, parts: Parts) -> None:
+    """The passes, in order; what one raises leaves the model half changed."""
+    _use_eager_attention(model)
+    captured = capture(model, inputs, parts)
     plan = make_plan(model, captured, config, inputs)
     found = operations(captured)
     _drop_out_of_place(model)
@@ -94,27 +105,19 @@ def prepare_parts(model: Model, config: QATConfig, inputs: Inputs, parts: Parts)
 
     _make_norms_freezable(model)
     _follow_model(model)
+    for module in captured.values():
+        module.remember_places()
     initialize_weight_scales(model)
     install_hooks(model)
     object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured)))
     if isinstance(model, PreTrainedModel):
         attach_quantization_config(model, config, inputs, found)
-    return model
 
 
-@contextmanager
-def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Have products and softmax visible from now on; what fails inside leaves the model as it was."""
-    if not isinstance(model, PreTrainedModel):
-        yield
-        return
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    except Exception:
-        model.set_attn_implementation(before)
-        raise
+def _use_eager_attention(model: nn.Module) -> None:
+    """Have products and softmax visible from now on."""
+    if isinstance(model, PreTrainedModel):
+        model.set_attn_implementation("eager")
 
 
 def _drop_out_of_place(model: nn.Module) -> None:

@@ -51,11 +51,25 @@ def require_stage(model: nn.Module, stage: str, action: str) -> QATState:
         still_trains = state.stage is Stage.PREPARED
         hint = "call convert(model) first" if still_trains else "it is for inference only; prepare a copy"
         raise StageError(f"cannot {action}: the model is {state.stage} already, not {stage}: {hint}.")
+    for captured in captured_children(model).values():
+        captured.require_intact()
     return state
 
 
 def captured_children(model: nn.Module) -> dict[str, CapturedModule]:
-    """The captured children of a prepared or converted model, by path, in the order of their first call."""
+    """The captured children of a prepared or converted model, by path, in the order of their first call.
+
+    Raises:
+        StageError: one of them was exchanged for another module.
+    """
     state = state_of(model)
-    paths = [] if state is None else state.captured
-    return {path: model.get_submodule(path) for path in paths}  # type: ignore[misc]
+    found: dict[str, CapturedModule] = {}
+    for path in [] if state is None else state.captured:
+        module = model.get_submodule(path)
+        if not isinstance(module, CapturedModule):
+            raise StageError(
+                f"{path} of {type(model).__name__} was exchanged for another {type(module).__name__} after "
+                "prepare_qat, and has no quantizers. Exchange it in the float model, and prepare that."
+            )
+        found[path] = module
+    return found

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
-from hf_qat.quantization.class_swap import original_class, swap_class
+from hf_qat.quantization.class_swap import original_class, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.live_norm import is_live, normalise_live
+from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
@@ -29,6 +30,8 @@ from hf_qat.quantization.spec import QuantizerSpec
 
 #: Below this, a channel's fold factor counts as zero: dividing by it would overflow float32.
 SMALLEST_FACTOR = 1e-12
+
+register()  # a layer holds the operation that it computes
 
 
 @torch.library.custom_op("hf_qat::snapshot", mutates_args=())
@@ -228,11 +231,16 @@ class QATLayer(nn.Module):
         """Take back the class that the module had before `install_layer`."""
         self.__class__ = original_class(type(self))
 
+    def shifted_bias(self) -> Tensor | None:
+        """What a bias correction changes: the bias of the batch norm if there is one, else the layer's own."""
+        bn: Any = self.batch_norm
+        bias: Tensor | None = self.bias if bn is None else bn.bias
+        return bias
+
     @torch.no_grad()
     def shift_bias(self, correction: Tensor) -> bool:
         """Add (C,) to the output by way of a bias; `False` if the layer has none to add it to."""
-        bn: Any = self.batch_norm
-        bias = self.bias if bn is None else bn.bias
+        bias = self.shifted_bias()
         if bias is None:
             return False
         bias.add_(correction.to(bias))
@@ -263,6 +271,7 @@ def install_layer(
         batch_norm: what follows it and is to be folded in.
         keep_forward: its `forward` runs a graph that calls `compute`.
     """
+    require_free_names(module, QATLayer)
     layer = swap_class(module, QATLayer, type(module).forward if keep_forward else None)
     layer.operation = operation
     layer.operation_args = plain(operation_args)

@@ -45,9 +45,10 @@ def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, 
     of the parameters are
 
         d log2_scale = ln 2 * unlimited_scale / scale * sum(g * (out - x inside, out elsewhere))
-        d offset     = scale * span * (sum(dx) - sum(g))         where 0 <= offset <= 1, else 0
+        d offset     = scale * span * (sum(dx) - sum(g))
 
-    The first passes straight through a limit of the scale and the rounding of its exponent.
+    The first passes straight through a limit of the scale and the rounding of its exponent; the second through the
+    limits 0 and 1 of the offset, but where it would lead further away from them it is 0.
 
     Args:
         x: any shape, any float type; computed in float32.
@@ -85,6 +86,7 @@ class _Learned(torch.autograd.Function):
             if unlimited_scale is not scale:
                 dlog2 *= unlimited_scale / scale
         if offset is not None and ctx.needs_input_grad[2]:
-            held = offset != offset.clamp(0.0, 1.0)
-            doffset = ((dx.sum() - grad.sum()) * scale * span).masked_fill_(held, 0.0)
+            doffset = (dx.sum() - grad.sum()) * scale * span
+            away = (offset - offset.clamp(0.0, 1.0)) * doffset < 0  # a step goes against the gradient
+            doffset = doffset.masked_fill_(away, 0.0)
         return (dx.to(saved.dtype) if ctx.needs_input_grad[0] else None), dlog2, doffset, None

@@ -76,6 +76,15 @@ class FakeQuantize(nn.Module):
         """Whether training goes on following the range of what passes (a moving average)."""
         return self.spec.observer == "moving_average" and not self.spec.learned and self.spec.fixed_scale is None
 
+    def wants_range(self) -> bool:
+        """Whether calibration is to set the range: a frozen one stays, unless nothing has been seen yet."""
+        return not self.frozen or int(self.observed) == 0
+
+    def lacks_range(self) -> bool:
+        """Whether `forward` would round by a range that nothing has been seen for."""
+        known = self.spec.fixed_scale is not None or (self.training and self.tracks_range)
+        return self.enabled and not known and int(self.observed) == 0
+
     @property
     def scale(self) -> Tensor:
         """() or (C,) float32, positive; differentiable where learned."""
@@ -188,15 +197,21 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
-        """Move the running range towards that of `x`, alike on all ranks, and set the scale by it."""
+        """Move the running range towards that of `x`, alike on all ranks, and set the scale by it.
+
+        A batch with NaN or infinity in `x` is left out, as if it had not been.
+        """
         high = x.amax().clamp_min(0.0)  # every range contains 0; behind a ReLU that the clamp computes, none is below
         # Codes from 0 on say nothing of what is below. Two reductions are faster than `aminmax` on a CPU.
         low = torch.zeros_like(high) if self.spec.symmetric and self.spec.qmin == 0 else x.amin()
+        finite = torch.isfinite(high - low)
+        low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
         low, high = synchronized_range(low.float(), high.float())
+        finite = torch.isfinite(high - low)  # of one rank at least; no `if`, which would wait for the device
         weight = (1 - self.observed).clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
-        self.range_min.lerp_(low, weight)
-        self.range_max.lerp_(high, weight)
-        self.observed.add_(1)
+        self.range_min.lerp_(torch.where(finite, low, self.range_min), weight)
+        self.range_max.lerp_(torch.where(finite, high, self.range_max), weight)
+        self.observed.add_(finite)
         self.set_qparams(*scale_from_range(self.range_min, self.range_max, self.spec))
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_qat.quantization.class_swap import original_class, rebased, swap_class
+from hf_qat.quantization.class_swap import original_class, rebased, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.layers import QATLayer
@@ -33,11 +33,9 @@ class QATStandaloneBatchNorm(QATLayer):
 
     Attributes:
         weight_shape: (C, 1, …), that of the convolution's weight.
-        norm_class: whose forward normalises by batch statistics.
     """
 
     weight_shape: tuple[int, ...]
-    norm_class: type[nn.Module]
 
     def compute(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
         """(N, C, …) → the same shape."""
@@ -86,8 +84,7 @@ class QATStandaloneBatchNorm(QATLayer):
         """Stop being a batch norm."""
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self._buffers.pop(name, None)
-        for name in ("weight_shape", "norm_class"):
-            del self.__dict__[name]
+        del self.__dict__["weight_shape"]
         self.__class__ = rebased(original_class(type(self)), ChannelAffine)
 
 
@@ -110,9 +107,9 @@ def install_standalone_norm(
     """
     original, statistics = type(module), module.running_mean
     assert isinstance(statistics, Tensor)
+    require_free_names(module, QATStandaloneBatchNorm)
     affine = swap_class(module, QATStandaloneBatchNorm, original.forward if keep_forward else None)
     channels = statistics.shape[0]
-    affine.norm_class = original_class(original) if keep_forward else original
     affine.weight_shape = (channels, *[1] * (dims - 1))
     affine.operation = scale_channels if dims == 2 else CONVOLUTIONS[dims]
     ones = [1] * (dims - 2)

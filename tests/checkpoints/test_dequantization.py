@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
 
+from hf_qat import calibrate, convert, prepare_qat
 from hf_qat.checkpoints.dequantization import dequantize_
 from hf_qat.checkpoints.stored_format import quantized_layers
 from tests.checkpoints.damaged import RESNET, STEM, quantized
@@ -45,3 +47,32 @@ def test_it_can_be_trained_and_has_the_dtype_that_is_asked_for():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not hasattr(model.config, "quantization_config") and not model.training
+
+
+class LoneNorm(transformers.PreTrainedModel):
+    """A batch norm without parameters that no layer precedes."""
+
+    config_class = transformers.PreTrainedConfig
+
+    def __init__(self, config: transformers.PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.norm, self.conv = nn.BatchNorm2d(3, affine=False), nn.Conv2d(3, 4, 3)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.conv(self.norm(pixel_values))
+
+
+def test_a_lone_batch_norm_without_parameters_keeps_its_weight_in_its_statistics():
+    float_model = LoneNorm(transformers.PreTrainedConfig()).eval()
+    float_model.norm.running_mean.copy_(torch.tensor([0.5, -1.0, 0.0]))
+    float_model.norm.running_var.copy_(torch.tensor([0.25, 4.0, 9.0]))
+    x = torch.randn(4, 3, 8, 8)
+    converted = convert(calibrate(prepare_qat(float_model, None, x), [x]))
+    layer = converted.norm
+    weight = torch.from_numpy(layer.codes.numpy().reshape(3) * layer.weight_scale.detach().numpy().reshape(-1))
+    torch.testing.assert_close(weight, torch.tensor([2.0, 0.5, 1 / 3]), rtol=0.01, atol=0)
+    bias = torch.from_numpy(layer.bias.numpy() * layer.bias_scale.numpy()).float()
+    model = dequantize_(copy.deepcopy(converted))
+    expected = x * weight.view(3, 1, 1) + bias.view(3, 1, 1)
+    torch.testing.assert_close(model.norm(x), expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
-from hf_qat.errors import CaptureError, ExportError, StageError
+from hf_qat.errors import CaptureError, ExportError, NonFiniteError, StageError
+from hf_qat.export.verify import Session
 from tests.models import HUGGING_FACE, HandWritten, hand_written
 
 
@@ -226,3 +228,33 @@ def test_an_operation_without_an_onnx_operator_is_named(tmp_path):
     convert(calibrate(model, [torch.randn(2, 3, 8, 8)]))
     with pytest.raises(ExportError, match="matrix_exp"):
         export_onnx(model, tmp_path / "model.onnx")
+
+
+def test_a_converted_model_that_is_not_finite_is_refused_by_the_name_of_the_tensor(tmp_path):
+    x = torch.randn(2, 3, 16, 16)
+    model = convert(calibrate(prepare_qat(hand_written(), QATConfig(exclude="head"), x), [x]))
+    with torch.no_grad():
+        model.head.bias[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"cannot export: head\.bias of HandWritten holds NaN"):
+        export_onnx(model, tmp_path / "model.onnx", x)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["optimizations off", "optimizations on"])
+def test_a_file_that_computes_something_else_is_not_written_and_the_earlier_one_stays(
+    optimized, own_network, tmp_path, monkeypatch
+):
+    path, x = tmp_path / "model.onnx", torch.randn(4, 3, 16, 16)
+    export_onnx(own_network, path, x)
+    earlier = path.read_bytes()
+    run = Session.run
+
+    def garbage(self: Session, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        outputs = run(self, inputs)
+        return [-y for y in outputs] if self.optimized == optimized else outputs
+
+    monkeypatch.setattr(Session, "run", garbage)
+    setting = "on" if optimized else "off"
+    with pytest.raises(ExportError, match=rf"\(optimizations {setting}\) computes something else .* by 200% of their"):
+        export_onnx(own_network, path, x)
+    assert path.read_bytes() == earlier and [*tmp_path.iterdir()] == [path]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat, verify_onnx
 from hf_qat.errors import ExportError, StageError
-from hf_qat.export.verify import SIGNED_CODES_BUG
+from hf_qat.export.report import Agreement, ExportReport
+from hf_qat.export.verify import SIGNED_CODES_BUG, _Comparison, require_agreement
 from tests.models import HUGGING_FACE, HandWritten, hand_written
 
 
@@ -128,3 +130,42 @@ def test_a_symmetric_model_verifies_at_opset_21(converted, tmp_path):
     batch = {"pixel_values": case.pixels(8, seed=1)}
     report = export_onnx(model, tmp_path / "model.onnx", batch, opset_version=21)
     assert report.top1_agreement >= 0.99
+
+
+def figures(wanted: np.ndarray, got: np.ndarray, step: float | None = None) -> Agreement:
+    comparison = _Comparison([step])
+    comparison.add([("logits", wanted)], [got])
+    return comparison.result()
+
+
+def report_of(agreement: Agreement) -> ExportReport:
+    return ExportReport(Path("model.onnx"), 1, 17, 1, plain=agreement, optimized=agreement)
+
+
+@pytest.mark.parametrize("step", [None, 0.1])
+@pytest.mark.parametrize("side", ["torch", "ONNX Runtime", "both"])
+def test_nan_is_no_agreement(side, step):
+    values, nan = np.arange(12, dtype=np.float32).reshape(4, 3), np.full((4, 3), np.nan, np.float32)
+    agreement = figures(values if side == "ONNX Runtime" else nan, values if side == "torch" else nan, step)
+    assert agreement == Agreement(0.0, None, math.inf, math.inf)
+    with pytest.raises(ExportError, match="computes something else"):
+        require_agreement(report_of(agreement))
+
+
+def test_infinities_of_one_sign_agree_and_of_two_do_not():
+    values = np.array([[1.0, -np.inf, 3.0]], np.float32)
+    assert figures(values, values) == Agreement(1.0, None, 0.0, 0.0)
+    assert figures(values, -values).relative_error == math.inf
+
+
+def test_the_relative_error_is_that_of_a_calculation_by_hand_and_a_step_is_no_error():
+    wanted, got = np.array([[3.0, 4.0]], np.float32), np.array([[3.1, 2.0]], np.float32)
+    assert figures(wanted, got).relative_error == pytest.approx(math.sqrt((0.1**2 + 2.0**2) / 25))
+    assert figures(wanted, got, step=0.1).relative_error == pytest.approx(math.sqrt(2.0**2 / 25))
+    assert figures(wanted, wanted + 0.1, step=0.1).relative_error == 0.0
+
+
+def test_outputs_that_differ_by_more_than_half_of_their_size_fail():
+    require_agreement(report_of(Agreement(1.0, 1, 0.1, 0.5)))
+    with pytest.raises(ExportError, match=r"optimizations off.* by 51% of their size, at most 50%"):
+        require_agreement(report_of(Agreement(1.0, 1, 0.1, 0.51)))

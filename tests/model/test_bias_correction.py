@@ -148,3 +148,16 @@ def test_the_mean_of_an_output_is_per_channel(layer, shape, axes):
     prepared = prepare_qat(nn.Sequential(layer), QATConfig(), x)[0]
     output = torch.randn(layer(x).shape)
     np.testing.assert_allclose(channel_mean(output, prepared).numpy(), output.numpy().mean(axes), atol=1e-6)
+
+
+def test_a_bias_that_requires_no_gradient_is_left_alone_and_named_and_the_others_are_corrected(caplog):
+    x = 1 + 0.1 * torch.randn(64, 32)
+    float_model = nn.Sequential(Biased(bias=True, norm=False), nn.ReLU(), nn.Linear(6, 3)).eval()
+    float_model[0].linear.bias.requires_grad_(False)
+    model = prepare_qat(float_model, QATConfig(weights={"bits": 4, "observer": "minmax"}), x)
+    before = copy.deepcopy(model.state_dict())
+    with caplog.at_level("INFO", "hf_qat.model.bias_correction"):
+        calibrate(model, [x])
+    assert torch.equal(model.state_dict()["0.linear.bias"], before["0.linear.bias"])
+    assert not torch.equal(model.state_dict()["2.bias"], before["2.bias"])
+    assert "leaves 1 layers alone, whose biases do not require gradients: 0.linear" in caplog.text

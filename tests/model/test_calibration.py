@@ -222,3 +222,29 @@ def test_calibration_makes_the_model_nearly_the_float_one():
         with fake_quant_disabled(model):
             expected = model(x)
     assert (result - expected).norm() < 0.03 * expected.norm() < (wild - expected).norm()
+
+
+def test_a_quantizer_that_has_seen_nothing_is_calibrated_although_ranges_are_frozen():
+    model, data = freeze_ranges(prepared(activations=BY_EXTREMES)), batches()
+    calibrate(model, data, bias_correction=False)
+    low, high = ranges(data)["x_quantizer"]
+    assert model.x_quantizer.scale.item() == pytest.approx((high - low) / 255, rel=1e-5)
+    assert all(int(quantizer.observed) == 1 for quantizer in fake_quantizers(model).values())
+
+
+def test_the_first_forward_without_ranges_says_so_once_and_names_quantizers(caplog):
+    model, x = prepared().eval(), batches()[0]
+    for _ in range(2):
+        model(x)
+    [said] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "HandWritten computes with ranges that were never collected" in said and "x_quantizer" in said
+    assert "calibrate(model, batches)" in said
+
+
+def test_a_forward_after_calibration_or_in_float_says_nothing(caplog):
+    model, x = prepared().eval(), batches()[0]
+    with fake_quant_disabled(model):
+        model(x)
+    calibrate(model, [x])
+    model(x)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []

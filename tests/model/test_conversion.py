@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, convert, prepare_qat
-from hf_qat.errors import StageError
+from hf_qat.errors import NonFiniteError, StageError
 from hf_qat.quantization.quantizer import fake_quantizers
 from tests.blocks import BLOCKS, Block
 from tests.models import hand_written, spread
@@ -387,3 +387,14 @@ def test_converting_twice_or_calibrating_afterwards_is_refused():
         convert(model)
     with pytest.raises(StageError, match="cannot calibrate: the model is converted already"):
         calibrate(model, [x])
+
+
+@pytest.mark.parametrize("name", ["stem.weight", "head.bias", "body_norm.running_mean", "x_quantizer.log2_scale"])
+def test_a_model_that_is_not_finite_is_refused_by_the_name_of_the_tensor(name):
+    x = torch.randn(2, 3, 32, 32)
+    model = calibrate(prepare_qat(hand_written(), QATConfig(), x), [x])
+    with torch.no_grad():
+        model.state_dict()[name].view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"cannot convert: {name} of HandWritten holds NaN"):
+        convert(model)
+    assert "head.weight_quantizer.log2_scale" in model.state_dict()

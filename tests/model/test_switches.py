@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import transformers
 
 from hf_qat import QATConfig, calibrate, convert, fake_quant_disabled, freeze_batch_norm, freeze_ranges, prepare_qat
 from hf_qat.errors import StageError
@@ -76,3 +79,43 @@ def test_a_frozen_batch_norm_keeps_its_statistics_in_training_until_it_is_live_a
     assert torch.equal(model.stem_norm.running_mean, before)
     freeze_batch_norm(model, False)(x)
     assert not torch.allclose(model.stem_norm.running_mean, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@torch.no_grad()
+def test_a_running_range_takes_no_batch_with_a_value_that_is_not_finite(bad):
+    changes = {"learned": False, "observer": "moving_average"}
+    model = prepare_qat(hand_written(), QATConfig(activations=changes), torch.randn(2, 3, 32, 32))
+    calibrate(model, [torch.randn(4, 3, 32, 32)], bias_correction=False)
+    freeze_batch_norm(model).train()
+    before = {path: quantizer.state_dict() for path, quantizer in fake_quantizers(model).items()}
+    before = copy.deepcopy(before)
+    x = torch.randn(4, 3, 32, 32)
+    x[0, 0, 0, 0] = bad
+    model(x)
+    after = fake_quantizers(model)["x_quantizer"].state_dict()
+    assert all(torch.equal(value, before["x_quantizer"][key]) for key, value in after.items())
+    model(torch.randn(4, 3, 32, 32))
+    for path, quantizer in fake_quantizers(model).items():
+        assert all(value.isfinite().all() for value in quantizer.state_dict().values()), path
+    assert model.x_quantizer.observed.item() == before["x_quantizer"]["observed"].item() + 1
+
+
+@pytest.mark.parametrize("excluded", ["backbone", "backbone.encoder", "decode_head"])
+def test_frozen_batch_norms_of_an_excluded_child_keep_their_statistics(excluded):
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage1", "stage2"]
+    )
+    config = transformers.UperNetConfig(
+        backbone_config=backbone, hidden_size=16, num_labels=4, use_auxiliary_head=False, pool_scales=[1, 2]
+    )
+    x = torch.randn(4, 3, 64, 64)
+    model = prepare_qat(transformers.UperNetForSemanticSegmentation(config), QATConfig(exclude=excluded), x)
+    freeze_batch_norm(model).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+    assert len(before) > 20
+    model(x)
+    assert [name for name, buffer in model.named_buffers() if name in before and not buffer.equal(before[name])] == []
+    freeze_batch_norm(model, False)(x)
+    moved = [name for name, buffer in model.named_buffers() if name in before and not buffer.equal(before[name])]
+    assert len(moved) == len(before)

@@ -51,27 +51,36 @@ def straight_through(value: Tensor | float, like: Tensor) -> Tensor:
     return like + (torch.as_tensor(value, dtype=like.dtype) - like).detach()
 
 
+def held(offset: Tensor) -> Tensor:
+    """`offset`, held in [0, 1]; a gradient passes unless a step against it would lead further out."""
+    result = straight_through(offset.detach().clamp(0, 1), offset)
+    beyond = offset.detach() - result.detach()
+    result.register_hook(lambda gradient: torch.zeros_like(gradient) if beyond * -gradient > 0 else gradient)
+    return result
+
+
 def textbook(case: Case, x: Tensor, log2_scale: Tensor, offset: Tensor | None) -> Tensor:
     """Esser et al. 2020, eq. 1 and 2; with an offset, Jacob et al. 2018, eq. 1: r = S (q - Z).
 
-    A rounding, and a limit of the scale, pass gradients straight through (Esser et al., §2.1). A zero point that is
-    held at the lowest or highest code is a constant.
+    A rounding, and a limit of the scale, pass gradients straight through (Esser et al., §2.1); so does the limit of a
+    zero point that is held at the lowest or highest code, if a step against the gradient leads back to it.
     """
     scale = torch.exp2(log2_scale)
     if case.scale is not None:
         scale = straight_through(case.scale, scale)
     zero = torch.tensor(case.zero, dtype=x.dtype)
-    if offset is not None and 0 < case.offset < 1:
-        zero = case.low + offset * (case.high - case.low)
+    if offset is not None:
+        zero = case.low + held(offset) * (case.high - case.low)
     zero = straight_through(round(case.zero), zero)
     clipped = torch.clip(x / scale + zero, case.low, case.high)
     return scale * (straight_through(clipped.round(), clipped) - zero)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_values_and_gradients_are_those_of_autograd_through_the_textbook_formula_in_float64(case: Case):
+def test_values_and_gradients_are_those_of_autograd_through_the_textbook_formula_in_float64(case: Case, sign: int):
     torch.manual_seed(0)
-    data, incoming = 6 * torch.randn(40, 30, dtype=torch.float64), torch.randn(40, 30, dtype=torch.float64)
+    data, incoming = 6 * torch.randn(40, 30, dtype=torch.float64), sign * torch.randn(40, 30, dtype=torch.float64)
     leaves, results = [], []
     for dtype in (torch.float64, torch.float32):
         x = data.to(dtype, copy=True).requires_grad_()
@@ -202,3 +211,18 @@ def test_a_million_values_sum_up_to_the_float64_gradient_of_the_scale(mean, alon
     terms = case["g"] * np.where(np.abs(ratio) < 127, np.rint(ratio) - ratio, np.sign(ratio) * 127)
     # What float32 may lose, against the spread of the sum itself: sqrt(n) times the root mean square of a term.
     assert abs(float(dscale) - terms.sum()) < 0.01 * np.sqrt((terms**2).sum())
+
+
+@pytest.mark.parametrize("start", [-0.1, 1.1])
+def test_an_offset_that_has_left_its_range_comes_back(start):
+    """The data fill [-1, 1], so the offset of least error is a half."""
+    x, log2_scale = torch.linspace(-1, 1, 500), torch.tensor(2 / 255).log2()
+    offset = torch.tensor(start, requires_grad=True)
+    optimizer = torch.optim.Adam([offset], lr=0.02)
+    for _ in range(200):
+        scale, zero_point = torch.exp2(log2_scale), offset.detach().clamp(0, 1) * 255
+        out = learned_fake_quantize(x, log2_scale, offset, levels(scale, scale, zero_point, 0, 255))
+        (out - x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert abs(offset.item() - 0.5) < 0.02

@@ -22,6 +22,7 @@ from hf_qat.graph.capture.inputs import Inputs, accepts_labels
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.graph.capture.proof import first_difference
 from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks
+from hf_qat.quantization.class_swap import require_free_names
 
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,7 @@ def _try(call: CallRecord, in_training: CallRecord, parts: Parts) -> _Candidate:
         CaptureError: it cannot be exported, or computes something else than its graph.
     """
     _require_no_hooks(call)
+    require_free_names(call.module, CapturedModule)
     constants = Constants(call.module)
     graphs = [export_call(call, False, constants)]
     if parts.training:

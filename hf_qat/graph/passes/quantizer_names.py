@@ -34,8 +34,21 @@ def quantizer_names(facts: GraphFacts, insertion_points: list[fx.Node]) -> dict[
             computed[owner] += 1
         else:
             names[point] = _after_operation(facts, _fused_to(facts, point), ordinals, single)
-    assert len(set(names.values())) == len(names), "two quantizers of one name"
+    taken: set[str] = set()
+    for point, name in names.items():
+        names[point] = _free_name(facts, name, taken)
+        taken.add(names[point])
     return names
+
+
+def _free_name(facts: GraphFacts, name: str, taken: set[str]) -> str:
+    """`name`, with a number where its module has an attribute of that name already: the model's own stay."""
+    owner, _, last = name.rpartition(".")
+    module, free, number = facts.captured.get_submodule(owner), last, 0
+    while hasattr(module, free) or join_path(owner, free) in taken:
+        number += 1
+        free = f"{last}_{number}"
+    return join_path(owner, free)
 
 
 def _fused_to(facts: GraphFacts, point: fx.Node) -> fx.Node:

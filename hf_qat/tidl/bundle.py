@@ -19,7 +19,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from hf_qat.errors import ConfigError, ExportError
-from hf_qat.export import ExportReport, export_onnx, verify_onnx
+from hf_qat.export import ExportReport, export_onnx, require_agreement, verify_onnx
 from hf_qat.export.onnx_graph import with_shapes
 from hf_qat.files.atomic import whole_directory
 from hf_qat.files.manifest import digest, write_manifest
@@ -168,6 +168,7 @@ def _write_model(model: nn.Module, made: Path, content: _Content) -> None:
             f"{worst.why}. Do this: {worst.remedy}. check_tidl on the file of export_onnx lists everything."
         )
     verified = verify_onnx(model, path, [as_batch(content.frames)])
+    require_agreement(verified)
     _write_files(made, file, content, check, verified)
 
 

@@ -2,7 +2,7 @@
 
 from hf_qat.export.onnx import export_onnx
 from hf_qat.export.report import Agreement, ExportReport
-from hf_qat.export.verify import verify_onnx
+from hf_qat.export.verify import require_agreement, verify_onnx
 
 
-__all__ = ["Agreement", "ExportReport", "export_onnx", "verify_onnx"]
+__all__ = ["Agreement", "ExportReport", "export_onnx", "require_agreement", "verify_onnx"]

@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import CalibrationError, ConfigError, ExportError
-from hf_qat.export import ExportReport, export_onnx, verify_onnx
+from hf_qat.export import ExportReport, export_onnx, require_agreement, verify_onnx
 from hf_qat.model.state import require_stage
 from hf_qat.tidl.bundle import export_tidl
 from hf_qat.tidl.check import check_tidl
@@ -87,6 +87,7 @@ def write_contents(
     report = export_onnx(model, path, example, dynamic_batch=True, verify=not batches)
     if batches:
         report = verify_onnx(model, path, [dict(batch) for batch in batches])
+        require_agreement(report)
     tidl, why_not = _write_tidl(model, directory / TIDL, processor, batches)
     return Contents(report, tidl, why_not, processor is not None, bool(batches))
 

@@ -20,7 +20,7 @@ from transformers import BaseImageProcessor
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import ConfigError, ExportError
-from hf_qat.export import ExportReport, export_onnx, verify_onnx
+from hf_qat.export import ExportReport, export_onnx, require_agreement, verify_onnx
 from hf_qat.export.onnx_graph import with_shapes
 from hf_qat.files.atomic import whole_directory
 from hf_qat.files.manifest import digest, write_manifest
@@ -170,6 +170,7 @@ def _write_model(model: nn.Module, made: Path, content: _Content) -> None:
             f"{worst.why}. Do this: {worst.remedy}. check_tidl on the file of export_onnx lists everything."
         )
     verified = verify_onnx(model, path, [as_batch(content.frames)])
+    require_agreement(verified)
     _write_files(made, file, content, check, verified)
 
 

@@ -26,6 +26,21 @@ RANDOMNESS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_
 PROBABILITY = 0.2
 
 
+#: What every run tries; the others are slow together.
+SAMPLE = (
+    "BeitForImageClassification",
+    "BitForImageClassification",
+    "ConvNextForImageClassification",
+    "MobileNetV2ForImageClassification",
+    "PvtV2ForImageClassification",
+    "SegformerForSemanticSegmentation",
+    "SwinForImageClassification",
+    "UperNetForSemanticSegmentation (ResNet)",
+    "DPTForDepthEstimation",
+    "DetrForObjectDetection",
+)
+
+
 def noisy(case: Case) -> nn.Module:
     """The model of a case, with dropout and stochastic depth as far as its class has them."""
 
@@ -81,7 +96,12 @@ def worst(found: dict[Any, float]) -> tuple[Any, float]:
     return max(found.items(), key=lambda item: item[1], default=("", 0.0))
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=f"{case.task}: {case.title}") for case in CASES])
+def param(case: Case) -> Any:
+    marks = [] if case.title in SAMPLE else [pytest.mark.slow]
+    return pytest.param(case, id=f"{case.task}: {case.title}", marks=marks)
+
+
+@pytest.mark.parametrize("case", [param(case) for case in CASES])
 def test_a_step_of_training_is_that_of_the_float_model(case):
     float_model = noisy(case)
     model = copy.deepcopy(float_model)

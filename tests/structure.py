@@ -127,7 +127,8 @@ class Module:
 def _functions(tree: ast.AST, public: bool, within: str) -> Iterator[Function]:
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            if any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list):
+            # Of overloads the implementation counts; what Triton compiles is a kernel, and no function of Python's.
+            if any(ast.unparse(decorator) in ("overload", "triton.jit") for decorator in node.decorator_list):
                 continue  # says nothing of its own
             shown = public and not node.name.startswith("_")
             yield Function(

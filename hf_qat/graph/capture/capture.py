@@ -20,7 +20,7 @@ from hf_qat.graph.capture.dry_run import CallRecord, dry_runs, links, training_r
 from hf_qat.graph.capture.exporting import export_call
 from hf_qat.graph.capture.inputs import Inputs, accepts_labels
 from hf_qat.graph.capture.modes import evaluating
-from hf_qat.graph.capture.proof import first_difference
+from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks
 from hf_qat.quantization.class_swap import require_free_names
 
@@ -158,11 +158,25 @@ def _try(call: CallRecord, in_training: CallRecord, parts: Parts) -> _Candidate:
     constants = Constants(call.module)
     graphs = [export_call(call, False, constants)]
     if parts.training:
-        graphs.append(export_call(in_training, True, constants))
+        graphs += _training_graph(in_training, constants)
     if parts.paths is None and not _is_on_meta(call.module):
         for graph, record in zip(graphs, (call, in_training), strict=False):
             _prove(record, graph, constants)
     return _Candidate(call, graphs, constants)
+
+
+def _training_graph(record: CallRecord, constants: Constants) -> list[CapturedGraph]:
+    """The graph of training, if the part computes anything in training: batch norm without an epsilon does not.
+
+    Raises:
+        CaptureError: it does, and cannot be exported.
+    """
+    try:
+        return [export_call(record, True, constants)]
+    except CaptureError:
+        if runs(record.module, record.signatures[0], record.inputs[0], training=True):
+            raise
+        return []
 
 
 def _require_no_hooks(call: CallRecord) -> None:

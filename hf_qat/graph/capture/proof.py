@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from hf_qat.graph.capture.clean import Extended
 from hf_qat.graph.capture.modes import modes_kept
-from hf_qat.graph.captured import CapturedGraph
+from hf_qat.graph.captured import CallSignature, CapturedGraph
 
 
 #: Largest difference that counts as none, relative to the largest value of a tensor: that of another order of sums.
@@ -67,6 +67,18 @@ def first_difference(
         theirs = _observe(module, run_module, tensors, gradients)
         ours = _observe(module, run_graph, tensors, gradients)
     return _compare(ours, theirs)
+
+
+def runs(module: nn.Module, signature: CallSignature, tensors: Sequence[Tensor], training: bool) -> bool:
+    """Whether the module's own forward takes these inputs in a mode; it is afterwards as before."""
+
+    def run(inputs: list[Tensor]) -> Any:
+        args, kwargs = signature.rebuild(inputs)
+        return module(*args, **kwargs)
+
+    with modes_kept(module):
+        module.train(training)
+        return not isinstance(_observe(module, run, tensors, gradients=False), Exception)
 
 
 def _observe(module: nn.Module, run: Any, tensors: Sequence[Tensor], gradients: bool) -> _Observed | Exception:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -346,9 +347,32 @@ def user_hooks(module: nn.Module) -> list[object]:
 
     Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them.
     """
+    return [hook for kind in _hooks(module) for hook in kind.values() if _is_of_user(hook)]
+
+
+@contextmanager
+def without_user_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside, they are not called: a captured module's own go on being called around its graph, which is without."""
+    kept = [(kind, dict(kind)) for kind in _hooks(module)]
+    try:
+        for kind, before in kept:
+            for key, hook in before.items():
+                if _is_of_user(hook):
+                    del kind[key]
+        yield
+    finally:
+        for kind, before in kept:
+            kind.clear()
+            kind.update(before)
+
+
+def _hooks(module: nn.Module) -> list[dict[int, Any]]:
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    hooks = [hook for kind in kinds if kind for hook in kind.values()]
-    return [hook for hook in hooks if not _origin(hook).startswith(("torch.nn.utils.", "transformers."))]
+    return [kind for kind in kinds if kind]
+
+
+def _is_of_user(hook: object) -> bool:
+    return not _origin(hook).startswith(("torch.nn.utils.", "transformers."))
 
 
 def _origin(hook: object) -> str:

@@ -21,7 +21,8 @@ from hf_qat.graph.capture.exporting import export_call
 from hf_qat.graph.capture.inputs import Inputs, accepts_labels
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.graph.capture.proof import first_difference, runs
-from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks
+from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
+from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks, without_user_hooks
 from hf_qat.quantization.class_swap import require_free_names
 
 
@@ -156,12 +157,13 @@ def _try(call: CallRecord, in_training: CallRecord, parts: Parts) -> _Candidate:
     _require_no_hooks(call)
     require_free_names(call.module, CapturedModule)
     constants = Constants(call.module)
-    graphs = [export_call(call, False, constants)]
-    if parts.training:
-        graphs += _training_graph(in_training, constants)
-    if parts.paths is None and not _is_on_meta(call.module):
-        for graph, record in zip(graphs, (call, in_training), strict=False):
-            _prove(record, graph, constants)
+    with without_user_hooks(call.module):
+        graphs = [export_call(call, False, constants)]
+        if parts.training:
+            graphs += _training_graph(in_training, constants)
+        if parts.paths is None and not _is_on_meta(call.module):
+            for graph, record in zip(graphs, (call, in_training), strict=False):
+                _prove(record, graph, constants)
     return _Candidate(call, graphs, constants)
 
 
@@ -196,10 +198,15 @@ def _prove(record: CallRecord, graph: CapturedGraph, constants: Constants) -> No
     Raises:
         CaptureError: they differ.
     """
-    samples = [(record.inputs[0], True)]
+    numbering, costly = Numbering(), is_costly(graph.graph)
+    samples = [record.inputs[0]]
     if not graph.training:  # batch norm in training takes no batch of one
-        samples += [(sample, False) for size in PROVEN_SIZES if (sample := _sample(record, size)) is not None]
-    for sample, gradients in samples:
+        others = [sample for size in PROVEN_SIZES if (sample := _sample(record, size)) is not None]
+        samples = others if others and costly else samples + others
+    for sample in samples:
+        gradients = sample is samples[0] or not costly
+        if costly and known_equal(record.module, graph, constants.values, sample, gradients, numbering):
+            continue
         difference = first_difference(record.module, graph, constants.values, sample, gradients)
         if difference is not None:
             mode = "training" if graph.training else "evaluation"

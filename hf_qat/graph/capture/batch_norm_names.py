@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -14,12 +14,17 @@ aten = torch.ops.aten
 EVALUATION = aten._native_batch_norm_legit_no_training.default
 TRAINING = aten._native_batch_norm_legit_functional.default
 
+#: Name of the buffer that counts batches.
+COUNTER = "num_batches_tracked"
+
 
 def restore_batch_norms(graph: fx.Graph) -> None:
     """Make each split batch norm one `batch_norm` that writes its running statistics itself, in place."""
     for node in list(graph.nodes):
         if node.target in (EVALUATION, TRAINING):
             _restore(graph, node)
+        elif node.target is aten.copy_.default:
+            _count_in_place(graph, node)
 
 
 def _restore(graph: fx.Graph, node: fx.Node) -> None:
@@ -30,6 +35,7 @@ def _restore(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         norm = graph.call_function(aten.batch_norm.default, (*tensors, training, momentum, eps, False))
     norm.meta = dict(node.meta)
+    positions: dict[fx.Node, Any] = {user: user.args[1] for user in node.users}
     for user in list(node.users):
         if user.args[1] == 0:
             norm.meta["val"] = user.meta.get("val")
@@ -38,5 +44,20 @@ def _restore(graph: fx.Graph, node: fx.Node) -> None:
             for copy in list(user.users):
                 if copy.target is aten.copy_.default:
                     graph.erase_node(copy)
+            if user.users:  # a norm that is called again goes on from there
+                user.replace_all_uses_with(arguments[positions[user]])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _count_in_place(graph: fx.Graph, copy: fx.Node) -> None:
+    """`counter.copy_(counter + 1)` is what became of `counter.add_(1)`."""
+    counter, total = cast("tuple[Any, ...]", copy.args[:2])
+    if not isinstance(total, fx.Node) or total.target is not aten.add.Tensor or total.args != (counter, 1):
+        return
+    if len(total.users) == 1 and not copy.users and str(getattr(counter, "target", "")).endswith(COUNTER):
+        with graph.inserting_before(copy):
+            count = graph.call_function(aten.add_.Tensor, total.args)
+        count.meta = dict(copy.meta)
+        graph.erase_node(copy)
+        graph.erase_node(total)

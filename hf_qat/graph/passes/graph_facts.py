@@ -10,7 +10,7 @@ from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
 from hf_qat.graph.passes.fuse import is_transposed
 from hf_qat.graph.passes.softmax import find_preludes, long_results, masks_alone
-from hf_qat.graph.passes.weights import find_weights
+from hf_qat.graph.passes.weights import Weight, find_weights
 from hf_qat.graph.plan import ModulePlan, Plan, join_path
 from hf_qat.graph.rules import (
     BEFORE_ERROR_AMPLIFYING,
@@ -47,6 +47,7 @@ class GraphFacts:
         self.nodes = list(captured.graph.nodes)
         self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
         self._plan = plan
+        self.weights: dict[fx.Node, Weight] = {}  # known when the rules are
         self.static = self._static_nodes()
         self.rules = {node: self._rule(node) for node in self.nodes}
         self._error_amplifying = self._error_amplifying_nodes()

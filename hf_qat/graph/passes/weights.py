@@ -43,14 +43,27 @@ def find_weights(
         static: those that depend on no data.
     """
     found: dict[fx.Node, Weight] = {}
+    fixed = _fixed(nodes)
     for node in nodes:
         for operand, axis in _factors(node, rules):
             if operand in static:
                 root, axis = _root(operand, axis, rules)
+                if root not in fixed:
+                    continue
                 first = found.setdefault(root, Weight(axis, node))
                 if first.axis != axis:
                     found[root] = Weight(None, first.user)  # channels of one user are the inputs of another
     return found
+
+
+def _fixed(nodes: Collection[fx.Node]) -> set[fx.Node]:
+    """What parameters and constants alone decide; queries that are repeated for each image depend on the batch."""
+    fixed: set[fx.Node] = set()
+    for node in nodes:
+        computed = node.op in ("call_function", "call_module") and bool(node.all_input_nodes)
+        if node.op == "get_attr" or (computed and fixed.issuperset(node.all_input_nodes)):
+            fixed.add(node)
+    return fixed
 
 
 def _factors(node: fx.Node, rules: Mapping[fx.Node, Rule]) -> Iterator[tuple[fx.Node, int | None]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
-from hf_qat.errors import ExportError
+from hf_qat.errors import ExportError, NonFiniteError
 
 
 class Whole(nn.Module):
@@ -89,9 +89,9 @@ def test_a_batch_norm_without_running_statistics_is_refused_by_name(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_has_diverged_is_refused_with_the_name_of_its_output(tmp_path: Path):
+def test_a_model_that_has_diverged_is_refused_with_the_name_of_its_tensor(tmp_path: Path):
     model = converted(Whole(), ROWS)
     model.linear.weight_scale.fill_(float("nan"))
-    with pytest.raises(ExportError, match="is not finite, .* diverged"):
+    with pytest.raises(NonFiniteError, match="linear.weight_scale of Whole holds NaN.* diverged"):
         export_onnx(model, tmp_path / "model.onnx", ROWS)
     assert not list(tmp_path.iterdir())

@@ -25,8 +25,8 @@ from hf_qat.errors import CaptureError, StageError, listed
 from hf_qat.graph.nodes import short_name
 from hf_qat.graph.stored_graph import restore_graph, store_graph
 from hf_qat.quantization.class_swap import MADE_BY, swap_class
-from hf_qat.quantization.layers import qat_layers
-from hf_qat.quantization.quantizer import fake_quantizers
+from hf_qat.quantization.layers import QATLayer, qat_layers
+from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 #: What the Trainer sends along for the loss alone: task models hand it on to their children among their `**kwargs`.
 LOSS_ARGUMENTS = frozenset({"num_items_in_batch"})
 
+
+#: Modules in a graph that look at their own mode.
+FOLLOW_THEIR_MODE = (nn.modules.batchnorm._BatchNorm, QATLayer, FakeQuantize)
 
 #: Key in the `meta` of an input: the name of the argument that it comes from.
 ARGUMENT = "argument"
@@ -243,6 +246,7 @@ class CapturedModule(nn.Module):
     places: list[Place]
     _python_signature: inspect.Signature
     _warned_of_hooks: bool
+    _warned_of_modes: bool
     _ranges_checked: bool
 
     @property
@@ -283,6 +287,7 @@ class CapturedModule(nn.Module):
         if not torch.compiler.is_compiling():
             self.require_intact()
             self._check_hooks()
+            self._check_modes()
             self._check_ranges()
         return captured.compute(self, tensors)
 
@@ -325,6 +330,24 @@ class CapturedModule(nn.Module):
                 )
                 return
 
+    def _check_modes(self) -> None:
+        """A graph is of one mode; batch norms, layers and quantizers alone look at their own."""
+        if self._warned_of_modes:
+            return
+        for place in self.places:
+            module = place.module
+            if module.training is not self.training and not isinstance(module, FOLLOW_THEIR_MODE):
+                object.__setattr__(self, "_warned_of_modes", True)
+                logger.warning(
+                    "%s of %s is in %s, and the graph computes it as in %s: dropout in it, for instance, does not "
+                    "follow. To freeze a part, use requires_grad_(False), and put its batch norms into evaluation.",
+                    place.path,
+                    type(self).__name__,
+                    _mode_name(module.training),
+                    _mode_name(self.training),
+                )
+                return
+
     def _check_ranges(self) -> None:
         """Say once which quantizers are about to round by ranges that nobody has collected."""
         quantizers = {} if self._ranges_checked else fake_quantizers(self)
@@ -340,6 +363,10 @@ class CapturedModule(nn.Module):
                 type(self).__name__,
                 listed(unknown),
             )
+
+
+def _mode_name(training: bool) -> str:
+    return "training" if training else "evaluation"
 
 
 def user_hooks(module: nn.Module) -> list[object]:
@@ -434,6 +461,7 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
         "float_operations": [],
         "_python_signature": python_signature,
         "_warned_of_hooks": False,
+        "_warned_of_modes": False,
         "_ranges_checked": False,
     }.items():
         # Not nn.Module.__setattr__: none of these is a parameter, a buffer or a submodule.

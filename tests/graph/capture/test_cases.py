@@ -421,3 +421,26 @@ def test_a_second_input_that_a_processor_gives_is_exported_with_the_batch(tmp_pa
     report = export_onnx(convert(model), tmp_path / "detr.onnx", batch)
     assert report.path.exists()
     assert len(pytree.tree_leaves(model(**batch).logits)) == 1
+
+
+class FrozenPart(nn.Module):
+    """A part with dropout, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_a_part_that_is_put_into_evaluation_alone_is_named_once(caplog):
+    model, x = FrozenPart(), torch.randn(8, 4)
+    calibrate(prepare_qat(model, QATConfig(), x), [x])
+    model.train().body[1].eval()
+    model(x)
+    assert "and the graph computes it as in" not in caplog.text  # a batch norm follows its own mode
+    model.body.eval()
+    model(x), model(x)
+    assert caplog.text.count("body of FrozenPart is in evaluation, and the graph computes it as in training") == 1

@@ -83,7 +83,8 @@ class FakeQuantize(nn.Module):
     def lacks_range(self) -> bool:
         """Whether `forward` would round by a range that nothing has been seen for."""
         known = self.spec.fixed_scale is not None or (self.training and self.tracks_range)
-        return self.enabled and not known and int(self.observed) == 0
+        seen = known or self.observed.is_meta or int(self.observed) > 0  # on the meta device, nobody knows
+        return self.enabled and not seen
 
     @property
     def scale(self) -> Tensor:

@@ -19,10 +19,12 @@ from hf_qat.graph.nodes import (
     SETTINGS,
     draws_random_numbers,
     eliminate_dead_code,
+    emitter,
     fetch,
     functional_twin,
     is_floating,
     is_view,
+    replace_node,
     writes,
     writes_first_argument,
     written_values,
@@ -93,6 +95,7 @@ def clean(exported: fx.GraphModule, child: nn.Module, constants: Constants) -> f
     _drop_assertions(graph)
     _adopt_constants(exported, child, constants)
     _make_functional(graph)
+    _replace_copies(graph)
     _reshape_views(graph)
     _fold_constants(graph, Extended(child, constants.values), constants)
     replace_writes(graph)
@@ -214,6 +217,19 @@ def _is_of_module(node: Any) -> bool:
     while writes(node) and (written := written_values(node)):
         node = written[0]
     return bool(node.op == "get_attr")
+
+
+def _replace_copies(graph: fx.Graph) -> None:
+    """`copy(old, new)` is `new` in the shape and type of `old`; PyTorch has no derivative for it."""
+    for node in list(graph.nodes):
+        if node.target is not aten.copy.default:
+            continue
+        old, new, emit = node.args[0], node.args[1], emitter(node)
+        if new.meta["val"].dtype != old.meta["val"].dtype:
+            new = emit(aten.to.dtype, new, old.meta["val"].dtype)
+        replace_node(
+            node, new if new.meta["val"].shape == old.meta["val"].shape else emit(aten.expand_as.default, new, old)
+        )
 
 
 def _reshape_views(graph: fx.Graph) -> None:

@@ -204,6 +204,22 @@ def _flatten_first(captured: CapturedModule, node: fx.Node) -> None:
     replace_node(node, moved)
 
 
+@register_rewrite(aten.slice_scatter.default)
+def _join_pieces(captured: CapturedModule, node: fx.Node) -> None:
+    """`slice_scatter(x, part, dim, start, end)`, what a write to a slice is without writing → a concatenation."""
+    given: Any = (*node.args, *(0, None, None, 1)[len(node.args) - 2 :])
+    x, part, dim, start, end, step = given
+    size = _value(x).shape[dim]
+    if step != 1 or not isinstance(size, int) or node.kwargs:
+        return
+    low, high, _ = slice(start, end).indices(size)
+    emit = emitter(node)
+    pieces = [emit(aten.slice.Tensor, x, dim, 0, low)] if low > 0 else []
+    pieces += [part]
+    pieces += [emit(aten.slice.Tensor, x, dim, high, size)] if high < size else []
+    replace_node(node, part if len(pieces) == 1 else emit(aten.cat.default, pieces, dim))
+
+
 @register_rewrite(aten.add.Tensor)
 def _recognise_frozen_norm(captured: CapturedModule, node: fx.Node) -> None:
     """x · scale + shift, computed by a module with a batch norm's statistics: `batch_norm` in evaluation mode."""

@@ -130,3 +130,25 @@ def test_average_pooling_with_a_divisor_of_its_own_is_right_in_torch_and_in_onnx
         report = export_onnx(convert(model), tmp_path / "model.onnx", x)
         assert report.max_output_lsb <= 1
         assert (model(x) - wanted).norm() / wanted.norm() < 0.02
+
+
+class Scattered(nn.Module):
+    """A write to a slice as torch's functionalization leaves it."""
+
+    def __init__(self, *where: int) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dim, start, end = self.where
+        return torch.slice_scatter(x, x.narrow(dim, start, end - start) * 2, dim, start, end)
+
+
+@pytest.mark.parametrize("where", [(-1, 0, 2), (1, 1, 4), (2, 2, 6), (1, 0, 5)])
+def test_what_is_written_to_a_slice_becomes_a_concatenation(where):
+    model = Scattered(*where)
+    captured = capture(model, torch.randn(2, 5, 6))
+    rewrite(captured)
+    assert not any("slice_scatter" in str(node.target) for node in captured[""].graph.nodes)
+    x = torch.randn(3, 5, 6)
+    assert torch.equal(model(x), Scattered(*where)(x))

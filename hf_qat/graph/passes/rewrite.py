@@ -204,6 +204,21 @@ def _flatten_first(captured: CapturedModule, node: fx.Node) -> None:
     replace_node(node, moved)
 
 
+@register_rewrite(aten.avg_pool2d.default)
+def _average_whole_map(captured: CapturedModule, node: fx.Node) -> None:
+    """An average pool whose one window covers the map (EfficientNet's pooler) → the mean over height and width.
+
+    ONNX Runtime's integer kernel gives zeros for a window that is wider than the map.
+    """
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    size, kernel = _value(node.args[0]).shape[-2:], given["kernel_size"]
+    covers = all(isinstance(n, int) and n <= k for n, k in zip(size, list(kernel) * 2, strict=False))
+    if covers and not any(given.get("padding", ())) and given.get("divisor_override") is None:
+        if tuple(_value(node).shape[-2:]) == (1, 1):
+            replace_node(node, emitter(node)(aten.mean.dim, node.args[0], [-2, -1], True))
+
+
 @register_rewrite(aten.slice_scatter.default)
 def _join_pieces(captured: CapturedModule, node: fx.Node) -> None:
     """`slice_scatter(x, part, dim, start, end)`, what a write to a slice is without writing → a concatenation."""

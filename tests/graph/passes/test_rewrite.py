@@ -152,3 +152,14 @@ def test_what_is_written_to_a_slice_becomes_a_concatenation(where):
     assert not any("slice_scatter" in str(node.target) for node in captured[""].graph.nodes)
     x = torch.randn(3, 5, 6)
     assert torch.equal(model(x), Scattered(*where)(x))
+
+
+def test_a_pool_that_covers_its_map_is_a_mean():
+    pool = nn.AvgPool2d(64, ceil_mode=True)
+    model = nn.Sequential(pool)
+    captured = capture(model, torch.randn(2, 3, 7, 5))
+    rewrite(captured)
+    assert any("mean" in str(node.target) for node in captured[""].graph.nodes)
+    x = torch.randn(4, 3, 7, 5)
+    torch.testing.assert_close(model(x), x.mean((2, 3), keepdim=True))
+    torch.testing.assert_close(model(x), nn.functional.avg_pool2d(x, 64, ceil_mode=True))

@@ -6,7 +6,7 @@ branch on the size of the batch. So the two are run side by side, and compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,30 +55,31 @@ def first_difference(
     """
     extended = Extended(module, constants)
 
-    def run_module(inputs: list[Tensor]) -> Any:
-        args, kwargs = captured.signature.rebuild(inputs)
-        return module(*args, **kwargs)
-
     def run_graph(inputs: list[Tensor]) -> Any:
         return captured.compute(extended, inputs)
 
     with modes_kept(module):
         module.train(captured.training)
-        theirs = _observe(module, run_module, tensors, gradients)
+        theirs = _observe(module, _caller(module, captured.signature), tensors, gradients)
         ours = _observe(module, run_graph, tensors, gradients)
     return _compare(ours, theirs)
 
 
 def runs(module: nn.Module, signature: CallSignature, tensors: Sequence[Tensor], training: bool) -> bool:
     """Whether the module's own forward takes these inputs in a mode; it is afterwards as before."""
+    with modes_kept(module):
+        module.train(training)
+        return not isinstance(_observe(module, _caller(module, signature), tensors, gradients=False), Exception)
 
-    def run(inputs: list[Tensor]) -> Any:
+
+def _caller(module: nn.Module, signature: CallSignature) -> Callable[[list[Tensor]], Any]:
+    """Calls the module on flat inputs."""
+
+    def call(inputs: list[Tensor]) -> Any:
         args, kwargs = signature.rebuild(inputs)
         return module(*args, **kwargs)
 
-    with modes_kept(module):
-        module.train(training)
-        return not isinstance(_observe(module, run, tensors, gradients=False), Exception)
+    return call
 
 
 def _observe(module: nn.Module, run: Any, tensors: Sequence[Tensor], gradients: bool) -> _Observed | Exception:

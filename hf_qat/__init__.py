@@ -24,6 +24,7 @@ _HOME = {
     "QATFxModule": "model.fx_module",
     "QATSchedule": "model.schedule",
     "QATTrainer": "trainer.trainer",
+    "analyze": "model.analysis.analyze",
     "calibrate": "model.calibration",
     "check_tidl": "tidl.check",
     "convert": "model.conversion",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from hf_qat.config.qat_config import QATConfig as QATConfig
     from hf_qat.export.onnx import export_onnx as export_onnx
     from hf_qat.export.verify import verify_onnx as verify_onnx
+    from hf_qat.model.analysis.analyze import analyze as analyze
     from hf_qat.model.calibration import calibrate as calibrate
     from hf_qat.model.conversion import convert as convert
     from hf_qat.model.fx_module import QATFxModule as QATFxModule

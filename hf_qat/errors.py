@@ -43,6 +43,10 @@ class WeightsError(HfQatError, ValueError):
     """A state dict that does not fit the model."""
 
 
+class AnalysisError(HfQatError, RuntimeError):
+    """An analysis that cannot be made or shown."""
+
+
 class ExportError(HfQatError, RuntimeError):
     """A model or a path that cannot be exported to."""
 

@@ -372,7 +372,8 @@ def _mode_name(training: bool) -> str:
 def user_hooks(module: nn.Module) -> list[object]:
     """The hooks on a module, other than those of torch and transformers, whose work a graph contains.
 
-    Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them.
+    Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them. Ours
+    are on what a graph calls, and are gone after a pass.
     """
     return [hook for kind in _hooks(module) for hook in kind.values() if _is_of_user(hook)]
 
@@ -399,7 +400,7 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
 
 
 def _is_of_user(hook: object) -> bool:
-    return not _origin(hook).startswith(("torch.nn.utils.", "transformers."))
+    return not _origin(hook).startswith(("torch.nn.utils.", "transformers.", "hf_qat."))
 
 
 def _origin(hook: object) -> str:

@@ -9,15 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
-from hf_qat.errors import StageError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.graph.weights import fold_weights
 from hf_qat.model.finite import require_finite
 from hf_qat.model.saved_config import attach_hf_quantizer
-from hf_qat.model.state import captured_children, require_stage
+from hf_qat.model.state import captured_children, require_ranges, require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, convert_layer
 from hf_qat.quantization.layers import FreezableBatchNorm, qat_layers
-from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+from hf_qat.quantization.quantizer import FakeQuantize
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,7 +38,7 @@ def convert(model: Model) -> Model:
     """
     require_stage(model, Stage.PREPARED, "convert")
     require_finite(model, "convert")
-    _require_ranges(model)
+    require_ranges(model, "convert")
     return swap_to_integer_modules(model)
 
 
@@ -63,15 +62,6 @@ def swap_to_integer_modules(model: Model) -> Model:
         attach_hf_quantizer(model)
     model.eval()
     return model.requires_grad_(False)
-
-
-def _require_ranges(model: nn.Module) -> None:
-    empty = [path for path, quantizer in fake_quantizers(model).items() if int(quantizer.observed) == 0]
-    if empty:
-        raise StageError(
-            f"cannot convert: {len(empty)} quantizers have no range yet, for instance {empty[0]}. Call "
-            "calibrate(model, batches) first."
-        )
 
 
 def _drop(model: nn.Module, ids: set[int]) -> None:

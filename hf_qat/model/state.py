@@ -10,6 +10,7 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import StageError
 from hf_qat.graph.captured import CapturedModule
+from hf_qat.quantization.quantizer import fake_quantizers
 
 
 STATE = "_hf_qat_state"
@@ -73,3 +74,13 @@ def captured_children(model: nn.Module) -> dict[str, CapturedModule]:
             )
         found[path] = module
     return found
+
+
+def require_ranges(model: nn.Module, action: str) -> None:
+    """Raise `StageError` if a quantizer of a prepared model has no range yet, which `action` needs."""
+    empty = [path for path, quantizer in fake_quantizers(model).items() if int(quantizer.observed) == 0]
+    if empty:
+        raise StageError(
+            f"cannot {action}: {len(empty)} quantizers have no range yet, for instance {empty[0]}. Call "
+            "calibrate(model, batches) first."
+        )

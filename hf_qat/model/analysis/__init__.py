@@ -1,0 +1,1 @@
+"""Where quantization costs accuracy, layer by layer, and what to do about it."""

@@ -1,0 +1,89 @@
+"""An analysis as one HTML page that needs no network: readable on a phone, and in greyscale."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from hf_qat.files.atomic import whole_file
+from hf_qat.model.analysis.figure import draw
+from hf_qat.model.analysis.layer import LayerAnalysis
+from hf_qat.model.analysis.table import HEADER, cells, decibels
+from hf_qat.model.in_float import FloatOperation, by_reason
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; color: #222; }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+.wide { overflow-x: auto } svg { max-width: 100%; height: auto; min-width: 38rem }
+table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
+th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
+dt { font-weight: 600; overflow-wrap: anywhere } dd { margin: 0 0 .8rem 1rem }
+"""
+
+
+def save_page(
+    layers: Sequence[LayerAnalysis],
+    worst: Sequence[LayerAnalysis],
+    metric: str,
+    output_sqnr: float,
+    float_operations: Sequence[FloatOperation],
+    path: Path,
+) -> Path:
+    """Write the page to `path`; names of layers, which a stranger may have chosen, are escaped.
+
+    Raises:
+        AnalysisError: matplotlib is missing.
+    """
+    parts = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>Quantization, layer by layer</title><style>{STYLE}</style></head><body>",
+        "<h1>Quantization, layer by layer</h1>",
+        f"<p>{len(layers)} places; the outputs keep {decibels(output_sqnr)} dB against the float model. 6 dB are "
+        "about one bit.</p>",
+        "<h2>What to look at first</h2>",
+        *_findings(worst),
+        "<h2>All layers</h2>",
+        f'<div class="wide" id="figure">{_svg(layers, metric)}</div>',
+        f'<div class="wide"><table id="layers">{_row(HEADER, "th")}',
+        *(_row(cells(layer), "td") for layer in layers),
+        "</table></div>",
+        *_in_float(float_operations),
+        "</body></html>",
+    ]
+    with whole_file(path) as file:
+        file.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def _findings(layers: Sequence[LayerAnalysis]) -> list[str]:
+    found = [(layer, finding) for layer in layers for finding in layer.findings]
+    if not found:
+        return ["<p>Nothing is conspicuous.</p>"]
+    entries = [
+        f"<dt>{escape(layer.path)}</dt><dd>{escape(finding.what)}.<br>{escape(finding.remedy)}.</dd>"
+        for layer, finding in found
+    ]
+    return ['<dl id="findings">', *entries, "</dl>"]
+
+
+def _in_float(operations: Sequence[FloatOperation]) -> list[str]:
+    reasons = by_reason(operations).items()
+    lines = [f"<li>{escape(', '.join(names))}: {escape(reason)}</li>" for reason, names in reasons]
+    return ["<h2>What stays in float</h2>", "<ul>", *lines, "</ul>"] if lines else []
+
+
+def _row(values: tuple[str, ...], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values) + "</tr>"
+
+
+def _svg(layers: Sequence[LayerAnalysis], metric: str) -> str:
+    buffer = io.StringIO()
+    draw(layers, metric).savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

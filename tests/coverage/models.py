@@ -78,3 +78,21 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "ImageGPTForImageClassification": (image_gpt, lambda: {"pixel_values": torch.randn(2, 3, 32, 32)}),
     "ShieldGemma2ForImageClassification": (shield_gemma, lambda: {"pixel_values": torch.randn(2, 3, 32, 32)}),
 }
+
+#: By title, what every run tries; the whole table together is slow.
+SAMPLE = (
+    "BeitForImageClassification",
+    "BitForImageClassification",
+    "ConvNextForImageClassification",
+    "EfficientNetForImageClassification",
+    "MobileNetV2ForImageClassification",
+    "PvtV2ForImageClassification",
+    "ResNetForImageClassification (basic)",
+    "ViTForImageClassification",
+    "SegformerForSemanticSegmentation",
+    "SwinForImageClassification",
+    "UperNetForSemanticSegmentation (ResNet)",
+    "DPTForDepthEstimation",
+    "DetrForObjectDetection",
+    "YolosForObjectDetection",
+)

@@ -5,7 +5,7 @@ import pytest
 
 from tests.coverage.case import Case
 from tests.coverage.chain import OPSET, Row, run
-from tests.coverage.models import CASES
+from tests.coverage.models import CASES, SAMPLE
 
 
 #: Parity of the prepared model with its quantizers off: batch norms are folded, which changes the order of sums.
@@ -30,7 +30,8 @@ def row_of(title: str) -> Row:
 
 
 def param(case: Case) -> object:
-    return pytest.param(f"{case.task}: {case.title}", id=case.title.replace(" ", "-"))
+    marks = [] if case.title in SAMPLE or case.task == "Plain modules" else [pytest.mark.slow]
+    return pytest.param(f"{case.task}: {case.title}", id=case.title.replace(" ", "-"), marks=marks)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from hf_qat import QATConfig, fake_quant_disabled, freeze_batch_norm, prepare_qat
 from tests.coverage.case import Case
-from tests.coverage.models import CASES
+from tests.coverage.models import CASES, SAMPLE
 
 
 #: By name or position.
@@ -24,21 +24,6 @@ TOLERANCE = 2e-3
 #: Probabilities in configurations, and what they are set to, so that nothing is trained without its randomness.
 RANDOMNESS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout", "drop_path_rate")
 PROBABILITY = 0.2
-
-
-#: What every run tries; the others are slow together.
-SAMPLE = (
-    "BeitForImageClassification",
-    "BitForImageClassification",
-    "ConvNextForImageClassification",
-    "MobileNetV2ForImageClassification",
-    "PvtV2ForImageClassification",
-    "SegformerForSemanticSegmentation",
-    "SwinForImageClassification",
-    "UperNetForSemanticSegmentation (ResNet)",
-    "DPTForDepthEstimation",
-    "DetrForObjectDetection",
-)
 
 
 def noisy(case: Case) -> nn.Module:

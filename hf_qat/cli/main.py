@@ -31,6 +31,11 @@ class Command:
 
 #: The table of commands. A new one is a new row.
 COMMANDS = {
+    "train": Command("hf_qat.cli.train", "train a float model for int8 on your images, and export it"),
+    "calibrate": Command("hf_qat.cli.calibrate", "quantize a float model without training, from images alone"),
+    "evaluate": Command("hf_qat.cli.evaluate", "measure a checkpoint or an ONNX file"),
+    "export": Command("hf_qat.cli.export", "write the ONNX file of an int8 checkpoint"),
+    "analyze": Command("hf_qat.cli.analyze", "say where quantization costs accuracy, layer by layer"),
     "check": Command("hf_qat.cli.check", "say what TI's TIDL takes of an ONNX file, layer by layer"),
     "demo": Command("hf_qat.cli.demo", "train, quantize, export and verify a small net on real images"),
     "push": Command("hf_qat.cli.push", "upload a directory to the Hub, with compiled TIDL artifacts if any"),

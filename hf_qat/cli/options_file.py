@@ -27,13 +27,27 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> a
         SystemExit: wrong options in either, or `--help`.
     """
     parser.add_argument("--config", type=Path, help="a YAML file with options, such as `revision: dev`")
+    return parser.parse_args(words_with_config(argv))
+
+
+def words_with_config(argv: Sequence[str], spell_out: bool = False) -> list[str]:
+    """What is typed, after what the file of its `--config` says, which is left in it.
+
+    Args:
+        argv: what follows the command.
+        spell_out: write truth values out, `--fp16 False`, as the flags of TrainingArguments take them.
+
+    Raises:
+        ConfigError: the file is no YAML mapping.
+        OSError: it cannot be read.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", type=Path, nargs="?")
     file = finder.parse_known_args(argv)[0].config
-    return parser.parse_args([*(_words(file) if file is not None else ()), *argv])
+    return [*(_words(file, spell_out) if file is not None else ()), *argv]
 
 
-def _words(file: Path) -> list[str]:
+def _words(file: Path, spell_out: bool) -> list[str]:
     """The options of a file as one would type them."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -41,11 +55,13 @@ def _words(file: Path) -> list[str]:
         raise ConfigError(f"{file} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{file} holds no options: write lines such as `revision: dev`.")
-    return [word for name, value in content.items() for word in _option(file, str(name), value)]
+    return [word for name, value in content.items() for word in _option(file, str(name), value, spell_out)]
 
 
-def _option(file: Path, name: str, value: object) -> list[str]:
+def _option(file: Path, name: str, value: object, spell_out: bool) -> list[str]:
     flag = f"--{name.replace('_', '-')}"
+    if spell_out and isinstance(value, (list, bool)):
+        return [flag, *map(str, value if isinstance(value, list) else [value])]
     if isinstance(value, bool):
         return [flag] if value else []
     if not isinstance(value, (str, int, float)):

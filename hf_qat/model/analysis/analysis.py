@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_qat.files.atomic import whole_file
 from hf_qat.model.analysis.figure import save_figure
 from hf_qat.model.analysis.layer import LayerAnalysis
-from hf_qat.model.analysis.page import save_page
+from hf_qat.model.analysis.page import document, sections
 from hf_qat.model.analysis.table import decibels, text_table
 from hf_qat.model.in_float import FloatOperation, by_reason
 
@@ -70,4 +71,14 @@ class Analysis:
         Raises:
             AnalysisError: matplotlib is missing.
         """
-        return save_page(self.layers, self.worst(), self.metric, self.output_sqnr, self.float_operations, Path(path))
+        with whole_file(Path(path)) as file:
+            file.write_text(document("Quantization, layer by layer", self.sections()), encoding="utf-8")
+        return Path(path)
+
+    def sections(self) -> list[str]:
+        """The page's parts, as HTML, for a page of one's own.
+
+        Raises:
+            AnalysisError: matplotlib is missing.
+        """
+        return sections(self.layers, self.worst(), self.metric, self.output_sqnr, self.float_operations)

@@ -45,8 +45,7 @@ def draw(layers: Sequence[LayerAnalysis], metric: str) -> Any:
     Raises:
         AnalysisError: matplotlib is missing.
     """
-    if find_spec("matplotlib") is None:
-        raise AnalysisError('figures are drawn by matplotlib, which is not installed: pip install "hf_qat[plots]".')
+    require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -75,3 +74,9 @@ def _bars(panel: Any, values: list[float], colours: list[str], label: str) -> No
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="x", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
+
+
+def require_matplotlib() -> None:
+    """Raise `AnalysisError` if matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise AnalysisError('figures are drawn by matplotlib, which is not installed: pip install "hf_qat[plots]".')

@@ -10,6 +10,9 @@ from hf_qat.model.analysis.layer import Finding, LayerAnalysis
 #: Signal to noise ratio, in dB, below which rounding alone hurts: one part in a hundred of the signal's power.
 POOR_SQNR = 20.0
 
+#: Bits at which rounding alone never leaves so little of a weight.
+EIGHT = 8
+
 #: A range so many times as wide as the bulk of the values was set by a few of them, and costs two bits or more.
 WIDE_RANGE = 4.0
 
@@ -26,7 +29,14 @@ def find(layer: LayerAnalysis) -> tuple[Finding, ...]:
 
 
 def _findings(layer: LayerAnalysis) -> Iterator[Finding]:
-    if layer.weight_sqnr is not None and layer.weight_sqnr < POOR_SQNR:
+    poor_weight = layer.weight_sqnr is not None and layer.weight_sqnr < POOR_SQNR
+    if poor_weight and (layer.weight_bits or 0) >= EIGHT:
+        yield Finding(
+            1,
+            f"its weight is another one than the float model's: {layer.weight_sqnr:.0f} dB apart",
+            "trained since? Then compare the model with itself, before convert(): analyze(model, batches)",
+        )
+    elif poor_weight:
         yield Finding(
             0,
             f"the weight keeps {layer.weight_sqnr:.0f} dB at {layer.weight_bits} bits",

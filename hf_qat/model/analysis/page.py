@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
+from typing import Any
 
-from hf_qat.files.atomic import whole_file
 from hf_qat.model.analysis.figure import draw
 from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.table import HEADER, cells, decibels
@@ -21,44 +20,47 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
+pre { overflow-x: auto; background: #f6f6f6; padding: .6rem }
 dt { font-weight: 600; overflow-wrap: anywhere } dd { margin: 0 0 .8rem 1rem }
 """
 
 
-def save_page(
+def document(title: str, parts: Sequence[str]) -> str:
+    """A whole page: `parts` are HTML already, `title` is text."""
+    head = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+    ]
+    return "\n".join([*head, *parts, "</body></html>"])
+
+
+def sections(
     layers: Sequence[LayerAnalysis],
     worst: Sequence[LayerAnalysis],
     metric: str,
     output_sqnr: float,
     float_operations: Sequence[FloatOperation],
-    path: Path,
-) -> Path:
-    """Write the page to `path`; names of layers, which a stranger may have chosen, are escaped.
+) -> list[str]:
+    """Findings, figure and table as parts of a page; names of layers, which a stranger may have chosen, are escaped.
 
     Raises:
         AnalysisError: matplotlib is missing.
     """
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Quantization, layer by layer</title><style>{STYLE}</style></head><body>",
-        "<h1>Quantization, layer by layer</h1>",
+    return [
         f"<p>{len(layers)} places; the outputs keep {decibels(output_sqnr)} dB against the float model. 6 dB are "
         "about one bit.</p>",
         "<h2>What to look at first</h2>",
         *_findings(worst),
         "<h2>All layers</h2>",
-        f'<div class="wide" id="figure">{_svg(layers, metric)}</div>',
-        f'<div class="wide"><table id="layers">{_row(HEADER, "th")}',
-        *(_row(cells(layer), "td") for layer in layers),
+        f'<div class="wide" id="figure">{as_svg(draw(layers, metric))}</div>',
+        f'<div class="wide"><table id="layers">{table_row(HEADER, "th")}',
+        *(table_row(cells(layer), "td") for layer in layers),
         "</table></div>",
         *_in_float(float_operations),
-        "</body></html>",
     ]
-    with whole_file(path) as file:
-        file.write_text("\n".join(parts), encoding="utf-8")
-    return path
 
 
 def _findings(layers: Sequence[LayerAnalysis]) -> list[str]:
@@ -78,12 +80,14 @@ def _in_float(operations: Sequence[FloatOperation]) -> list[str]:
     return ["<h2>What stays in float</h2>", "<ul>", *lines, "</ul>"] if lines else []
 
 
-def _row(values: tuple[str, ...], tag: str) -> str:
+def table_row(values: Sequence[str], tag: str) -> str:
+    """A row of a table; `tag` is `th` or `td`."""
     return "<tr>" + "".join(f"<{tag}>{escape(value)}</{tag}>" for value in values) + "</tr>"
 
 
-def _svg(layers: Sequence[LayerAnalysis], metric: str) -> str:
+def as_svg(figure: Any) -> str:
+    """A matplotlib figure, to stand in a page."""
     buffer = io.StringIO()
-    draw(layers, metric).savefig(buffer, format="svg")
+    figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
     return text[text.index("<svg") :]

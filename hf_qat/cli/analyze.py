@@ -1,0 +1,70 @@
+"""`hf-qat analyze`: where quantization costs accuracy, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
+from hf_qat.cli.session import Session, load_model, open_session, parse, parser_of
+from hf_qat.model.analysis.analyze import analyze
+from hf_qat.model.calibration import calibrate
+from hf_qat.model.prepare import prepare_qat
+from hf_qat.model.state import state_of
+
+
+DESCRIPTION = (
+    "Say of each layer how far it is from the float model, how much it alone costs, and what to do. Give a float "
+    "model, which is quantized by calibration for --target first, or an int8 checkpoint: it is compared with "
+    "--reference, or with its own codes in float arithmetic. Images need no labels. For example: hf-qat analyze "
+    "--model_name_or_path my/float-model --dataset_name photos/ --target AM68A --html analysis.html"
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Analyze, and print the table and the remedies.
+
+    Args:
+        argv: what follows `hf-qat analyze`.
+
+    Raises:
+        HfQatError: options that cannot be honoured.
+        SystemExit: wrong options, or `--help`.
+    """
+    parser = parser_of("analyze", DESCRIPTION, ModelArguments, DataArguments, QATArguments)
+    parser.add_argument("--reference", help="The float model to compare with.")
+    parser.add_argument("--html", type=Path, help="Also write a page with figure and table.")
+    parser.add_argument("--plot", type=Path, help="Also draw a figure: PNG, PDF or SVG.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Images at a time.")
+    parser.add_argument("--num_batches", type=int, default=4, help="Batches to compare on.")
+    model, data, qat, other = parse(parser, argv)
+    session = open_session(model, data, labelled=False)
+    batches = list(_batches(session, other.batch_size, max(other.num_batches, qat.calibration_batches)))
+    reference = _reference(session, model, other.reference)
+    if state_of(session.model) is None:
+        calibrate(prepare_qat(session.model.eval(), qat.config(), batches[0]), batches, qat.calibration_batches)
+    found = analyze(session.model, batches, reference, num_batches=other.num_batches)
+    print(found)
+    if other.html is not None:
+        print(f"Written: {found.to_html(other.html)}")
+    if other.plot is not None:
+        print(f"Written: {found.plot(other.plot)}")
+
+
+def _reference(session: Session, model: ModelArguments, name: str | None) -> Any:
+    """The float model to compare with; of an int8 checkpoint without one, its own codes as float numbers."""
+    if name is not None:
+        return load_model(replace(model, model_name_or_path=name), session.task)
+    if state_of(session.model) is None:
+        return copy.deepcopy(session.model)
+    return copy.deepcopy(session.model).dequantize()
+
+
+def _batches(session: Session, size: int, count: int) -> Iterator[dict[str, Any]]:
+    """The first images of the train set, without labels."""
+    for start in range(0, min(count * size, len(session.train)), size):
+        rows = [session.train[k] for k in range(start, min(start + size, len(session.train)))]
+        yield {name: value for name, value in session.task.collate(rows).items() if name != "labels"}

@@ -1,0 +1,56 @@
+"""`hf-qat calibrate`: an int8 model without training, from images that need no labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
+from hf_qat.cli.session import open_session, parse, parser_of, training_arguments
+from hf_qat.model.switches import fake_quant_disabled
+
+
+DESCRIPTION = (
+    "Quantize a float model by calibration alone, often all that 8 bits need, and export it: int8 safetensors, QDQ "
+    "ONNX, TIDL bundle, model card. The images need no labels; with labels, it is measured too. For example: "
+    "hf-qat calibrate --model_name_or_path my/float-model --dataset_name photos/ --output_dir out"
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Calibrate, export, and print what was measured.
+
+    Args:
+        argv: what follows `hf-qat calibrate`.
+
+    Raises:
+        HfQatError: options that cannot be honoured; or what calibration and export raise.
+        SystemExit: wrong options, or `--help`.
+    """
+    parser = parser_of("calibrate", DESCRIPTION, ModelArguments, DataArguments, QATArguments)
+    parser.add_argument("--output_dir", type=Path, required=True, help="The directory to write.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
+    model, data, qat, other = parse(parser, argv)
+    config = qat.config()
+    session = open_session(model, data, labelled=False)
+    args = training_arguments(
+        str(other.output_dir),
+        per_device_train_batch_size=other.batch_size,
+        per_device_eval_batch_size=other.batch_size,
+        save_strategy="no",
+    )
+    trainer = session.trainer(args, config)
+    if session.evaluation is not None:
+        with fake_quant_disabled(trainer.model):
+            _print("float", trainer.evaluate())
+    trainer.calibrate()
+    if session.evaluation is not None:
+        _print("calibrated", trainer.evaluate())
+    print(f"Written: {trainer.export(other.output_dir)}")
+    print(f"Next:    hf-qat push {other.output_dir} USER/MODEL")
+
+
+def _print(measured_as: str, metrics: dict[str, float]) -> None:
+    plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    shown = [name for name in plain if not name.endswith(("runtime", "_per_second", "_time", "epoch"))]
+    print(f"{measured_as + ':':<12}" + ", ".join(f"{name} {plain[name]:.4g}" for name in shown))

@@ -1,0 +1,113 @@
+"""The images of a command: a folder, a JSONL file or a data set on the Hub, as train and evaluation sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_qat.cli.arguments import DataArguments
+from hf_qat.cli.tasks import Task
+from hf_qat.errors import ConfigError
+
+
+#: Names that splits to evaluate on have, the better one first.
+EVALUATION = ("validation", "test", "val", "dev")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The data of a command.
+
+    Attributes:
+        train, evaluation: rows with an image; `evaluation` is `None` where there is nothing to evaluate by.
+        classes: names of the classes; empty for images without labels.
+    """
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset | None
+    classes: list[str]
+
+
+def load_images(options: DataArguments, task: Task, labelled: bool = True) -> Images:
+    """Read the images, and split them if need be.
+
+    Args:
+        options: where they are.
+        task: what is asked of them.
+        labelled: whether labels are needed.
+
+    Raises:
+        ConfigError: nothing there, or a column is missing; with what there is.
+    """
+    if not 0.0 < options.train_val_split < 1.0:
+        raise ConfigError(f"train_val_split must lie between 0 and 1, not {options.train_val_split}.")
+    splits = _load(options)
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    column = options.label_column_name or task.label_column
+    _require_column(train, options.image_column_name, "image_column_name", options)
+    if column not in train.column_names and not labelled:
+        return Images(_first(train, options.max_train_samples), None, [])
+    _require_column(train, column, "label_column_name", options)
+    name = next((name for name in EVALUATION if name in splits and splits[name] is not train), None)
+    if name is not None:
+        evaluation = splits[name]
+    else:
+        parts = train.train_test_split(options.train_val_split, seed=0)
+        train, evaluation = parts["train"], parts["test"]
+    classes = task.class_names(train, column)
+    return Images(_first(train, options.max_train_samples), _first(evaluation, options.max_eval_samples), classes)
+
+
+def _load(options: DataArguments) -> datasets.DatasetDict:
+    path = Path(options.dataset_name)
+    if path.is_dir():
+        if not any(path.iterdir()):
+            raise ConfigError(f"{path} is empty: it is to hold images, one folder for each class.")
+        return datasets.load_dataset("imagefolder", data_dir=str(path))
+    if path.is_file():
+        return _from_jsonl(path, options.image_column_name)
+    if options.dataset_name.count("/") > 1 or path.suffix:
+        raise ConfigError(f"there is no folder and no file {options.dataset_name}.")
+    return datasets.load_dataset(options.dataset_name, options.dataset_config_name)
+
+
+def _from_jsonl(path: Path, column: str) -> datasets.DatasetDict:
+    splits = datasets.load_dataset("json", data_files=str(path))
+    if column not in splits["train"].column_names:
+        raise ConfigError(f"{path} has no {column!r} in its lines: each is to name an image, relative to the file.")
+
+    def absolute(row: dict[str, Any]) -> dict[str, Any]:
+        return {column: str(path.parent / row[column])}
+
+    return splits.map(absolute).cast_column(column, datasets.Image())
+
+
+def _require_column(dataset: datasets.Dataset, column: str, option: str, options: DataArguments) -> None:
+    if column not in dataset.column_names:
+        raise ConfigError(
+            f"{options.dataset_name} has no column {column!r}; it has {', '.join(dataset.column_names)}. Name the "
+            f"right one by --{option}."
+        )
+
+
+def _first(dataset: datasets.Dataset, samples: int | None) -> datasets.Dataset:
+    return dataset if samples is None else dataset.shuffle(seed=0).select(range(min(samples, len(dataset))))
+
+
+def encoder(
+    options: DataArguments, task: Task, processor: Any, classes: list[str]
+) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
+    """For `Dataset.with_transform`: rows as the model takes them; labels only where there are `classes`."""
+    column = options.label_column_name or task.label_column
+    names = {name: number for number, name in enumerate(classes)}
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in rows[options.image_column_name]]
+        labels = rows[column] if classes else []
+        return task.encode(processor, images, [names[x] if isinstance(x, str) else x for x in labels])
+
+    return encode

@@ -1,0 +1,153 @@
+"""What the commands have in common: options of several dataclasses, a model with its processor, and a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_qat.cli.arguments import DataArguments, ModelArguments
+from hf_qat.cli.images import Images, encoder, load_images
+from hf_qat.cli.options_file import words_with_config
+from hf_qat.cli.tasks import Task, find_task
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.errors import ConfigError
+from hf_qat.trainer.trainer import QATTrainer
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model, its processor and its data.
+
+    Attributes:
+        train, evaluation: as the model takes them; `evaluation` is `None` for images without labels.
+    """
+
+    model: Any
+    processor: Any
+    task: Task
+    train: Any
+    evaluation: Any
+    classes: list[str] = field(default_factory=list)
+
+    def trainer(self, args: TrainingArguments, config: QATConfig) -> QATTrainer:
+        """A `QATTrainer` of it all."""
+        return QATTrainer(self.model, args, qat_config=config, **self.trainer_arguments())
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What a Trainer takes beside model and arguments."""
+        return {
+            "train_dataset": self.train,
+            "eval_dataset": self.evaluation,
+            "data_collator": self.task.collate,
+            "compute_metrics": self.task.metrics,
+            "processing_class": self.processor,
+        }
+
+
+def parser_of(command: str, description: str, *dataclasses: Any) -> HfArgumentParser:
+    """A parser for the fields of `dataclasses`, with a `--config`."""
+    parser = HfArgumentParser(
+        dataclasses, prog=f"hf-qat {command}", description=description, allow_abbrev=False, conflict_handler="resolve"
+    )
+    parser.add_argument("--config", type=Path, help="A YAML file with options, such as `learning_rate: 1.0e-4`.")
+    return parser
+
+
+def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
+    """The dataclasses, and a namespace with the other options, of what is typed and of the file of `--config`.
+
+    Raises:
+        ConfigError: a value that a dataclass refuses, or the file is no YAML mapping.
+        SystemExit: wrong options, or `--help`.
+    """
+    words = words_with_config(argv, spell_out=True)
+    try:
+        return tuple(parser.parse_args_into_dataclasses(args=words, look_for_args_file=False))
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def training_arguments(output_dir: str, **more: Any) -> TrainingArguments:
+    """Arguments of a trainer that is not to train."""
+    return TrainingArguments(output_dir, remove_unused_columns=False, report_to=[], **more)
+
+
+def open_session(model: ModelArguments, data: DataArguments, labelled: bool = True) -> Session:
+    """Load the images, the processor and the model; a head that does not fit the classes is made anew.
+
+    Args:
+        model, data: which.
+        labelled: whether the images must have labels.
+
+    Raises:
+        ConfigError: something is missing; with what to do.
+    """
+    task = find_task(data.task)
+    _require_findable(model)
+    images = load_images(data, task, labelled)
+    processor = load_processor(model)
+    loaded = load_model(model, task, images)
+    encode = encoder(data, task, processor, images.classes)
+    return Session(
+        loaded,
+        processor,
+        task,
+        images.train.with_transform(encode),
+        None if images.evaluation is None else images.evaluation.with_transform(encode),
+        images.classes,
+    )
+
+
+def _require_findable(model: ModelArguments) -> None:
+    """Raise `ConfigError` for a name that can be no model's on the Hub, before the Hub is asked for it."""
+    name = model.model_name_or_path
+    if not Path(name).is_dir() and (name.count("/") != 1 or Path(name).suffix == ".onnx"):
+        raise ConfigError(f"there is no folder {name}, and a name on the Hub has the form user/model.")
+
+
+def load_processor(model: ModelArguments) -> Any:
+    """The image processor of a model.
+
+    Raises:
+        ConfigError: it has none, or there is no such model.
+    """
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(model.model_name_or_path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no image processor in {model.model_name_or_path}: {_first_line(error)} Save the one that the model was "
+            "trained with beside it: processor.save_pretrained(folder)."
+        ) from error
+
+
+def load_model(model: ModelArguments, task: Task, images: Images | None = None) -> Any:
+    """The model, in its task's class.
+
+    Raises:
+        ConfigError: there is none, or it is of another task.
+    """
+    _require_findable(model)
+    options: dict[str, Any] = {}
+    if images is not None and images.classes:
+        numbered = dict(enumerate(images.classes))
+        options = {
+            "id2label": numbered,
+            "label2id": {name: number for number, name in numbered.items()},
+            "ignore_mismatched_sizes": True,
+        }
+    try:
+        return getattr(transformers, task.auto_class).from_pretrained(
+            model.model_name_or_path, revision=model.revision, **options
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot load {model.model_name_or_path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."

@@ -1,0 +1,71 @@
+"""What a task is, to the commands: how a row becomes a model's inputs and labels, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_qat.cli.tasks import classification, detection, segmentation
+from hf_qat.config.targets import did_you_mean
+from hf_qat.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        auto_class: the name of transformers' class that loads its models.
+        label_column: where data sets have what is to be learned.
+        class_names: (data set, column) → the names of the classes; empty where the data set does not say.
+        encode: (processor, images, labels) → what a batch of rows becomes: inputs, and `labels` for the model.
+        collate: rows as `encode` returns them → a batch.
+        metrics: what is measured, from an `EvalPrediction`; `None` for the loss alone.
+    """
+
+    auto_class: str
+    label_column: str
+    class_names: Callable[[Any, str], list[str]]
+    encode: Callable[[Any, Sequence[Any], Sequence[Any]], dict[str, Any]]
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+    metrics: Callable[[Any], dict[str, float]] | None
+
+
+TASKS = {
+    "image-classification": Task(
+        "AutoModelForImageClassification",
+        "label",
+        classification.class_names,
+        classification.encode,
+        classification.collate,
+        classification.metrics,
+    ),
+    "semantic-segmentation": Task(
+        "AutoModelForSemanticSegmentation",
+        "label",
+        segmentation.class_names,
+        segmentation.encode,
+        segmentation.collate,
+        segmentation.metrics,
+    ),
+    "object-detection": Task(
+        "AutoModelForObjectDetection",
+        "objects",
+        detection.class_names,
+        detection.encode,
+        detection.collate,
+        None,
+    ),
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ConfigError: there is none; with the nearest.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"no task {name!r}.{did_you_mean(name, list(TASKS))} Known tasks: {', '.join(TASKS)}.")
+    return TASKS[name]

@@ -1,0 +1,37 @@
+"""Image classification: an integer for each image; measured by accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def class_names(dataset: Any, column: str) -> list[str]:
+    """Names of the classes, in the order of their numbers."""
+    feature = dataset.features[column]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    return [str(value) for value in sorted(set(dataset[column]))]
+
+
+def encode(processor: Any, images: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:
+    """Pixels, and the number of the class if there is one."""
+    pixels = dict(processor(images, return_tensors="pt"))
+    return {**pixels, "labels": list(labels)} if labels else pixels
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """(N, 3, H, W) pixels and (N,) labels."""
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        **({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {}),
+    }
+
+
+def metrics(prediction: Any) -> dict[str, float]:
+    """Accuracy, as a share."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.asarray(logits).argmax(-1) == np.asarray(prediction.label_ids)).mean())}

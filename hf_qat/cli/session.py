@@ -35,7 +35,12 @@ class Session:
     classes: list[str] = field(default_factory=list)
 
     def trainer(self, args: TrainingArguments, config: QATConfig) -> QATTrainer:
-        """A `QATTrainer` of it all."""
+        """A `QATTrainer` of it all.
+
+        Raises:
+            ConfigError: a glob of the recipe matches nothing; before the output directory is made.
+        """
+        config.check_globs([path for path, _ in self.model.named_modules() if path])
         return QATTrainer(self.model, args, qat_config=config, **self.trainer_arguments())
 
     def trainer_arguments(self) -> dict[str, Any]:

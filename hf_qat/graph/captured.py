@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -162,6 +162,8 @@ class CapturedGraph:
         shapes: per input the captured sizes, `None` where any size goes.
         result_spec, result_leaves: structure of what the module returns.
         training: the mode of the module.
+        frozen: paths of the modules inside that were in the other mode.
+        doubtful_sizes: batch sizes at which the exporter itself does not vouch for it.
         run: the Python function of `graph`, called with the module and the inputs.
     """
 
@@ -171,6 +173,8 @@ class CapturedGraph:
     result_spec: Any
     result_leaves: list[Leaf]
     training: bool
+    frozen: frozenset[str] = frozenset()
+    doubtful_sizes: tuple[int, ...] = ()
     run: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -209,17 +213,18 @@ class CapturedGraph:
         return pytree.tree_unflatten(fill(self.result_leaves, outputs), self.result_spec)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a module is registered: below a captured module at `path`, and directly in `parent`."""
+class Place(NamedTuple):
+    """Where a module is registered: below a captured module at `path`, and directly in `parent` under `name`."""
 
     path: str
     parent: nn.Module
+    name: str
     module: nn.Module
+    follows_its_mode: bool
 
     def is_intact(self) -> bool:
         """Whether it is still there."""
-        return self.parent._modules.get(self.path.rpartition(".")[2]) is self.module
+        return self.parent._modules.get(self.name) is self.module
 
 
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
@@ -245,9 +250,7 @@ class CapturedModule(nn.Module):
     float_operations: list[tuple[str, str, str]]
     places: list[Place]
     _python_signature: inspect.Signature
-    _warned_of_hooks: bool
-    _warned_of_modes: bool
-    _ranges_checked: bool
+    _warned_of: set[str]
 
     @property
     def evaluation(self) -> CapturedGraph:
@@ -285,10 +288,7 @@ class CapturedModule(nn.Module):
         call, tensors = flatten_call(self._python_signature, args, kwargs)
         captured = self._graph_for(call, tensors)
         if not torch.compiler.is_compiling():
-            self.require_intact()
-            self._check_hooks()
-            self._check_modes()
-            self._check_ranges()
+            self._check_places(captured)
         return captured.compute(self, tensors)
 
     def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
@@ -300,69 +300,86 @@ class CapturedModule(nn.Module):
 
     def remember_places(self) -> None:
         """Take the modules that are inside now for those that belong there."""
-        named = [(path, module) for path, module in self.named_modules() if path]
-        places = [Place(path, self.get_submodule(path.rpartition(".")[0]), module) for path, module in named]
+        places = []
+        for path, module in self.named_modules():
+            if path:
+                owner, _, name = path.rpartition(".")
+                follows = isinstance(module, FOLLOW_THEIR_MODE)
+                places.append(Place(path, self.get_submodule(owner), name, module, follows))
         object.__setattr__(self, "places", places)
 
     def require_intact(self) -> None:
         """Raise `StageError` if a module inside was exchanged or removed after `remember_places`."""
         for place in self.places:
             if not place.is_intact():
-                raise StageError(
-                    f"{place.path} of {type(self).__name__} was exchanged or removed after prepare_qat: the graph, "
-                    "the quantizers and the optimizer know the one from before. Change the float model, then "
-                    "prepare it."
-                )
+                raise _exchanged(self, place)
 
-    def _check_hooks(self) -> None:
-        """A graph cannot follow hooks that the modules inside got after it was captured."""
-        if self._warned_of_hooks:
-            return
+    def _check_places(self, captured: CapturedGraph) -> None:
+        """Compare the modules inside with what a graph was made of, in one walk: this is done at every call."""
+        training, frozen, warned = captured.training, captured.frozen, self._warned_of
         for place in self.places:
-            module = place.module
-            if user_hooks(module):
-                object.__setattr__(self, "_warned_of_hooks", True)
-                logger.warning(
-                    "A hook was added to a %s inside %s after prepare_qat: it is not called, because the captured "
-                    "graph computes in its place. Add hooks before prepare_qat.",
-                    type(module).__name__,
-                    type(self).__name__,
-                )
-                return
+            path, parent, name, module, follows_its_mode = place
+            if parent._modules.get(name) is not module:
+                raise _exchanged(self, place)
+            if follows_its_mode:
+                if "ranges" not in warned and _rounds(module):
+                    warned.add("ranges")
+                    _warn_of_ranges(self)
+            elif (module.training is training) is (path in frozen) and "modes" not in warned:
+                warned.add("modes")
+                _warn_of_mode(self, place)
+            before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks
+            if (before or after or module._backward_hooks) and "hooks" not in warned and user_hooks(module):
+                warned.add("hooks")
+                _warn_of_hook(self, place)
 
-    def _check_modes(self) -> None:
-        """A graph is of one mode; batch norms, layers and quantizers alone look at their own."""
-        if self._warned_of_modes:
-            return
-        for place in self.places:
-            module = place.module
-            if module.training is not self.training and not isinstance(module, FOLLOW_THEIR_MODE):
-                object.__setattr__(self, "_warned_of_modes", True)
-                logger.warning(
-                    "%s of %s is in %s, and the graph computes it as in %s: dropout in it, for instance, does not "
-                    "follow. To freeze a part, use requires_grad_(False), and put its batch norms into evaluation.",
-                    place.path,
-                    type(self).__name__,
-                    _mode_name(module.training),
-                    _mode_name(self.training),
-                )
-                return
 
-    def _check_ranges(self) -> None:
-        """Say once which quantizers are about to round by ranges that nobody has collected."""
-        quantizers = {} if self._ranges_checked else fake_quantizers(self)
-        if not any(quantizer.enabled and quantizer.observer is None for quantizer in quantizers.values()):
-            return
-        object.__setattr__(self, "_ranges_checked", True)
-        weights = {id(layer.weight_quantizer) for layer in qat_layers(self).values()}  # need no data
-        unknown = [path for path, q in quantizers.items() if id(q) not in weights and q.lacks_range()]
-        if unknown:
-            logger.warning(
-                "%s computes with ranges that were never collected (%s): its results say nothing yet. Call "
-                "calibrate(model, batches) first.",
-                type(self).__name__,
-                listed(unknown),
-            )
+def _exchanged(owner: CapturedModule, place: Place) -> StageError:
+    return StageError(
+        f"{place.path} of {type(owner).__name__} was exchanged or removed after prepare_qat: the graph, the "
+        "quantizers and the optimizer know the one from before. Change the float model, then prepare it."
+    )
+
+
+def _warn_of_hook(owner: CapturedModule, place: Place) -> None:
+    """A graph cannot follow hooks that the modules inside got after it was captured."""
+    logger.warning(
+        "A hook was added to a %s inside %s after prepare_qat: it is not called, because the captured graph computes "
+        "in its place. Add hooks before prepare_qat.",
+        type(place.module).__name__,
+        type(owner).__name__,
+    )
+
+
+def _warn_of_mode(owner: CapturedModule, place: Place) -> None:
+    """A graph is of one mode, but for parts that were frozen; batch norms, layers and quantizers look at their own."""
+    logger.warning(
+        "%s of %s is in %s, and the graph computes it as in %s: dropout in it, for instance, does not follow. Put a "
+        "part that stays in evaluation there before prepare_qat, with the model in training; or use "
+        "requires_grad_(False), and put its batch norms into evaluation.",
+        place.path,
+        type(owner).__name__,
+        _mode_name(place.module.training),
+        _mode_name(not place.module.training),
+    )
+
+
+def _rounds(module: nn.Module) -> bool:
+    """Whether it is a quantizer that rounds by its range, instead of collecting one."""
+    return isinstance(module, FakeQuantize) and module.enabled and module.observer is None
+
+
+def _warn_of_ranges(owner: CapturedModule) -> None:
+    """Say which quantizers are about to round by ranges that nobody has collected, if any."""
+    weights = {id(layer.weight_quantizer) for layer in qat_layers(owner).values()}  # need no data
+    unknown = [path for path, q in fake_quantizers(owner).items() if id(q) not in weights and q.lacks_range()]
+    if unknown:
+        logger.warning(
+            "%s computes with ranges that were never collected (%s): its results say nothing yet. Call "
+            "calibrate(model, batches) first.",
+            type(owner).__name__,
+            listed(unknown),
+        )
 
 
 def _mode_name(training: bool) -> str:
@@ -461,9 +478,7 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
         "output_quantizers": [],
         "float_operations": [],
         "_python_signature": python_signature,
-        "_warned_of_hooks": False,
-        "_warned_of_modes": False,
-        "_ranges_checked": False,
+        "_warned_of": set(),
     }.items():
         # Not nn.Module.__setattr__: none of these is a parameter, a buffer or a submodule.
         object.__setattr__(captured, name, value)

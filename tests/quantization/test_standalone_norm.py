@@ -112,3 +112,17 @@ def test_a_batch_norm_that_is_called_elsewhere_too_is_not_folded():
     calibrate(model, [x])
     quantized = model(x)
     assert torch.equal(convert(model)(x), quantized)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+def test_on_a_transposed_map_at_a_batch_of_one_the_gradient_is_that_of_the_formula(affine):
+    """PyTorch's own batch norm on a CPU permutes it there (2.13): attention over pixels, then a batch norm."""
+    model, x = module(4, affine)
+    norm, weight = model.norm, torch.randn(1, 3, 5, 5)
+    gamma = norm.weight.detach() if affine else torch.ones(3)
+    expected = weight * (gamma / (norm.running_var + norm.eps).sqrt()).view(1, 3, 1, 1)
+    model = prepare_qat(nn.Sequential(copy.deepcopy(norm)).eval(), QATConfig(), x)
+    tokens = torch.randn(1, 25, 3, requires_grad=True)
+    with fake_quant_disabled(model):
+        (model(tokens.transpose(1, 2).reshape(1, 3, 5, 5)) * weight).sum().backward()
+    torch.testing.assert_close(tokens.grad.transpose(1, 2).reshape(1, 3, 5, 5), expected)

@@ -18,8 +18,9 @@ from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.clean import Constants, copy_outputs
 from hf_qat.graph.capture.dry_run import CallRecord, dry_runs, links, training_records, whole_call
 from hf_qat.graph.capture.exporting import export_call
+from hf_qat.graph.capture.guards import shape_at
 from hf_qat.graph.capture.inputs import Inputs, accepts_labels
-from hf_qat.graph.capture.modes import evaluating
+from hf_qat.graph.capture.modes import batch_norms_of_one_process, evaluating, frozen_parts_kept
 from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
 from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks, without_user_hooks
@@ -77,7 +78,7 @@ def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dic
         CaptureError: nothing can be captured; with the part and the reason.
     """
     parts = Parts() if parts is None else parts
-    with evaluating(model):
+    with frozen_parts_kept(model), batch_norms_of_one_process(model), evaluating(model):
         candidates = _candidates(model, inputs, parts)
     # Only now, when nothing can fail any more, is the model changed.
     calls = [candidate.call for candidate in candidates]
@@ -200,9 +201,10 @@ def _prove(record: CallRecord, graph: CapturedGraph, constants: Constants) -> No
     """
     numbering, costly = Numbering(), is_costly(graph.graph)
     samples = [record.inputs[0]]
-    if not graph.training:  # batch norm in training takes no batch of one
-        others = [sample for size in PROVEN_SIZES if (sample := _sample(record, size)) is not None]
-        samples = others if others and costly else samples + others
+    sizes = graph.doubtful_sizes if graph.training else (*PROVEN_SIZES, *graph.doubtful_sizes)
+    others = [sample for size in sizes if (sample := _sample(record, size)) is not None]
+    # Batch norm in training takes no batch of one.
+    samples = others if others and costly and not graph.training else samples + others
     for sample in samples:
         gradients = sample is samples[0] or not costly
         if costly and known_equal(record.module, graph, constants.values, sample, gradients, numbering):
@@ -210,10 +212,10 @@ def _prove(record: CallRecord, graph: CapturedGraph, constants: Constants) -> No
         difference = first_difference(record.module, graph, constants.values, sample, gradients)
         if difference is not None:
             mode = "training" if graph.training else "evaluation"
-            sizes = [tuple(x.shape) for x in sample]
+            shapes = [tuple(x.shape) for x in sample]
             raise CaptureError(
                 f"{_name(record)} computes something else than what torch.export sees of it: in {mode}, on inputs of "
-                f"shapes {sizes}, {difference}"
+                f"shapes {shapes}, {difference}"
             )
 
 
@@ -225,9 +227,8 @@ def _sample(record: CallRecord, size: int) -> list[Tensor] | None:
     generator = torch.Generator().manual_seed(size)
     resized = []
     for x, y in zip(first, last, strict=True):
-        for dim, (n, m) in enumerate(zip(x.shape, y.shape, strict=True)):
-            if n != m:  # sizes at batches of 2 and 3
-                wanted = max(1, n + (m - n) * (size - 2))
+        for dim, (n, wanted) in enumerate(zip(x.shape, shape_at(size, x, y), strict=True)):
+            if n != wanted:
                 x = x.index_select(dim, torch.arange(wanted, device=x.device) % n)
         if x.is_floating_point():
             noise = torch.randn(x.shape, generator=generator).to(x)

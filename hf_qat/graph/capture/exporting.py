@@ -22,7 +22,9 @@ from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.batch_norm_names import restore_batch_norms
 from hf_qat.graph.capture.clean import Constants, UnclearWriteError, clean
 from hf_qat.graph.capture.dry_run import CallRecord
-from hf_qat.graph.capture.modes import modes_kept
+from hf_qat.graph.capture.foreign_random import refusing_foreign_random_numbers
+from hf_qat.graph.capture.guards import doubtful_sizes
+from hf_qat.graph.capture.modes import modes_kept, put_into_mode
 from hf_qat.graph.capture.regions import has_regions
 from hf_qat.graph.captured import CallSignature, CapturedGraph, Constant, Leaf, leaf_of
 
@@ -110,9 +112,11 @@ def export_call(calls: CallRecord, training: bool, constants: Constants) -> Capt
     examples = _examples(name, calls.inputs[0])
     dynamic = _dynamic_dimensions(calls.inputs)
     with modes_kept(calls.module):
-        _put_into_mode(calls.module, training)
-        program = _export(name, wrapper, examples, dynamic)
-        _put_into_mode(calls.module, training)  # caches hold the exporter's own tensors now
+        put_into_mode(calls.module, training)
+        with refusing_foreign_random_numbers(name):
+            program = _export(name, wrapper, examples, dynamic)
+        frozen = frozenset(path for path, m in calls.module.named_modules() if m.training is not training)
+        put_into_mode(calls.module, training)  # caches hold the exporter's own tensors now
     _require_dynamic(name, program, dynamic)
     try:
         graph = _cleaned(name, program, calls.module, constants)
@@ -124,7 +128,9 @@ def export_call(calls: CallRecord, training: bool, constants: Constants) -> Capt
         tuple(None if d in dims else n for d, n in enumerate(x.shape))
         for x, dims in zip(examples, dynamic, strict=True)
     ]
-    return CapturedGraph(graph, calls.signatures[0], shapes, wrapper.result.spec, wrapper.result.leaves, training)
+    doubtful = doubtful_sizes(getattr(program, "_guards_code", []), calls.inputs[0], calls.inputs[-1])
+    result = wrapper.result
+    return CapturedGraph(graph, calls.signatures[0], shapes, result.spec, result.leaves, training, frozen, doubtful)
 
 
 def _examples(name: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -133,12 +139,6 @@ def _examples(name: str, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(x.detach().clone(memory_format=torch.contiguous_format) for x in inputs)
     except RuntimeError as error:  # they lived inside torch.vmap only
         raise _opaque(name) from error
-
-
-def _put_into_mode(module: nn.Module, training: bool) -> None:
-    """LeViT keeps, for evaluation, biases that depend on parameters; it drops them when it is put into training."""
-    module.train()
-    module.train(training)
 
 
 def _export(name: str, wrapper: nn.Module, examples: tuple[Tensor, ...], dynamic: list[set[int]]) -> Any:

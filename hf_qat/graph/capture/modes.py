@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 
 from torch import nn
+
+from hf_qat.graph.captured import FOLLOW_THEIR_MODE
 
 
 @contextmanager
@@ -25,3 +28,49 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     with modes_kept(model):
         model.eval()
         yield
+
+
+def put_into_mode(module: nn.Module, training: bool) -> None:
+    """Put a module into a mode, from training: what it keeps for evaluation only, it computes anew.
+
+    LeViT keeps biases that depend on parameters; it drops them when it is put into training. A module that is itself
+    frozen is put into the mode nevertheless: which of its graphs it runs, it decides by its mode.
+    """
+    for mode in (True, training):
+        type(module).train(module, mode)
+
+
+@contextmanager
+def frozen_parts_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, `train()` leaves alone what is in evaluation although `model` is in training: a frozen part."""
+    inside = {m for module in model.modules() if not module.training for m in module.modules() if m is not module}
+    frozen = [m for m in model.modules() if model.training and not m.training and m not in inside]
+    with _shadowed(frozen, "train", _train_batch_norms):
+        yield
+
+
+def _train_batch_norms(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Batch norms look at their own mode after capture, too, so they are captured as ones that train."""
+    for inner in module.modules():
+        inner.training = mode and isinstance(inner, FOLLOW_THEIR_MODE)
+    return module
+
+
+@contextmanager
+def batch_norms_of_one_process(model: nn.Module) -> Iterator[None]:
+    """Inside, a `SyncBatchNorm` normalises by the batch of its own process: a graph cannot wait for others."""
+    synchronized = [m for m in model.modules() if type(m).forward is nn.SyncBatchNorm.forward]
+    with _shadowed(synchronized, "forward", nn.modules.batchnorm._BatchNorm.forward):
+        yield
+
+
+@contextmanager
+def _shadowed(modules: list[nn.Module], name: str, function: Callable[..., object]) -> Iterator[None]:
+    """Inside, the modules have `function` for a method `name`."""
+    for module in modules:
+        vars(module)[name] = MethodType(function, module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del vars(module)[name]

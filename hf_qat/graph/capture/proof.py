@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.graph.capture.clean import Extended
-from hf_qat.graph.capture.modes import modes_kept
+from hf_qat.graph.capture.modes import modes_kept, put_into_mode
 from hf_qat.graph.captured import CallSignature, CapturedGraph
 
 
@@ -59,7 +59,7 @@ def first_difference(
         return captured.compute(extended, inputs)
 
     with modes_kept(module):
-        module.train(captured.training)
+        put_into_mode(module, captured.training)
         theirs = _observe(module, _caller(module, captured.signature), tensors, gradients)
         ours = _observe(module, run_graph, tensors, gradients)
     return _compare(ours, theirs)
@@ -68,7 +68,7 @@ def first_difference(
 def runs(module: nn.Module, signature: CallSignature, tensors: Sequence[Tensor], training: bool) -> bool:
     """Whether the module's own forward takes these inputs in a mode; it is afterwards as before."""
     with modes_kept(module):
-        module.train(training)
+        put_into_mode(module, training)
         return not isinstance(_observe(module, _caller(module, signature), tensors, gradients=False), Exception)
 
 

@@ -58,24 +58,43 @@ def rewrite(captured: Mapping[str, CapturedModule]) -> None:
 
 @register_rewrite(aten.scaled_dot_product_attention.default)
 def _expand_attention(captured: CapturedModule, node: fx.Node) -> None:
-    """`scaled_dot_product_attention(q, k, v, mask)` → softmax(q kᵀ · scale + mask) v."""
-    target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    mask, query = given.get("attn_mask"), _value(node.args[0])
-    if given.get("is_causal") or given.get("enable_gqa") or (mask is not None and _value(mask).dtype == torch.bool):
+    """`scaled_dot_product_attention(q, k, v, mask)` → softmax(q kᵀ · scale + mask) v.
+
+    A mask of truth values says which keys a query sees; one that sees none gets zeros. Of grouped queries
+    (`enable_gqa`), each group reads the same keys and values.
+    """
+    given, emit = _arguments(node), emitter(node)
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    sizes = [_value(query).shape[-2], _value(key).shape[-2]]
+    if given.get("is_causal") and not all(isinstance(n, int) for n in sizes):
         return
+    if given.get("enable_gqa"):
+        key, value = (_repeat_heads(emit, x, int(_value(query).shape[-3])) for x in (key, value))
     scale = given.get("scale")
-    scale = 1 / math.sqrt(int(query.shape[-1])) if scale is None else scale
-    emit = emitter(node)
-    scores = emit(aten.matmul.default, node.args[0], emit(aten.transpose.int, node.args[1], -2, -1))
-    scores = emit(aten.mul.Tensor, scores, scale)
-    if mask is not None:
+    scores = emit(aten.matmul.default, query, emit(aten.transpose.int, key, -2, -1))
+    scores = emit(aten.mul.Tensor, scores, 1 / math.sqrt(int(_value(query).shape[-1])) if scale is None else scale)
+    mask, seeing = given.get("attn_mask"), None
+    if given.get("is_causal"):
+        seen = emit(aten.tril.default, emit(aten.new_ones.default, scores, sizes, dtype=torch.bool))
+        scores = emit(aten.where.ScalarOther, seen, scores, -math.inf)
+    elif mask is not None and _value(mask).dtype == torch.bool:
+        seeing = emit(aten.any.dim, mask, -1, True)
+        seen = emit(aten.logical_or.default, mask, emit(aten.logical_not.default, seeing))  # no row without a number
+        scores = emit(aten.where.ScalarOther, seen, scores, -math.inf)
+    elif mask is not None:
         scores = emit(aten.add.Tensor, scores, mask)
     attention = emit(aten.softmax.int, scores, -1)
     if given.get("dropout_p"):
         attention = emit(aten.dropout.default, attention, given["dropout_p"], True)
-    replace_node(node, emit(aten.matmul.default, attention, node.args[2]))
+    product = emit(aten.matmul.default, attention, value)
+    replace_node(node, product if seeing is None else emit(aten.where.ScalarOther, seeing, product, 0.0))
+
+
+def _repeat_heads(emit: Callable[..., fx.Node], x: Any, heads: int) -> Any:
+    """(…, G, S, E) → (…, heads, S, E): each of the G heads as often as it takes, one after the other."""
+    groups = int(_value(x).shape[-3])
+    sizes = [-1] * (_value(x).dim() - 3) + [groups, heads // groups, -1, -1]
+    return emit(aten.flatten.using_ints, emit(aten.expand.default, emit(aten.unsqueeze.default, x, -3), sizes), -4, -3)
 
 
 @register_rewrite(aten.baddbmm.default)
@@ -91,12 +110,11 @@ def _split_baddbmm(captured: CapturedModule, node: fx.Node) -> None:
 @register_rewrite(aten.avg_pool3d.default)
 def _divide_by_window(captured: CapturedModule, node: fx.Node) -> None:
     """Average pooling with a divisor of its own, which ONNX has not → the mean of each window times a constant."""
-    target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = _arguments(node)
     divisor = given.get("divisor_override")
     if divisor is None:
         return
+    target: Any = node.target
     x, axes, emit = node.args[0], 2 if target is aten.avg_pool2d.default else 3, emitter(node)
     kernel, stride, padding = (_sizes(given.get(name), axes) for name in ("kernel_size", "stride", "padding"))
     stride, padding = stride or kernel, padding or [0] * axes
@@ -210,8 +228,7 @@ def _average_whole_map(captured: CapturedModule, node: fx.Node) -> None:
 
     ONNX Runtime's integer kernel gives zeros for a window that is wider than the map.
     """
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = _arguments(node)
     size, kernel = _value(node.args[0]).shape[-2:], given["kernel_size"]
     covers = all(isinstance(n, int) and n <= k for n, k in zip(size, list(kernel) * 2, strict=False))
     if covers and not any(given.get("padding", ())) and given.get("divisor_override") is None:
@@ -261,6 +278,12 @@ def _recognise_frozen_norm(captured: CapturedModule, node: fx.Node) -> None:
         )
     norm.meta = dict(node.meta)
     replace_node(node, norm)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """What an operation is called with, by the names of its schema."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _value(node: Any) -> Tensor:

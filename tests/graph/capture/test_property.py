@@ -21,9 +21,6 @@ from tests.graph.capture.grammar import SIZE, Sentence
 #: Seeds of the sample that every change runs, and of all.
 SAMPLE, ALL = range(60), range(2000)
 
-#: Faults that are known, by seed: an xfail until they are mended.
-KNOWN = dict.fromkeys((37, 109, 227), "in evaluation, at a batch of one, the gradient of the input is another")
-
 #: Of all modules, so many may be refused.
 REFUSED = 0.1
 
@@ -75,6 +72,7 @@ def check(seed: int) -> str:
     except RuntimeError:
         return "fails in float"  # it writes over what its own backward pass needs
     model = copy.deepcopy(float_model)
+    keep_batch_norms_right(float_model)
     state = {name: value.clone() for name, value in float_model.state_dict().items()}
     try:
         prepare_qat(model, example_inputs=inputs(2))
@@ -97,6 +95,17 @@ def check(seed: int) -> str:
     return "whole graph" if "" in captured_modules(model) else "partly Python"
 
 
+def keep_batch_norms_right(model: nn.Module) -> None:
+    """Give batch norms what lies in memory as its shape says.
+
+    At a batch of one, on a transposed map, PyTorch 2.13 permutes the gradient of batch norm on a CPU; a test of
+    standalone batch norms has it by hand.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
+
+
 def load(model: nn.Module, state: dict[str, Tensor]) -> None:
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
@@ -113,7 +122,7 @@ def outcomes(seeds: range) -> Counter[str]:
     logging.getLogger("hf_qat").setLevel(logging.ERROR)
     counts: Counter[str] = Counter()
     wrong = []
-    for seed in (seed for seed in seeds if seed not in KNOWN):
+    for seed in seeds:
         try:
             counts[check(seed)] += 1
         except Exception as error:
@@ -129,11 +138,9 @@ def test_sixty_random_modules_are_themselves_or_refused():
     assert counts["whole graph"] >= 10 and counts["partly Python"] >= 5
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=pytest.mark.xfail(reason=r, strict=True)) for s, r in KNOWN.items()]
-)
-def test_a_module_that_is_known_to_be_another(seed):
-    assert check(seed)
+@pytest.mark.parametrize("seed", [37, 109, 227])
+def test_a_batch_norm_behind_an_attention_has_the_gradient_of_its_formula_at_a_batch_of_one(seed):
+    assert check(seed) == "whole graph"
 
 
 @pytest.mark.slow

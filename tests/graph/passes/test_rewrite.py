@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,69 @@ def test_a_rewrite_computes_the_same_at_any_batch_size(name):
     assert gone not in operations and operations >= set(come)
     for x, result in zip(inputs, expected, strict=True):
         torch.testing.assert_close(module(x), result)
+
+
+class Attention(nn.Module):
+    """`scaled_dot_product_attention` with what it may be asked for, between two linear layers."""
+
+    def __init__(self, heads: int, masked: bool, **options) -> None:
+        super().__init__()
+        self.heads, self.masked, self.options = heads, masked, options
+        groups = 2 if options.get("enable_gqa") else heads
+        self.query, self.rest = nn.Linear(8, heads * 4), nn.Linear(8, 2 * groups * 4)
+        self.last = nn.Linear(heads * 4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        query = self.query(x).unflatten(-1, (self.heads, 4)).transpose(1, 2)
+        key, value = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.rest(x).chunk(2, -1))
+        mask = mask[:, None, None] & mask[:, None, :, None] if self.masked else None
+        mixed = functional.scaled_dot_product_attention(query, key, value, mask, **self.options)
+        return self.last(mixed.transpose(1, 2).flatten(2))
+
+
+ATTENTIONS = {
+    "mask of truth values": (4, True, {}),
+    "causal": (4, False, {"is_causal": True}),
+    "grouped queries": (4, False, {"enable_gqa": True}),
+    "grouped queries with a mask and a scale": (6, True, {"enable_gqa": True, "scale": 0.3}),
+    "dropout": (4, True, {"dropout_p": 0.3}),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_with_any_argument_is_quantized_and_is_that_of_torch_in_outputs_and_gradients(name):
+    heads, masked, options = ATTENTIONS[name]
+    torch.manual_seed(0)
+    float_model = Attention(heads, masked, **options)
+    x = torch.randn(4, 6, 8)
+    mask = torch.arange(6) < torch.tensor([6, 3, 1, 0])[:, None]  # the last image has nothing to attend to
+    model = copy.deepcopy(float_model)
+    prepare_qat(model, QATConfig(), (x, mask))
+    operations = {str(node.target).split(".")[1] for node in model.graph.nodes if "." in str(node.target)}
+    assert operations >= {"matmul", "softmax"} and "scaled_dot_product_attention" not in operations
+    outputs, gradients = [], []
+    for m in (model, float_model):
+        torch.manual_seed(1)
+        with fake_quant_disabled(model):
+            outputs.append(m(x, mask))
+        outputs[-1].square().sum().backward()
+        gradients.append({name: p.grad for name, p in m.named_parameters() if "_quantizer" not in name})
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "dropout"])
+def test_attention_with_any_argument_is_exported_quantized(name, tmp_path):
+    heads, masked, options = ATTENTIONS[name]
+    torch.manual_seed(0)
+    float_model = Attention(heads, masked, **options).eval()
+    x = torch.randn(8, 6, 8)
+    mask = torch.arange(6) < torch.tensor([6, 3, 1, 0, 5, 4, 2, 6])[:, None]
+    expected = float_model(x, mask)
+    model = calibrate(prepare_qat(copy.deepcopy(float_model), QATConfig(), (x, mask)), [(x, mask)])
+    assert (model(x, mask) - expected).norm() < 0.1 * expected.norm()
+    report = export_onnx(convert(model), tmp_path / "attention.onnx", (x, mask))
+    assert report.plain.relative_error < 0.01 and report.optimized.relative_error < 0.01
 
 
 def test_windows_that_overlap_stay_an_unfolding():

@@ -1,0 +1,51 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_qat import fake_quant_disabled, prepare_qat
+from hf_qat.errors import CaptureError
+from hf_qat.graph.capture.foreign_random import refusing_foreign_random_numbers
+from hf_qat.graph.captured import captured_modules
+
+
+DRAWS = {"Python": random.random, "numpy": np.random.rand}
+
+
+class LayerDrop(nn.Module):
+    """Leaves out its layer in every second step of training (Fan 2019)."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.first, self.second, self.draw = nn.Linear(4, 4), nn.Linear(4, 4), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x if self.training and self.draw() < 0.5 else self.second(x)
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_layers_are_dropped_at_random_in_every_step_and_the_model_says_that_it_is_python(kind, caplog):
+    torch.manual_seed(0)
+    float_model, x = LayerDrop(DRAWS[kind]), torch.randn(3, 4)
+    expected = [float_model.second(float_model.first(x)), float_model.first(x)]
+    model = prepare_qat(float_model, example_inputs=x).train()
+    assert f"draws random numbers of {kind}" in caplog.text
+    assert [*captured_modules(model)] == ["first", "second"]
+    random.seed(0), np.random.seed(0)
+    with fake_quant_disabled(model):
+        steps = [model(x) for _ in range(20)]
+    which = [[torch.allclose(step, y, atol=1e-6) for y in expected] for step in steps]
+    assert {tuple(w) for w in which} == {(True, False), (False, True)}
+
+
+def test_the_state_of_the_numbers_is_afterwards_as_before():
+    random.seed(3), np.random.seed(3)
+    expected = random.random(), np.random.rand()
+    random.seed(3), np.random.seed(3)
+    with pytest.raises(CaptureError, match="draws random numbers of Python"):
+        with refusing_foreign_random_numbers("body"):
+            random.random(), np.random.rand()
+    assert (random.random(), np.random.rand()) == expected

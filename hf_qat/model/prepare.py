@@ -21,6 +21,8 @@ from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
 from hf_qat.model.finite import require_finite
 from hf_qat.model.plan import make_plan
+from hf_qat.model.python_code import operations_in_python
+from hf_qat.model.quantized_share import warn_of_float_layers
 from hf_qat.model.rollback import unchanged_on_failure
 from hf_qat.model.saved_config import attach_quantization_config
 from hf_qat.model.state import STATE, QATState, state_of
@@ -104,6 +106,7 @@ def _prepare(
     """The passes, in order; what one raises leaves the model half changed."""
     _use_eager_attention(model)
     captured = capture(model, inputs, parts, labels)
+    in_python = operations_in_python(model, captured, inputs, parts.excluded)
     plan = make_plan(model, captured, config, inputs)
     found = operations(captured)
     _drop_out_of_place(model)
@@ -121,9 +124,10 @@ def _prepare(
         module.remember_places()
     initialize_weight_scales(model)
     install_hooks(model)
-    object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured)))
+    object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured), in_python))
     if isinstance(model, PreTrainedModel):
         attach_quantization_config(model, config, inputs, found)
+    warn_of_float_layers(model)
 
 
 def _use_eager_attention(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
 """The captured module: the child itself, its class exchanged for one that runs FX graphs behind the same signature.
 
 Parameters, buffers, submodules and attributes stay where they were, so state-dict keys, `config`, `isinstance` and
-whatever outer code reads of the child go on working. There is one graph for evaluation and one for training, over the
-same parameters, layers and quantizers.
+whatever outer code reads of the child go on working. There is a graph for each way in which it is called, in
+evaluation and in training, over the same parameters, layers and quantizers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError, StageError, listed
+from hf_qat.graph.leading_axes import takes_leading_axes
 from hf_qat.graph.nodes import short_name
 from hf_qat.graph.stored_graph import restore_graph, store_graph
 from hf_qat.quantization.class_swap import MADE_BY, swap_class
@@ -207,6 +208,14 @@ class CapturedGraph:
         """Whether the shapes are among those that were captured."""
         return len(tensors) == len(self.shapes) and all(map(_fits, tensors, self.shapes))
 
+    def takes(self, module: nn.Module, call: CallSignature, tensors: Sequence[Tensor]) -> bool:
+        """Whether the graph computes what `module` does in this call."""
+        if not self.signature.same_constants(call) or len(tensors) != len(self.shapes):
+            return False
+        if self.fits(tensors):
+            return True
+        return all(map(_ends_alike, tensors, self.shapes)) and takes_leading_axes(module, self.graph)
+
     def compute(self, module: object, tensors: Sequence[Tensor]) -> Any:
         """Run on flat tensors; the result has the structure of the original forward's."""
         outputs = iter(self.run(module, *tensors))
@@ -229,6 +238,11 @@ class Place(NamedTuple):
 
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
     return tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+
+
+def _ends_alike(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
+    """Whether the last axis is as captured; there is one beside it."""
+    return tensor.dim() > 1 and len(shape) > 1 and tensor.shape[-1] == shape[-1]
 
 
 class CapturedModule(nn.Module):
@@ -294,7 +308,7 @@ class CapturedModule(nn.Module):
     def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
         of_mode = [captured for captured in self.graphs if captured.training == self.training] or self.graphs[:1]
         for captured in of_mode:
-            if captured.signature.same_constants(call) and captured.fits(tensors):
+            if captured.takes(self, call, tensors):
                 return captured
         raise _not_captured(type(self).__name__, of_mode[0], call, tensors)
 

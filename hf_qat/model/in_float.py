@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hf_qat.graph.nodes import short_name
-from hf_qat.model.state import captured_children
+from hf_qat.model.state import captured_children, state_of
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class FloatOperation:
 
 
 def float_operations(model: nn.Module) -> list[FloatOperation]:
-    """The operations of the captured children that stay in float, in the order of their graphs.
+    """The operations of the captured children that stay in float, in the order of their graphs, and then the layers
+    and products of Python code that could not be captured.
 
     Children that are not captured, because the config excludes them, run their own Python and are not looked into.
     """
-    return [
-        FloatOperation(path, short_name(operation), reason)
-        for child in captured_children(model).values()
-        for path, operation, reason in child.float_operations
-    ]
+    state = state_of(model)
+    found = [found for child in captured_children(model).values() for found in child.float_operations]
+    in_python = [] if state is None else state.in_python
+    return [FloatOperation(path, short_name(operation), reason) for path, operation, reason in (*found, *in_python)]
 
 
 def by_reason(operations: Sequence[FloatOperation]) -> dict[str, dict[str, list[str]]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
 from hf_qat.model.finite import require_finite
 from hf_qat.model.plan import make_plan
+from hf_qat.model.python_code import operations_in_python
+from hf_qat.model.quantized_share import warn_of_float_layers
 from hf_qat.model.rollback import unchanged_on_failure
 from hf_qat.model.saved_config import attach_quantization_config
 from hf_qat.model.state import STATE, QATState, state_of
@@ -32,7 +35,12 @@ from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: Inputs | None = None) -> Model:
+def prepare_qat(
+    model: Model,
+    config: QATConfig | None = None,
+    example_inputs: Inputs | None = None,
+    labels: Mapping[str, Any] | None = None,
+) -> Model:
     """Make `model` compute as the target will, in place: capture, plan, rewrite, fuse, place, connect.
 
     Parameters stay the same objects under the same names, so an optimizer made before goes on working; the quantizers
@@ -42,7 +50,9 @@ def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: I
         model: any `nn.Module`, a Hugging Face one or not.
         config: the recipe; `QATConfig()` if left out.
         example_inputs: a tensor, a tuple or a dict, as forward takes it, batch first; guessed from the config of a
-            Hugging Face vision model.
+            Hugging Face vision model. With labels among them, by their usual names, the model is also run as a step
+            of training runs it: detectors call their parts otherwise then, with more queries, masks or axes.
+        labels: further labels, by the names that forward has for them.
 
     Returns:
         The same object.
@@ -64,7 +74,7 @@ def prepare_qat(model: Model, config: QATConfig | None = None, example_inputs: I
     config.check_globs([path for path, _ in model.named_modules() if path])
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
     require_finite(model, "prepare")
-    return prepare_parts(model, config, inputs, Parts(config.excludes))
+    return prepare_parts(model, config, inputs, Parts(config.excludes), labels)
 
 
 def _require_float32(model: nn.Module) -> None:
@@ -77,21 +87,26 @@ def _require_float32(model: nn.Module) -> None:
             )
 
 
-def prepare_parts(model: Model, config: QATConfig, inputs: Inputs, parts: Parts) -> Model:
+def prepare_parts(
+    model: Model, config: QATConfig, inputs: Inputs, parts: Parts, labels: Mapping[str, Any] | None = None
+) -> Model:
     """`prepare_qat`, for a checkpoint that says which parts are captured.
 
     Raises:
         CaptureError: one of them cannot become a graph.
     """
     with unchanged_on_failure(model):
-        _prepare(model, config, inputs, parts)
+        _prepare(model, config, inputs, parts, labels)
     return model
 
 
-def _prepare(model: nn.Module, config: QATConfig, inputs: Inputs, parts: Parts) -> None:
+def _prepare(
+    model: nn.Module, config: QATConfig, inputs: Inputs, parts: Parts, labels: Mapping[str, Any] | None
+) -> None:
     """The passes, in order; what one raises leaves the model half changed."""
     _use_eager_attention(model)
-    captured = capture(model, inputs, parts)
+    captured = capture(model, inputs, parts, labels)
+    in_python = operations_in_python(model, captured, inputs, parts.excluded)
     plan = make_plan(model, captured, config, inputs)
     found = operations(captured)
     _drop_out_of_place(model)
@@ -109,9 +124,10 @@ def _prepare(model: nn.Module, config: QATConfig, inputs: Inputs, parts: Parts) 
         module.remember_places()
     initialize_weight_scales(model)
     install_hooks(model)
-    object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured)))
+    object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured), in_python))
     if isinstance(model, PreTrainedModel):
         attach_quantization_config(model, config, inputs, found)
+    warn_of_float_layers(model)
 
 
 def _use_eager_attention(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -24,11 +24,13 @@ class QATState:
         config: the recipe.
         stage: how far the model has come.
         captured: paths of the captured children, in the order of their first call.
+        in_python: (module path, operation, reason) of layers and products that run outside them, in float.
     """
 
     config: QATConfig
     stage: Stage
     captured: list[str]
+    in_python: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 def state_of(model: nn.Module) -> QATState | None:

@@ -51,11 +51,11 @@ def first_inputs(trainer: Trainer, model: nn.Module, count: int) -> list[dict[st
 def inputs_of(trainer: Trainer, model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """What a training step gives the trainer's model for each batch of `loader`, without labels."""
     for batch in loader:
-        yield _received(trainer, model, batch)
+        yield without_labels(trainer, _received(trainer, model, batch))
 
 
 def example_inputs(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training step gives `model` for a batch, without labels; where the step cannot run yet, the batch itself.
+    """What a training step gives `model` for a batch, with labels; where the step cannot run yet, the batch itself.
 
     A subclass of the user's may have attributes that its constructor sets after that of the trainer.
     """
@@ -63,7 +63,7 @@ def example_inputs(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any])
         return _received(trainer, model, batch)
     except Exception as error:
         logger.warning(f"The first batch is captured as the data has it, as training_step cannot run yet: {error}")
-        return without_labels(trainer, batch)
+        return dict(batch)
 
 
 def without_labels(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class _Stop(BaseException):
 
 
 def _received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model is called with in a training step on `batch`, which ends there; without labels."""
+    """What the model is called with in a training step on `batch`, which ends there."""
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = inspect.signature(model.forward).parameters
@@ -90,7 +90,7 @@ def _received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> d
         with modes_kept(model):
             trainer.training_step(model, dict(batch))
     except _Stop as stopped:
-        return without_labels(trainer, stopped.inputs)
+        return stopped.inputs
     finally:
         handle.remove()
     model.zero_grad()

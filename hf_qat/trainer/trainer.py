@@ -158,11 +158,13 @@ class QATTrainer(Trainer):
         self.model, self._record, self._loss_facts = model, reset_record(model), None
         self._first_batch = first_batch(self)
         distributed.synchronize_initial_model(self, model)
-        inputs = None if self._first_batch is None else example_inputs(self, model, self._first_batch)
+        received = None if self._first_batch is None else example_inputs(self, model, self._first_batch)
+        inputs = None if received is None else without_labels(self, received)
         teacher = copy.deepcopy(model) if self._teacher == "float" else self._teacher
         if state_of(model) is None:
             with random_state_kept(self.args.device):
-                prepare_qat(model, self._qat_config, inputs)
+                labels = {name: value for name, value in (received or {}).items() if name not in (inputs or {})}
+                prepare_qat(model, self._qat_config, inputs, labels)
         if isinstance(teacher, nn.Module):
             temperature = require_stage(model, Stage.PREPARED, "train").config.distillation_temperature
             self.distillation = Distillation(teacher, temperature, self.args.device)

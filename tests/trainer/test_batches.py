@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hf_qat.errors import CalibrationError
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.batches import first_batch, first_inputs, inputs_of, without_labels
 from hf_qat.trainer.trainer import QATTrainer
+from tests.graph.capture.test_ways import MoreQueries, boxes
 from tests.models import resnet
 from tests.training import arguments, images, recipe
 
@@ -142,3 +144,20 @@ def test_an_attribute_that_is_set_after_the_constructor_may_be_missing_in_it(tmp
     trainer = Mine(resnet(), arguments(tmp_path), train_dataset=images(16), divisor=2.0)
     trainer.train()
     assert trainer.state.global_step == 4
+
+
+def test_a_detector_that_makes_queries_of_its_labels_trains(tmp_path: Path):
+    """One graph for each call of its parts is there before the optimizer, whatever the first batch shows."""
+    rows = [{"pixel_values": torch.randn(6, 8), "labels": boxes(k % 4)[0]} for k in range(8)]
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "pixel_values": torch.stack([x["pixel_values"] for x in batch]),
+            "labels": [x["labels"] for x in batch],
+        }
+
+    trainer = QATTrainer(MoreQueries(), arguments(tmp_path), train_dataset=rows, data_collator=collate)
+    names = [name for name, _ in trainer.model.named_parameters()]
+    trainer.train()
+    assert trainer.state.global_step > 0
+    assert [name for name, _ in trainer.model.named_parameters()] == names

@@ -8,21 +8,25 @@ it calls are captured instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import CaptureError
+from hf_qat.graph.capture.call_record import CallRecord, Search
 from hf_qat.graph.capture.clean import Constants, copy_outputs
-from hf_qat.graph.capture.dry_run import CallRecord, dry_runs, links, training_records, whole_call
+from hf_qat.graph.capture.dry_run import BATCH_SIZES, dry_runs, whole_call
 from hf_qat.graph.capture.exporting import export_call
 from hf_qat.graph.capture.guards import shape_at
-from hf_qat.graph.capture.inputs import Inputs, accepts_labels
+from hf_qat.graph.capture.inputs import Inputs, accepts_labels, labels_in
+from hf_qat.graph.capture.links import links
 from hf_qat.graph.capture.modes import batch_norms_of_one_process, evaluating, frozen_parts_kept
 from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
+from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals
 from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks, without_user_hooks
 from hf_qat.quantization.class_swap import require_free_names
 
@@ -31,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: Batch sizes, beside that of the examples, at which a graph is compared with its module: one, and an odd one.
 PROVEN_SIZES = (1, 5)
+
+#: Graphs that one part may have: each is exported and proven, which takes time.
+MAX_GRAPHS = 8
 
 #: Size of the change of the example inputs in that comparison, relative to their spread.
 PERTURBATION = 0.1
@@ -60,7 +67,9 @@ class _Candidate:
     constants: Constants
 
 
-def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dict[str, CapturedModule]:
+def capture(
+    model: nn.Module, inputs: Inputs, parts: Parts | None = None, labels: Mapping[str, Any] | None = None
+) -> dict[str, CapturedModule]:
     """Turn the children that `model` calls into captured modules, in place.
 
     Args:
@@ -68,6 +77,7 @@ def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dic
             part cannot be captured, its own children are, and the rest of it stays float.
         inputs: example inputs; the first axis of every tensor is the batch.
         parts: which parts to capture; all that prove to be possible if left out.
+        labels: what training passes beside, and inference does not; those of the usual names may be among `inputs`.
 
     Returns:
         The captured modules by path ("" for the model itself), in the order in which they are first called. A link
@@ -79,7 +89,7 @@ def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dic
     """
     parts = Parts() if parts is None else parts
     with frozen_parts_kept(model), batch_norms_of_one_process(model), evaluating(model):
-        candidates = _candidates(model, inputs, parts)
+        candidates = _candidates(model, inputs, {**labels_in(inputs), **(labels or {})}, parts)
     # Only now, when nothing can fail any more, is the model changed.
     calls = [candidate.call for candidate in candidates]
     captured = {}
@@ -93,34 +103,35 @@ def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dic
     return captured
 
 
-def _candidates(model: nn.Module, inputs: Inputs, parts: Parts) -> list[_Candidate]:
+def _candidates(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], parts: Parts) -> list[_Candidate]:
     """The parts that can be captured: the whole, or the children, or where that fails, the next finer parts."""
     errors: dict[str, CaptureError] = {}
-    if _starts_whole(model, parts):
+    if _starts_whole(model, labels, parts):
         call = whole_call(model, inputs)
         try:
-            return [_try(call, call, parts)]
+            return [_try(call, [Way(False, call), Way(True, call)], parts)]
         except CaptureError as error:
             if parts.paths is not None:
                 raise
             errors[""] = error
     found: dict[str, _Candidate] = {}
-    opened = {""} if parts.paths is None else _ancestors(parts.paths)
+    search = Search(parts.excluded, {""} if parts.paths is None else _ancestors(parts.paths))
     while True:
-        calls = [call for call in dry_runs(model, inputs, parts.excluded, opened) if _is_wanted(call.path, parts)]
-        in_training = training_records(model, inputs, calls, parts.excluded, opened) if parts.training else {}
+        calls, search = dry_runs(model, inputs, search)
+        calls = [call for call in calls if _is_wanted(call.path, parts)]
+        seen = rehearsals(model, inputs, labels, search) if parts.training else Rehearsals(None, {})
         failed: dict[str, CaptureError] = {}
         for call in calls:
             if call.path in found or call.path in errors:
                 continue
             try:
-                found[call.path] = _try(call, in_training.get(call.path, call), parts)
+                found[call.path] = _try(call, seen.ways(call), parts)
             except CaptureError as error:
                 if parts.paths is not None:
                     raise
                 failed[call.path] = error
         errors |= failed
-        opened |= failed.keys()
+        search = Search(parts.excluded, {*search.opened, *failed})
         if not failed:
             break
     captured = [call for call in calls if call.path in found]
@@ -131,8 +142,8 @@ def _candidates(model: nn.Module, inputs: Inputs, parts: Parts) -> list[_Candida
     return [_with_call(found[call.path], call) for call in captured]
 
 
-def _starts_whole(model: nn.Module, parts: Parts) -> bool:
-    return not accepts_labels(model) if parts.paths is None else "" in parts.paths
+def _starts_whole(model: nn.Module, labels: Mapping[str, Any], parts: Parts) -> bool:
+    return not accepts_labels(model, labels) if parts.paths is None else "" in parts.paths
 
 
 def _ancestors(paths: Collection[str]) -> set[str]:
@@ -149,37 +160,50 @@ def _with_call(candidate: _Candidate, call: CallRecord) -> _Candidate:
     return _Candidate(call, candidate.graphs, candidate.constants)
 
 
-def _try(call: CallRecord, in_training: CallRecord, parts: Parts) -> _Candidate:
-    """Export a part in both modes, and prove it.
+def _try(call: CallRecord, ways: list[Way], parts: Parts) -> _Candidate:
+    """Export a part in every way in which it is called, and prove it.
 
     Raises:
         CaptureError: it cannot be exported, or computes something else than its graph.
     """
     _require_no_hooks(call)
     require_free_names(call.module, CapturedModule)
+    if len(ways) > MAX_GRAPHS:
+        raise CaptureError(
+            f"{_name(call)} is called in {len(ways)} ways (other arguments, or numbers of axes), and may have "
+            f"{MAX_GRAPHS} graphs"
+        )
     constants = Constants(call.module)
+    graphs: list[CapturedGraph] = []
+    proves = parts.paths is None and not _is_on_meta(call.module)
     with without_user_hooks(call.module):
-        graphs = [export_call(call, False, constants)]
-        if parts.training:
-            graphs += _training_graph(in_training, constants)
-        if parts.paths is None and not _is_on_meta(call.module):
-            for graph, record in zip(graphs, (call, in_training), strict=False):
-                _prove(record, graph, constants)
+        for way in ways:
+            graph = _graph_of(way, graphs, constants) if parts.training or not way.training else None
+            if graph is not None:
+                graphs.append(graph)
+                if proves:
+                    _prove(way.calls, graph, constants)
     return _Candidate(call, graphs, constants)
 
 
-def _training_graph(record: CallRecord, constants: Constants) -> list[CapturedGraph]:
-    """The graph of training, if the part computes anything in training: batch norm without an epsilon does not.
+def _graph_of(way: Way, graphs: list[CapturedGraph], constants: Constants) -> CapturedGraph | None:
+    """The graph of one way; `None` where an earlier one takes its tensors, or the part computes nothing in training.
+
+    Batch norm without an epsilon, for instance, does not train.
 
     Raises:
         CaptureError: it does, and cannot be exported.
     """
+    record = way.calls
+    of_mode = [graph for graph in graphs if graph.training == way.training]
+    if any(graph.takes(record.module, record.signatures[0], x) for graph in of_mode for x in record.inputs):
+        return None
     try:
-        return [export_call(record, True, constants)]
+        return export_call(record, way.training, constants)
     except CaptureError:
-        if runs(record.module, record.signatures[0], record.inputs[0], training=True):
+        if not way.training or runs(record.module, record.signatures[0], record.inputs[0], training=True):
             raise
-        return []
+        return None
 
 
 def _require_no_hooks(call: CallRecord) -> None:
@@ -201,10 +225,13 @@ def _prove(record: CallRecord, graph: CapturedGraph, constants: Constants) -> No
     """
     numbering, costly = Numbering(), is_costly(graph.graph)
     samples = [record.inputs[0]]
-    sizes = graph.doubtful_sizes if graph.training else (*PROVEN_SIZES, *graph.doubtful_sizes)
-    others = [sample for size in sizes if (sample := _sample(record, size)) is not None]
-    # Batch norm in training takes no batch of one.
-    samples = others if others and costly and not graph.training else samples + others
+    if graph.training and len(record.inputs) > len(BATCH_SIZES):  # its sizes depend on the labels, too
+        samples.append(record.inputs[-1])
+    else:
+        sizes = graph.doubtful_sizes if graph.training else (*PROVEN_SIZES, *graph.doubtful_sizes)
+        others = [sample for size in sizes if (sample := _sample(record, size)) is not None]
+        # Batch norm in training takes no batch of one.
+        samples = others if others and costly and not graph.training else samples + others
     for sample in samples:
         gradients = sample is samples[0] or not costly
         if costly and known_equal(record.module, graph, constants.values, sample, gradients, numbering):

@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.batch_norm_names import restore_batch_norms
+from hf_qat.graph.capture.call_record import CallRecord
 from hf_qat.graph.capture.clean import Constants, UnclearWriteError, clean
-from hf_qat.graph.capture.dry_run import CallRecord
 from hf_qat.graph.capture.foreign_random import refusing_foreign_random_numbers
 from hf_qat.graph.capture.guards import doubtful_sizes
 from hf_qat.graph.capture.modes import modes_kept, put_into_mode

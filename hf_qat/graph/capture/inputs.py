@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,18 @@ def with_batch(inputs: Inputs, size: int, device: torch.device) -> tuple[tuple[A
     return args, kwargs
 
 
-def accepts_labels(model: nn.Module) -> bool:
-    """Whether `forward` takes labels: a task model, whose children are captured and whose loss stays its own."""
-    return not LABEL_NAMES.isdisjoint(inspect.signature(model.forward).parameters)
+def labels_in(inputs: Inputs) -> dict[str, Any]:
+    """What of example inputs are labels, by their usual names."""
+    if not isinstance(inputs, Mapping):
+        return {}
+    return {name: value for name, value in inputs.items() if name in LABEL_NAMES and value is not None}
+
+
+def accepts_labels(model: nn.Module, labels: Collection[str] = ()) -> bool:
+    """Whether `forward` takes labels: a task model, whose children are captured and whose loss stays its own.
+
+    Args:
+        model: any.
+        labels: names of labels beside the usual ones.
+    """
+    return not {*LABEL_NAMES, *labels}.isdisjoint(inspect.signature(model.forward).parameters)

@@ -1,4 +1,4 @@
-"""Change the mode of a model for a while, and put every module back into the one that it was in."""
+"""Change the mode of a model for a while, or run it, and leave every module as it was."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 
+import torch
 from torch import nn
 
 from hf_qat.graph.captured import FOLLOW_THEIR_MODE
@@ -74,3 +75,15 @@ def _shadowed(modules: list[nn.Module], name: str, function: Callable[..., objec
     finally:
         for module in modules:
             del vars(module)[name]
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` may write to its buffers; it gets their values back."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

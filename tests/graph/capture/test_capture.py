@@ -326,9 +326,22 @@ class TwoWays(nn.Module):
         return self.child(x, (x, x), scale=1.0)["sum"] + self.child(x, (x, x), scale=3.0)["sum"]
 
 
-def test_a_child_that_is_called_in_two_ways_is_refused():
-    with pytest.raises(CaptureError, match=r"child is called in two ways .*exclude='child'"):
-        capture(TwoWays(), torch.randn(2, 4))
+def test_a_child_that_is_called_in_two_ways_has_a_graph_for_each():
+    model, twin = TwoWays(), TwoWays()
+    assert len(capture(model, torch.randn(2, 4))["child"].graphs) == 4  # two of evaluation, two of training
+    x = torch.randn(5, 4)
+    for mode in (False, True):
+        assert torch.equal(model.train(mode)(x), twin(x))
+
+
+class ManyWays(TwoWays):
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return sum(self.child(x, (x, x), scale=float(k))["sum"] for k in range(1, 6))
+
+
+def test_a_child_that_is_called_in_too_many_ways_is_refused():
+    with pytest.raises(CaptureError, match=r"child is called in 10 ways .* 8 graphs"):
+        capture(ManyWays(), torch.randn(2, 4))
 
 
 def test_example_inputs_on_which_the_model_does_not_run_are_named():

@@ -1,0 +1,134 @@
+"""What the parts of a model receive and return while it runs: recorded, call by call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hf_qat.graph.captured import CallSignature, flatten_call
+
+
+#: Modules that do no tensor work of their own outside training.
+IDLE = (nn.Dropout, nn.Dropout2d, nn.Identity)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which modules of a model are its parts.
+
+    Attributes:
+        excluded: says of a path whether it is left alone.
+        opened: paths of the modules whose children are parts one by one; `""` is the model.
+    """
+
+    excluded: Callable[[str], bool] = lambda path: False
+    opened: Collection[str] = ("",)
+
+    def parts(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """Children of the opened modules in order, each once; what a bare container holds is its owner's child."""
+        seen: set[int] = set()
+        for path in sorted(self.opened):
+            for name, child in _children(model.get_submodule(path), f"{path}." if path else ""):
+                if name not in self.opened and not self.excluded(name) and id(child) not in seen:
+                    seen.add(id(child))
+                    yield name, child
+
+
+def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _children(child, f"{path}.")
+        elif not isinstance(child, IDLE):
+            yield path, child
+
+
+@dataclass
+class CallRecord:
+    """What one part received and returned, in order; `inputs` hold the tensors of each call.
+
+    `written` has the positions of outputs that the caller has written to in place.
+    """
+
+    path: str
+    module: nn.Module
+    signatures: list[CallSignature] = field(default_factory=list)
+    inputs: list[list[Tensor]] = field(default_factory=list)
+    outputs: list[list[Tensor]] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)
+    _versions: list[list[int]] = field(default_factory=list)
+
+    def add_call(self, signature: CallSignature, tensors: list[Tensor], output: Any) -> None:
+        """Note a call, the tensors in its output, and what was written to them so far."""
+        self.signatures.append(signature)
+        self.inputs.append(tensors)
+        self.outputs.append([leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)])
+        self._versions.append([leaf._version for leaf in self.outputs[-1]])
+
+    def extend(self, other: CallRecord) -> None:
+        """Append the records of another run of the same part."""
+        self.signatures += other.signatures
+        self.inputs += other.inputs
+        self.outputs += other.outputs
+        self.written |= other.written
+
+    def compare_versions(self) -> None:
+        """Fill `written`, after the run."""
+        for outputs, versions in zip(self.outputs, self._versions, strict=True):
+            pairs = enumerate(zip(outputs, versions, strict=True))
+            self.written |= {k for k, (output, version) in pairs if output._version != version}
+
+
+#: Path of a part → how it was called.
+Records = dict[str, CallRecord]
+
+
+def record_run(model: nn.Module, search: Search, run: Callable[[], Any]) -> Records:
+    """How each part of `model` is called in `run`, in the order of the first call."""
+    recorded: Records = {}
+    with _recording(list(search.parts(model)), recorded):
+        run()
+    for calls in recorded.values():
+        calls.compare_versions()
+    return recorded
+
+
+@contextmanager
+def _recording(candidates: list[tuple[str, nn.Module]], recorded: Records) -> Iterator[None]:
+    """Shadow `forward` of every candidate, which catches `child(...)` and `child.forward(...)` alike."""
+    depth = [0]
+    shadowed: list[nn.Module] = []
+
+    def shadow(path: str, child: nn.Module) -> None:
+        original = child.forward
+        signature = inspect.signature(original)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            if depth[0]:
+                return original(*args, **kwargs)
+            call_signature, tensors = flatten_call(signature, args, kwargs)  # the part may write into its arguments
+            depth[0] += 1
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+            recorded.setdefault(path, CallRecord(path, child)).add_call(call_signature, tensors, output)
+            return output
+
+        record.__signature__ = signature  # type: ignore[attr-defined]
+        child.forward = record
+        shadowed.append(child)
+
+    for path, child in candidates:
+        shadow(path, child)
+    try:
+        yield
+    finally:
+        for child in shadowed:
+            del child.forward

@@ -1,0 +1,138 @@
+"""The ways in which a part is called: evaluation, training, and what labels make of both. Each gets a graph.
+
+Labels add queries and attention masks (denoising), or an axis (losses on every layer of a decoder). All graphs of a
+part are over the same modules and quantizers, and there before an optimizer is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_qat.graph.capture.call_record import CallRecord, Records, Search
+from hf_qat.graph.capture.dry_run import BATCH_SIZES, forward
+from hf_qat.graph.capture.inputs import Inputs, device_of, with_batch
+from hf_qat.graph.capture.labelled import FIXED, VARIED, LabelSize, resize_labels
+from hf_qat.graph.capture.rehearsal import Run, rehearse
+from hf_qat.graph.captured import CallSignature
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in which a part is called.
+
+    Attributes:
+        training: the mode.
+        calls: of one signature, with tensors of as many axes; they differ in sizes only.
+    """
+
+    training: bool
+    calls: CallRecord
+
+
+@dataclass(frozen=True)
+class Rehearsals:
+    """How the parts of a model are called otherwise than in the dry runs; `None` where it does not run.
+
+    Attributes:
+        training: in training without labels.
+        labelled: by mode, with labels.
+    """
+
+    training: Records | None
+    labelled: Mapping[bool, Records | None]
+
+    def ways(self, call: CallRecord) -> list[Way]:
+        """All ways in which a part is called; evaluation without labels comes first."""
+        return [
+            *_by_signature(False, [call, *self._labelled(call, False)]),
+            *_by_signature(True, [*self._in_training(call), *self._labelled(call, True)]),
+        ]
+
+    def _labelled(self, call: CallRecord, training: bool) -> list[CallRecord]:
+        seen = (self.labelled.get(training) or {}).get(call.path)
+        return [] if seen is None else [_on_device(call, seen)]
+
+    def _in_training(self, call: CallRecord) -> list[CallRecord]:
+        """As in evaluation, unless training itself shows otherwise."""
+        seen = (self.training or {}).get(call.path)
+        if seen is None:
+            return [] if self.training is None and self._labelled(call, True) else [call]
+        return [call if _called_alike(call, seen) else _on_device(call, seen)]
+
+
+def rehearsals(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], search: Search) -> Rehearsals:
+    """Run the model in training, and with labels in both modes."""
+    plain = [partial(forward, inputs=inputs, size=size) for size in BATCH_SIZES]
+    return Rehearsals(
+        training=rehearse(model, True, plain, search),
+        labelled={mode: _with_labels(model, mode, inputs, labels, search) for mode in (False, True) if labels},
+    )
+
+
+def _with_labels(
+    model: nn.Module, training: bool, inputs: Inputs, labels: Mapping[str, Any], search: Search
+) -> Records | None:
+    for sizes in (VARIED, FIXED):
+        runs: list[Run] = [partial(_labelled_forward, inputs=inputs, labels=labels, size=size) for size in sizes]
+        seen = rehearse(model, training, runs, search)
+        if seen is not None:
+            return seen
+    return None
+
+
+def _labelled_forward(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], size: LabelSize) -> Any:
+    device = device_of(model)
+    args, kwargs = with_batch(inputs, size.images, device)
+    return model(*args, **kwargs, **resize_labels(labels, size, device))
+
+
+def _on_device(call: CallRecord, seen: CallRecord) -> CallRecord:
+    """The record of a rehearsal for the part itself: where it ran without weights, with random inputs."""
+    device = device_of(call.module)
+    inputs = [[_random_like(x).to(device) for x in tensors] for tensors in seen.inputs]
+    return CallRecord(call.path, call.module, seen.signatures, inputs, written=seen.written)
+
+
+def _called_alike(call: CallRecord, seen: CallRecord) -> bool:
+    pairs = zip(call.signatures, seen.signatures, strict=False)
+    shapes = ([[x.shape for x in tensors] for tensors in record.inputs] for record in (call, seen))
+    return all(a.same_constants(b) for a, b in pairs) and next(shapes) == next(shapes)
+
+
+def _random_like(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "meta":
+        return tensor
+    if tensor.is_floating_point():
+        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _by_signature(training: bool, records: Iterable[CallRecord]) -> list[Way]:
+    """The calls of all records, those of one signature and as many axes together, each size once."""
+    ways: list[Way] = []
+    for record in records:
+        for signature, tensors in zip(record.signatures, record.inputs, strict=True):
+            way = next((way for way in ways if _belongs(signature, tensors, way.calls)), None)
+            if way is None:
+                way = Way(training, CallRecord(record.path, record.module))
+                ways.append(way)
+            way.calls.written |= record.written
+            if not any(_shapes(tensors) == _shapes(known) for known in way.calls.inputs):
+                way.calls.signatures.append(signature)
+                way.calls.inputs.append(tensors)
+    return ways
+
+
+def _belongs(signature: CallSignature, tensors: Sequence[Tensor], calls: CallRecord) -> bool:
+    alike = calls.signatures[0].same_constants(signature) and len(tensors) == len(calls.inputs[0])
+    return alike and all(x.dim() == y.dim() for x, y in zip(tensors, calls.inputs[0], strict=True))
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    return [x.shape for x in tensors]

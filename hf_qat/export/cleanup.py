@@ -23,6 +23,7 @@ from hf_qat.export.onnx_graph import (
     replace_values,
     with_shapes,
 )
+from hf_qat.export.pooling import spell_out_windows
 
 
 def clean_up(model: ModelProto) -> ModelProto:
@@ -224,6 +225,7 @@ PASSES: tuple[Callable[[ModelProto], None], ...] = (
     move_constants_to_initializers,
     transpose_quantized_weights,
     quantize_constants,
+    spell_out_windows,
     infer_shapes,
     drop_additions_of_zero,
     pool_globally,

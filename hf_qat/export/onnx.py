@@ -26,6 +26,7 @@ from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
 from hf_qat.export.refusals import require_expressible
 from hf_qat.export.report import ExportReport
+from hf_qat.export.translations import translations
 from hf_qat.export.verify import describe, require_agreement, require_onnxruntime, verify_onnx
 from hf_qat.files.atomic import whole_file
 from hf_qat.graph.capture.inputs import Inputs, device_of
@@ -73,7 +74,7 @@ def export_onnx(
     with whole_file(path) as temporary:
         inputs = example_of(model) if example_inputs is None else example_inputs
         exported = _on_cpu(model)
-        file = _to_proto(exported, export_call(exported, inputs, dynamic_batch), opset_version)
+        file = _to_proto(exported, export_call(exported, inputs, dynamic_batch), config, opset_version)
         set_metadata(file, _metadata(config))
         _check(file, opset_version)
         temporary.write_bytes(file.SerializeToString())
@@ -108,7 +109,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
     return model if device_of(model).type == "cpu" else copy.deepcopy(model).to("cpu")
 
 
-def _to_proto(model: nn.Module, call: ExportCall, opset_version: int) -> onnx.ModelProto:
+def _to_proto(model: nn.Module, call: ExportCall, config: QATConfig, opset_version: int) -> onnx.ModelProto:
     """Export, lower to the opset asked for, and clean up."""
     try:
         with _quiet():
@@ -120,6 +121,7 @@ def _to_proto(model: nn.Module, call: ExportCall, opset_version: int) -> onnx.Mo
                 output_names=call.output_names,
                 dynamic_shapes=call.dynamic_shapes,
                 opset_version=max(opset_version, EXPORTER_OPSET),
+                custom_translation_table=translations(config.weight_scheme),
                 verbose=False,
             )
     except Exception as error:

@@ -51,13 +51,18 @@ def _restore(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _count_in_place(graph: fx.Graph, copy: fx.Node) -> None:
-    """`counter.copy_(counter + 1)` is what became of `counter.add_(1)`."""
-    counter, total = cast("tuple[Any, ...]", copy.args[:2])
-    if not isinstance(total, fx.Node) or total.target is not aten.add.Tensor or total.args != (counter, 1):
+    """`counter.copy_(counter + 1)` is what became of `counter.add_(1)`; a norm that is called twice adds 1 twice."""
+    counter, value = cast("tuple[Any, ...]", copy.args[:2])
+    sums: list[fx.Node] = []
+    while isinstance(value, fx.Node) and value.target is aten.add.Tensor and value.args[1] == 1:
+        sums.append(value)
+        value = value.args[0]
+    counts = value is counter and str(getattr(counter, "target", "")).endswith(COUNTER)
+    if not counts or copy.users or any(len(total.users) != 1 for total in sums):
         return
-    if len(total.users) == 1 and not copy.users and str(getattr(counter, "target", "")).endswith(COUNTER):
+    for _ in sums:
         with graph.inserting_before(copy):
-            count = graph.call_function(aten.add_.Tensor, total.args)
-        count.meta = dict(copy.meta)
-        graph.erase_node(copy)
-        graph.erase_node(total)
+            value = graph.call_function(aten.add_.Tensor, (value, 1))
+        value.meta = dict(copy.meta)
+    for node in (copy, *sums):
+        graph.erase_node(node)

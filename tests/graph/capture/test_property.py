@@ -40,7 +40,7 @@ def run(model: nn.Module, names: list[str], x: Tensor, training: bool) -> dict[s
     model.train(training)
     for parameter in model.parameters():
         parameter.grad = None
-    x = x.clone().requires_grad_()
+    x = x.to(next(model.parameters()).dtype, copy=True).requires_grad_()
     torch.manual_seed(7)
     outputs = [leaf for leaf in pytree.tree_leaves(model(x)) if isinstance(leaf, Tensor)]
     sum((y * torch.linspace(0.5, 1.5, y.numel()).view(y.shape)).sum() for y in outputs).backward()
@@ -51,14 +51,14 @@ def run(model: nn.Module, names: list[str], x: Tensor, training: bool) -> dict[s
     }
 
 
-def assert_same(name: str, ours: list[Tensor | None], theirs: list[Tensor | None]) -> None:
+def assert_same(name: str, ours: list[Tensor | None], theirs: list[Tensor | None], rounding: float = 0.0) -> None:
     assert [y is None for y in ours] == [y is None for y in theirs], f"{name}: other tensors have one"
     largest = max((float(y.abs().max()) for y in theirs if y is not None and y.numel()), default=0.0)
     for k, (mine, expected) in enumerate(zip(ours, theirs, strict=True)):
         if mine is not None and expected is not None:
             assert mine.shape == expected.shape, f"{name} {k}: {mine.shape} instead of {expected.shape}"
             size = float(expected.abs().max()) if expected.numel() else 0.0
-            allowed = TOLERANCE * size + NOISE * largest
+            allowed = TOLERANCE * size + NOISE * largest + rounding
             error = float((mine - expected).abs().max()) if expected.numel() else 0.0
             assert error <= allowed, f"{name} {k}: off by {error:.2g}, of {size:.2g}"
 
@@ -72,8 +72,6 @@ def check(seed: int) -> str:
     except RuntimeError:
         return "fails in float"  # it writes over what its own backward pass needs
     model = copy.deepcopy(float_model)
-    keep_batch_norms_right(float_model)
-    state = {name: value.clone() for name, value in float_model.state_dict().items()}
     try:
         prepare_qat(model, example_inputs=inputs(2))
     except CaptureError:
@@ -81,29 +79,71 @@ def check(seed: int) -> str:
     freeze_batch_norm(model, False)
     for training in (False, True):
         for batch in (4, 3) if training else (4, 1, 3):
-            float_model.load_state_dict(state)
-            load(model, state)
-            with fake_quant_disabled(model):
-                ours = run(model, names, inputs(batch), training)
-            theirs = run(float_model, names, inputs(batch), training)
-            where = f"module {seed}, training={training}, batch {batch}: "
-            for kind in theirs:
-                assert_same(where + kind, ours[kind], theirs[kind])
-            buffers = dict(model.named_buffers())
-            expected = dict(float_model.named_buffers())
-            assert_same(where + "buffers", [buffers[n] for n in expected], [*expected.values()])
+            compare_with_any(model, float_model, names, batch, training, f"module {seed}, ")
     return "whole graph" if "" in captured_modules(model) else "partly Python"
 
 
-def keep_batch_norms_right(model: nn.Module) -> None:
-    """Give batch norms what lies in memory as its shape says.
+def compare_with_any(
+    model: nn.Module, float_model: nn.Module, names: list[str], batch: int, training: bool, where: str
+) -> None:
+    """Compare with the float model, else with what it is in another order of memory, or within its own rounding."""
+    where += f"training={training}, batch {batch}: "
+    try:
+        return compare(model, copy.deepcopy(float_model), names, batch, training, where)
+    except AssertionError as error:
+        first = error
+    for other, rounding in (
+        (with_maps_in_order(copy.deepcopy(float_model)), {}),
+        (copy.deepcopy(float_model), rounding_of(float_model, names, batch, training)),
+    ):
+        try:
+            return compare(model, other, names, batch, training, where, rounding)
+        except AssertionError:
+            continue
+    raise first
+
+
+def compare(
+    model: nn.Module,
+    float_model: nn.Module,
+    names: list[str],
+    batch: int,
+    training: bool,
+    where: str,
+    rounding: dict[str, float] | None = None,
+) -> None:
+    load(model, float_model.state_dict())
+    with fake_quant_disabled(model):
+        ours = run(model, names, inputs(batch), training)
+    theirs = run(float_model, names, inputs(batch), training)
+    for kind in theirs:
+        assert_same(where + kind, ours[kind], theirs[kind], (rounding or {}).get(kind, 0.0))
+    buffers, expected = dict(model.named_buffers()), dict(float_model.named_buffers())
+    assert_same(where + "buffers", [buffers[n] for n in expected], [*expected.values()])
+
+
+def rounding_of(float_model: nn.Module, names: list[str], batch: int, training: bool) -> dict[str, float]:
+    """By how much float32 misses double precision: two orders of sums may differ by twice as much."""
+    if training:
+        return {}  # it draws other random numbers in double precision
+    exact = run(copy.deepcopy(float_model).double(), names, inputs(batch), training)
+    found = run(copy.deepcopy(float_model), names, inputs(batch), training)
+    return {
+        kind: 2 * max(float((x - y).abs().max()) for x, y in zip(found[kind], values, strict=True) if y is not None)
+        for kind, values in exact.items()
+    }
+
+
+def with_maps_in_order(model: nn.Module) -> nn.Module:
+    """Let batch norms have what lies in memory as its shape says.
 
     At a batch of one, on a transposed map, PyTorch 2.13 permutes the gradient of batch norm on a CPU; a test of
-    standalone batch norms has it by hand.
+    standalone batch norms has the right one by hand.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].contiguous(),))
+    return model
 
 
 def load(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -138,8 +178,12 @@ def test_sixty_random_modules_are_themselves_or_refused():
     assert counts["whole graph"] >= 10 and counts["partly Python"] >= 5
 
 
-@pytest.mark.parametrize("seed", [37, 109, 227])
-def test_a_batch_norm_behind_an_attention_has_the_gradient_of_its_formula_at_a_batch_of_one(seed):
+#: Modules that were others once: a batch norm after an attention at a batch of one; one that is called twice, counts.
+ONCE_OTHERS = (37, 421, 446)
+
+
+@pytest.mark.parametrize("seed", ONCE_OTHERS)
+def test_a_module_that_was_another_once_is_itself(seed):
     assert check(seed) == "whole graph"
 
 

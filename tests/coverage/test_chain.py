@@ -23,6 +23,20 @@ STANDARDIZED = "Backbone: Bit"
 CONVOLUTIONAL = ("Bit", "ConvNext", "EfficientNet", "HGNet", "MobileNet", "PPLCNet", "RegNet", "ResNet", "TextNet")
 
 
+#: What every run tries; the others are slow together.
+SAMPLE = (
+    "ResNetForImageClassification (basic)",
+    "ConvNextForImageClassification",
+    "EfficientNetForImageClassification",
+    "RegNetForImageClassification (Y)",
+    "ViTForImageClassification",
+    "DINOv3ViTBackbone",
+    "CLIPVisionModel",
+    "SuperPointForKeypointDetection",
+    "YolosForObjectDetection",
+)
+
+
 @cache
 def row_of(title: str) -> Row:
     case = next(case for case in CASES if f"{case.task}: {case.title}" == title)
@@ -30,7 +44,8 @@ def row_of(title: str) -> Row:
 
 
 def param(case: Case) -> object:
-    return pytest.param(f"{case.task}: {case.title}", id=case.title.replace(" ", "-"))
+    marks = [] if case.title in SAMPLE else [pytest.mark.slow]
+    return pytest.param(f"{case.task}: {case.title}", id=case.title.replace(" ", "-"), marks=marks)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -79,7 +79,9 @@ def prepare_qat(
 
 def _require_float32(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+        # A single number takes on the type of what it meets, so a temperature in float64 (OneFormer's loss) is fine.
+        alone = parameter.dim() == 0 and parameter.dtype == torch.float64
+        if parameter.is_floating_point() and parameter.dtype != torch.float32 and not alone:
             raise CaptureError(
                 f"{name} of {type(model).__name__} is {parameter.dtype}, and scales are found and trained in float32: "
                 "call model.float() before prepare_qat. For mixed precision, train under torch.autocast; a prepared "

@@ -10,7 +10,7 @@ from hf_qat.graph.nodes import short_name
 from hf_qat.model.in_float import FloatOperation, float_operations
 from hf_qat.model.plan import EXCLUDED
 from hf_qat.model.python_code import ATTENTION, LAYERS
-from hf_qat.quantization.layers import qat_layers
+from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.quantization.weight_quantizer import WeightQuantizer
 
@@ -29,7 +29,9 @@ def float_layers(model: nn.Module) -> list[FloatOperation]:
     found = [
         operation
         for operation in float_operations(model)
-        if short_name(operation.operation) in {*LAYERS, ATTENTION} and operation.reason != EXCLUDED
+        if short_name(operation.operation) in {*LAYERS, ATTENTION}
+        and operation.reason != EXCLUDED
+        and not isinstance(model.get_submodule(operation.path), QATLayer)  # a part's own code calls it from outside
     ]
     return sorted(found, key=lambda operation: -_size(model, operation.path))
 

@@ -27,6 +27,8 @@ from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabl
 from hf_qat.errors import CaptureError
 from hf_qat.export.float_operators import output_steps
 from hf_qat.model import prepare as prepare_module
+from hf_qat.model.in_float import float_operations
+from hf_qat.model.quantized_share import float_layers, num_quantized_layers
 from hf_qat.model.state import captured_children
 from hf_qat.quantization.converted import QuantizedLayer
 from hf_qat.quantization.quantizer import fake_quantizers
@@ -40,6 +42,9 @@ IMAGES = 16
 PERTURBATION = 1e-5
 
 OPSET = 17
+
+#: ONNX Runtime's optimizations off.
+PLAIN = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 #: Outputs that somebody reads; detectors return dozens of intermediate states beside them.
 PREDICTIONS = (
@@ -60,6 +65,7 @@ class Row:
         refusal: the message of the `CaptureError`, else empty.
         captured: paths of the captured children.
         quantizers, layers: fake quantizers, and convolutions and linear layers with int8 weights.
+        quantized, running: layers with a weight quantizer, and all that run.
         float_operations: (module path, operation, reason) of what stays float.
         float_children: children that stay float.
         unloaded: keys of the float model that its state dict did not fill again in the prepared one.
@@ -70,6 +76,7 @@ class Row:
         batch_norms: modules that are still called after `convert()`.
         rms: relative root mean square of ONNX Runtime against the converted model; `sensitivity`: what the
             perturbation does to the converted model itself.
+        optimized: `rms` with ONNX Runtime's optimizations.
         lsb: largest difference in steps of the output.
         opset: of the file.
     """
@@ -78,6 +85,8 @@ class Row:
     captured: list[str] = field(default_factory=list)
     quantizers: int = 0
     layers: int = 0
+    quantized: int = 0
+    running: int = 0
     float_operations: list[tuple[str, str, str]] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
     capture_difference: float = float("nan")
@@ -88,22 +97,29 @@ class Row:
     batch_norms: list[str] = field(default_factory=list)
     float_batch_norms: int = 0
     rms: float = float("nan")
+    optimized: float = float("nan")
     sensitivity: float = float("nan")
     lsb: int | None = None
     opset: int = 0
     seconds: float = 0.0
 
 
-def run(case: Case, exported: bool = True) -> Row:
-    """Drive one model through the whole chain, as far as ONNX Runtime if it is to be exported."""
-    start, row = time.process_time(), Row()
+def run(case: Case, exported: bool = True, row: Row | None = None) -> Row:
+    """Drive one model through the whole chain, as far as ONNX Runtime if it is to be exported.
+
+    Args:
+        case: the model.
+        exported: go as far as ONNX Runtime.
+        row: is filled, as far as the chain comes.
+    """
+    start, row = time.process_time(), Row() if row is None else row
     model = case.make()
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")  # what prepare_qat does: so that the comparison is bit by bit
     reference = copy.deepcopy(model)
     try:
         with _after_capture(lambda: _compare_captured(row, case, model, reference)):
-            prepare_qat(model, QATConfig(), case.batch(2))
+            prepare_qat(model, QATConfig(), case.labelled(2))
     except CaptureError as error:
         row.refusal = str(error)
         return row
@@ -165,7 +181,9 @@ def _describe(row: Row, model: nn.Module) -> None:
     children = captured_children(model)
     row.captured = [path or type(model).__name__ for path in children]
     row.quantizers = len(fake_quantizers(model))
-    row.float_operations = [operation for child in children.values() for operation in child.float_operations]
+    row.quantized = num_quantized_layers(model)
+    row.running = row.quantized + len(float_layers(model))
+    row.float_operations = [(found.path, found.operation, found.reason) for found in float_operations(model)]
 
 
 @torch.no_grad()
@@ -231,9 +249,11 @@ def _export(row: Row, case: Case, model: nn.Module) -> None:
         row.opset = file.opset_import[0].version
         row.float_batch_norms = sum(node.op_type == "BatchNormalization" for node in file.graph.node)
         found, steps = _run_file(path, batch), output_steps(file)
+        fused = _run_file(path, batch, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL)
     chosen = _predictions([value.name for value in file.graph.output], found)
     results = [found[k] for k in chosen]
     row.rms = relative_rms(results, expected)
+    row.optimized = relative_rms([fused[k] for k in chosen], expected)
     row.sensitivity = relative_rms(outputs(model, _perturbed(batch)), expected)
     differences = [float((a - b).abs().max()) for a, b in zip(results, expected, strict=True)]
     row.lsb = max((round(d / steps[k]) for d, k in zip(differences, chosen, strict=True) if steps[k]), default=None)
@@ -246,10 +266,10 @@ def _predictions(names: list[str], values: list[Tensor]) -> list[int]:
     return chosen or floating
 
 
-def _run_file(path: Path, batch: dict[str, Any]) -> list[Tensor]:
-    """All outputs of a file of batch 1, image by image, with ONNX Runtime's optimizations off."""
+def _run_file(path: Path, batch: dict[str, Any], optimizations: Any = PLAIN) -> list[Tensor]:
+    """All outputs of a file of batch 1, image by image."""
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = optimizations
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

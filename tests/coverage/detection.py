@@ -1,17 +1,16 @@
-"""Tiny object detectors and universal segmenters, with Hugging Face's own matching losses."""
+"""Tiny object detectors, with Hugging Face's own matching losses, in the configuration that they train in."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import transformers
 
 from tests.coverage.case import LABELS, Case, boxes
-from tests.coverage.classification import HGNET, SWIN
+from tests.coverage.classification import DINO, HGNET
 
 
-def _resnet(*stages: str, depth: int = 2) -> Any:
+def resnet(*stages: str, depth: int = 2) -> Any:
     return transformers.ResNetConfig(
         embedding_size=8,
         hidden_sizes=[8, 16, 16][:depth],
@@ -49,7 +48,7 @@ RT_DETR = {
     "decoder_n_points": 2,
     "decoder_layers": 2,
     "decoder_attention_heads": 2,
-    "num_denoising": 0,
+    "num_denoising": 10,
     "hidden_expansion": 0.5,
     "num_labels": LABELS,
 }
@@ -68,16 +67,30 @@ HGNET3 = HGNET | {
     "stage_numb_of_layers": [1, 1, 1],
 }
 
+#: More queries in training than in evaluation.
+GROUPED = {
+    "d_model": 16,
+    "decoder_layers": 2,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+    "decoder_ffn_dim": 32,
+    "decoder_n_points": 2,
+    "num_queries": 5,
+    "group_detr": 3,
+    "c2f_num_blocks": 1,
+    "num_labels": LABELS,
+}
+
 STAGES3 = ["stage1", "stage2", "stage3"]
 
 
-def _detr(family: str, **options: Any) -> Any:
-    return getattr(transformers, f"{family}Config")(backbone_config=_resnet("stage2"), **{**DETR, **options})
+def detr(family: str, **options: Any) -> Any:
+    return getattr(transformers, f"{family}Config")(backbone_config=resnet("stage2"), **{**DETR, **options})
 
 
 def _dab_detr() -> Any:
     options = {key: value for key, value in DETR.items() if key != "d_model"}
-    return transformers.DabDetrConfig(backbone_config=_resnet("stage2"), hidden_size=16, **options)
+    return transformers.DabDetrConfig(backbone_config=resnet("stage2"), hidden_size=16, **options)
 
 
 def _yolos() -> Any:
@@ -117,55 +130,48 @@ def _detector(family: str, make: Any, size: int = 32, name: str = "") -> Case:
     )
 
 
-def segments(batch: int, size: int) -> dict[str, Any]:
-    """Two masks an image, with a class each."""
-    left = torch.zeros(2, size, size)
-    left[0, :, : size // 2] = 1
-    left[1, :, size // 2 :] = 1
-    return {
-        "mask_labels": [left.clone() for _ in range(batch)],
-        "class_labels": [torch.tensor([k % LABELS, 1]) for k in range(batch)],
-    }
+def _auxiliary(make: Any) -> Any:
+    def made() -> Any:
+        config = make()
+        config.auxiliary_loss = True
+        return config
+
+    return made
 
 
-def _swin() -> Any:
-    return transformers.SwinConfig(
-        **{**SWIN, "image_size": 64, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2]},
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-
-
-def _maskformer() -> Any:
-    decoder = transformers.DetrConfig(**{**DETR, "num_labels": LABELS}, backbone_config=_resnet("stage2"))
-    return transformers.MaskFormerConfig(
-        backbone_config=_swin(), decoder_config=decoder, fpn_feature_size=32, mask_feature_size=32, num_labels=LABELS
-    )
-
-
-def _mask2former() -> Any:
-    return transformers.Mask2FormerConfig(
-        backbone_config=_swin(),
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        encoder_layers=1,
-        decoder_layers=2,
+def lw_detr() -> Any:
+    """Three groups of five queries in training, one in evaluation."""
+    backbone = transformers.LwDetrViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
         num_attention_heads=2,
-        dim_feedforward=32,
-        num_queries=5,
-        train_num_points=64,
-        num_labels=LABELS,
+        image_size=32,
+        pretrain_image_size=32,
+        patch_size=8,
+        window_block_indices=[0],
+        num_windows=4,
+        out_indices=[1, 2],
     )
+    return transformers.LwDetrConfig(
+        backbone_config=backbone, projector_scale_factors=[1.0], num_feature_levels=1, **GROUPED
+    )
+
+
+def rf_detr(**options: Any) -> Any:
+    """The same with a windowed DINOv2."""
+    backbone = transformers.RfDetrDinov2Config(
+        **DINO, num_windows=2, window_block_indexes=[0], out_indices=[1, 2], reshape_hidden_states=True
+    )
+    return transformers.RfDetrConfig(backbone_config=backbone, **GROUPED, **options)
 
 
 DETECTION = [
-    _detector("Detr", lambda: _detr("Detr")),
-    _detector("ConditionalDetr", lambda: _detr("ConditionalDetr")),
+    _detector("Detr", lambda: detr("Detr")),
+    _detector("ConditionalDetr", lambda: detr("ConditionalDetr")),
     _detector("DabDetr", _dab_detr),
     _detector(
         "DeformableDetr",
-        lambda: _detr(
+        lambda: detr(
             "DeformableDetr",
             d_model=32,
             decoder_layers=2,
@@ -174,14 +180,22 @@ DETECTION = [
             encoder_n_points=2,
         ),
     ),
-    _detector("TableTransformer", lambda: _detr("TableTransformer")),
+    _detector("TableTransformer", lambda: detr("TableTransformer")),
     _detector("Yolos", _yolos),
     _detector("RTDetr", lambda: _rt_detr("RTDetr"), 64),
     _detector("RTDetrV2", lambda: _rt_detr("RTDetrV2"), 64),
     _detector("DFine", lambda: _d_fine("DFine"), 64),
-]
-
-UNIVERSAL = [
-    Case("Universal segmentation", "MaskFormerForInstanceSegmentation", _maskformer, 64, segments, exported=False),
-    Case("Universal segmentation", "Mask2FormerForUniversalSegmentation", _mask2former, 64, segments, exported=False),
+    *[
+        _detector(family, _auxiliary(make), name="auxiliary losses")
+        for family, make in {
+            "Detr": lambda: detr("Detr"),
+            "ConditionalDetr": lambda: detr("ConditionalDetr"),
+            "DabDetr": _dab_detr,
+            "TableTransformer": lambda: detr("TableTransformer"),
+        }.items()
+    ],
+    _detector("RTDetr", lambda: _rt_detr("RTDetr", num_denoising=0), 64, "without denoising"),
+    _detector("Deimv2", lambda: _d_fine("Deimv2"), 64),
+    _detector("LwDetr", lw_detr),
+    _detector("RfDetr", rf_detr),
 ]

@@ -11,15 +11,30 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 
 from tests.coverage.backbones import BACKBONES
+from tests.coverage.base_models import base_models, masked_models
 from tests.coverage.case import LABELS, Case
 from tests.coverage.classification import CLASSIFICATION, VIT
+from tests.coverage.dense import DENSE
 from tests.coverage.depth import DEPTH
-from tests.coverage.detection import DETECTION, UNIVERSAL
+from tests.coverage.detection import DETECTION
 from tests.coverage.plain import PLAIN
 from tests.coverage.segmentation import SEGMENTATION
+from tests.coverage.towers import TOWERS
+from tests.coverage.universal import UNIVERSAL
+from tests.coverage.video import VIDEO
 
 
-CASES: list[Case] = [*CLASSIFICATION, *SEGMENTATION, *DEPTH, *DETECTION, *UNIVERSAL, *BACKBONES, *PLAIN]
+TASK_MODELS = [*CLASSIFICATION, *SEGMENTATION, *DEPTH, *DETECTION, *UNIVERSAL, *BACKBONES]
+
+CASES: list[Case] = [
+    *TASK_MODELS,
+    *DENSE,
+    *masked_models(TASK_MODELS),
+    *VIDEO,
+    *TOWERS,
+    *base_models(TASK_MODELS),
+    *PLAIN,
+]
 
 #: Mappings of which every class must be in the table or refused with a reason.
 COMPLETE = ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "BACKBONE")
@@ -78,21 +93,3 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "ImageGPTForImageClassification": (image_gpt, lambda: {"pixel_values": torch.randn(2, 3, 32, 32)}),
     "ShieldGemma2ForImageClassification": (shield_gemma, lambda: {"pixel_values": torch.randn(2, 3, 32, 32)}),
 }
-
-#: By title, what every run tries; the whole table together is slow.
-SAMPLE = (
-    "BeitForImageClassification",
-    "BitForImageClassification",
-    "ConvNextForImageClassification",
-    "EfficientNetForImageClassification",
-    "MobileNetV2ForImageClassification",
-    "PvtV2ForImageClassification",
-    "ResNetForImageClassification (basic)",
-    "ViTForImageClassification",
-    "SegformerForSemanticSegmentation",
-    "SwinForImageClassification",
-    "UperNetForSemanticSegmentation (ResNet)",
-    "DPTForDepthEstimation",
-    "DetrForObjectDetection",
-    "YolosForObjectDetection",
-)

@@ -5,7 +5,7 @@ import pytest
 
 from tests.coverage.case import Case
 from tests.coverage.chain import OPSET, Row, run
-from tests.coverage.models import CASES, SAMPLE
+from tests.coverage.models import CASES
 
 
 #: Parity of the prepared model with its quantizers off: batch norms are folded, which changes the order of sums.
@@ -23,6 +23,20 @@ STANDARDIZED = "Backbone: Bit"
 CONVOLUTIONAL = ("Bit", "ConvNext", "EfficientNet", "HGNet", "MobileNet", "PPLCNet", "RegNet", "ResNet", "TextNet")
 
 
+#: What every run tries; the others are slow together.
+SAMPLE = (
+    "ResNetForImageClassification (basic)",
+    "ConvNextForImageClassification",
+    "EfficientNetForImageClassification",
+    "RegNetForImageClassification (Y)",
+    "ViTForImageClassification",
+    "DINOv3ViTBackbone",
+    "CLIPVisionModel",
+    "SuperPointForKeypointDetection",
+    "YolosForObjectDetection",
+)
+
+
 @cache
 def row_of(title: str) -> Row:
     case = next(case for case in CASES if f"{case.task}: {case.title}" == title)
@@ -30,7 +44,7 @@ def row_of(title: str) -> Row:
 
 
 def param(case: Case) -> object:
-    marks = [] if case.title in SAMPLE or case.task == "Plain modules" else [pytest.mark.slow]
+    marks = [] if case.title in SAMPLE else [pytest.mark.slow]
     return pytest.param(f"{case.task}: {case.title}", id=case.title.replace(" ", "-"), marks=marks)
 
 

@@ -53,7 +53,8 @@ def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
 class CallRecord:
     """What one part received and returned, in order; `inputs` hold the tensors of each call.
 
-    `written` has the positions of outputs that the caller has written to in place.
+    `written` has the positions of outputs that the caller has written to in place, `runs` the ordinal of the run of
+    the model that each call belongs to.
     """
 
     path: str
@@ -62,17 +63,20 @@ class CallRecord:
     inputs: list[list[Tensor]] = field(default_factory=list)
     outputs: list[list[Tensor]] = field(default_factory=list)
     written: set[int] = field(default_factory=set)
+    runs: list[int] = field(default_factory=list)
     _versions: list[list[int]] = field(default_factory=list)
 
-    def add_call(self, signature: CallSignature, tensors: list[Tensor], output: Any) -> None:
+    def add_call(self, signature: CallSignature, tensors: list[Tensor], output: Any, run: int = 0) -> None:
         """Note a call, the tensors in its output, and what was written to them so far."""
+        self.runs.append(run)
         self.signatures.append(signature)
         self.inputs.append(tensors)
         self.outputs.append([leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)])
         self._versions.append([leaf._version for leaf in self.outputs[-1]])
 
-    def extend(self, other: CallRecord) -> None:
-        """Append the records of another run of the same part."""
+    def extend(self, other: CallRecord, run: int) -> None:
+        """Append the record of another run of the same part, the one of the ordinal `run`."""
+        self.runs += [run] * len(other.runs)
         self.signatures += other.signatures
         self.inputs += other.inputs
         self.outputs += other.outputs

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.call_record import CallRecord, Records, Search, record_run
 from hf_qat.graph.capture.called_modules import called_modules, opened_by_callers
-from hf_qat.graph.capture.inputs import Inputs, as_call, device_of, with_batch
+from hf_qat.graph.capture.inputs import Inputs, as_call, changed_images, device_of, with_batch
 from hf_qat.graph.capture.meta_device import MetaCapture, without_weights
 from hf_qat.graph.capture.modes import buffers_kept
 from hf_qat.graph.captured import flatten_call
@@ -50,7 +50,7 @@ def dry_runs(model: nn.Module, inputs: Inputs, search: Search) -> tuple[list[Cal
             return dry_runs(model, inputs, wider)
         repeated = _dry_run_on_meta(model, inputs, second, search)
         if repeated is None or not _same_calls(recorded, repeated):
-            repeated = _dry_run(model, inputs, second, search)
+            repeated = _dry_run(model, changed_images(inputs), second, search)
     except CaptureError:
         raise
     except Exception as error:
@@ -62,7 +62,7 @@ def dry_runs(model: nn.Module, inputs: Inputs, search: Search) -> tuple[list[Cal
         ) from error
     for path, calls in repeated.items():
         if path in recorded:
-            recorded[path].extend(calls)
+            recorded[path].extend(calls, run=1)
         else:
             recorded[path] = calls
     return list(recorded.values()), search
@@ -104,7 +104,7 @@ def forward(model: nn.Module, inputs: Inputs, size: int) -> Any:
 def whole_call(model: nn.Module, inputs: Inputs) -> CallRecord:
     """The model itself as the only part; it need not be run before it is exported."""
     calls = CallRecord("", model)
-    for size in BATCH_SIZES:
+    for run, size in enumerate(BATCH_SIZES):
         args, kwargs = with_batch(inputs, size, device_of(model))
         try:
             signature, tensors = flatten_call(inspect.signature(model.forward), args, kwargs)
@@ -113,5 +113,5 @@ def whole_call(model: nn.Module, inputs: Inputs) -> CallRecord:
                 f"example_inputs do not fit {type(model).__name__}.forward: {error}. "
                 "Pass what you would pass to the model, without labels."
             ) from error
-        calls.add_call(signature, tensors, ())
+        calls.add_call(signature, tensors, (), run)
     return calls

@@ -16,6 +16,9 @@ from hf_qat.errors import CaptureError
 #: What a caller may give as example inputs or as a calibration batch.
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
+#: Size of the change of images relative to their spread, where sizes that depend on them are looked for.
+CHANGE = 0.5
+
 #: Keyword arguments that make a model compute a loss; they are no part of its inference graph.
 LABEL_NAMES = frozenset(
     {"labels", "label", "label_ids", "return_loss", "class_labels", "mask_labels", "target", "targets"}
@@ -94,6 +97,20 @@ def with_batch(inputs: Inputs, size: int, device: torch.device) -> tuple[tuple[A
 
     args, kwargs = pytree.tree_map(resize, as_call(inputs))
     return args, kwargs
+
+
+def changed_images(inputs: Inputs) -> Inputs:
+    """The same with noise on images: where sizes depend on the data (key points above a threshold), others result."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 4:
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+        return leaf.detach() + CHANGE * leaf.detach().std() * noise
+
+    changed: Inputs = pytree.tree_map(change, inputs)
+    return changed
 
 
 def labels_in(inputs: Inputs) -> dict[str, Any]:

@@ -55,10 +55,10 @@ def _rehearse(model: nn.Module, training: bool, runs: Sequence[Run], search: Sea
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False
-        for run in runs:
+        for ordinal, run in enumerate(runs):
             for path, calls in record_run(model, search, lambda run=run: run(model)).items():  # type: ignore[misc]
                 if path in recorded:
-                    recorded[path].extend(calls)
+                    recorded[path].extend(calls, ordinal)
                 else:
                     recorded[path] = calls
     return recorded

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -368,7 +369,10 @@ def is_costly(graph: fx.Graph) -> bool:
         if node.op == "call_function" and node.target in PRODUCTS:
             first, second = (node.args[k].meta["val"] for k in (0, 1))
             inner = second.numel() // second.shape[0] if node.target in WEIGHTED else first.shape[-1]
-            total += int(node.meta["val"].numel()) * int(inner)
+            result = node.meta["val"].numel()
+            if free_unbacked_symbols(result * inner):
+                return False  # as many as there are True in a mask: nobody knows before it is computed
+            total += int(result) * int(inner)
     return total > FEW_MULTIPLICATIONS
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.call_record import CallRecord, Records, Search
 from hf_qat.graph.capture.dry_run import BATCH_SIZES, forward
-from hf_qat.graph.capture.inputs import Inputs, device_of, with_batch
+from hf_qat.graph.capture.inputs import Inputs, changed_images, device_of, with_batch
 from hf_qat.graph.capture.labelled import FIXED, VARIED, LabelSize, resize_labels
 from hf_qat.graph.capture.rehearsal import Run, rehearse
 from hf_qat.graph.captured import CallSignature
@@ -48,7 +49,11 @@ class Rehearsals:
     labelled: Mapping[bool, Records | None]
 
     def ways(self, call: CallRecord) -> list[Way]:
-        """All ways in which a part is called; evaluation without labels comes first."""
+        """All ways in which a part is called; evaluation without labels comes first.
+
+        Raises:
+            CaptureError: the ways depend on the size of the batch.
+        """
         return [
             *_by_signature(False, [call, *self._labelled(call, False)]),
             *_by_signature(True, [*self._in_training(call), *self._labelled(call, True)]),
@@ -68,7 +73,11 @@ class Rehearsals:
 
 def rehearsals(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], search: Search) -> Rehearsals:
     """Run the model in training, and with labels in both modes."""
-    plain = [partial(forward, inputs=inputs, size=size) for size in BATCH_SIZES]
+    first, second = BATCH_SIZES
+    plain: list[Run] = [
+        partial(forward, inputs=inputs, size=first),
+        partial(forward, inputs=changed_images(inputs), size=second),
+    ]
     return Rehearsals(
         training=rehearse(model, True, plain, search),
         labelled={mode: _with_labels(model, mode, inputs, labels, search) for mode in (False, True) if labels},
@@ -79,7 +88,8 @@ def _with_labels(
     model: nn.Module, training: bool, inputs: Inputs, labels: Mapping[str, Any], search: Search
 ) -> Records | None:
     for sizes in (VARIED, FIXED):
-        runs: list[Run] = [partial(_labelled_forward, inputs=inputs, labels=labels, size=size) for size in sizes]
+        given = zip((inputs, changed_images(inputs)), sizes, strict=True)
+        runs: list[Run] = [partial(_labelled_forward, inputs=x, labels=labels, size=size) for x, size in given]
         seen = rehearse(model, training, runs, search)
         if seen is not None:
             return seen
@@ -96,7 +106,7 @@ def _on_device(call: CallRecord, seen: CallRecord) -> CallRecord:
     """The record of a rehearsal for the part itself: where it ran without weights, with random inputs."""
     device = device_of(call.module)
     inputs = [[_random_like(x).to(device) for x in tensors] for tensors in seen.inputs]
-    return CallRecord(call.path, call.module, seen.signatures, inputs, written=seen.written)
+    return CallRecord(call.path, call.module, seen.signatures, inputs, written=seen.written, runs=seen.runs)
 
 
 def _called_alike(call: CallRecord, seen: CallRecord) -> bool:
@@ -117,16 +127,28 @@ def _by_signature(training: bool, records: Iterable[CallRecord]) -> list[Way]:
     """The calls of all records, those of one signature and as many axes together, each size once."""
     ways: list[Way] = []
     for record in records:
-        for signature, tensors in zip(record.signatures, record.inputs, strict=True):
+        seen_in: dict[int, set[int]] = {}  # run → the ways seen in it
+        for signature, tensors, run in zip(record.signatures, record.inputs, record.runs, strict=True):
             way = next((way for way in ways if _belongs(signature, tensors, way.calls)), None)
             if way is None:
                 way = Way(training, CallRecord(record.path, record.module))
                 ways.append(way)
+            seen_in.setdefault(run, set()).add(ways.index(way))
             way.calls.written |= record.written
             if not any(_shapes(tensors) == _shapes(known) for known in way.calls.inputs):
-                way.calls.signatures.append(signature)
-                way.calls.inputs.append(tensors)
+                way.calls.add_call(signature, tensors, (), run)
+        _require_any_size(record, list(seen_in.values()))
     return ways
+
+
+def _require_any_size(record: CallRecord, seen: list[set[int]]) -> None:
+    """Refuse a part that is given the size of the batch as a number: another batch would be another way to call it."""
+    if any(ways != seen[0] for ways in seen[1:]):
+        names = sorted({n for other in record.signatures for n in record.signatures[0].differences(other)})
+        raise CaptureError(
+            f"{record.path or type(record.module).__name__} is called otherwise at another size of the batch, or with "
+            f"other labels ({', '.join(names) or 'the number of axes'} differ)"
+        )
 
 
 def _belongs(signature: CallSignature, tensors: Sequence[Tensor], calls: CallRecord) -> bool:

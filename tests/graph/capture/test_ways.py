@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from hf_qat import QATConfig, calibrate, fake_quant_disabled, prepare_qat
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.capture import capture
+from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 
 
@@ -146,3 +147,60 @@ def test_a_rehearsal_leaves_buffers_gradients_and_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items() if key in before)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class AboveAThreshold(nn.Module):
+    """SuperPoint: how many key points there are depends on the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.describe = nn.Conv2d(1, 1, 1), nn.Linear(2, 4)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:
+        points = torch.nonzero(self.score(pixel_values)[:, 0] > 0.5)[:, 1:].float()
+        return self.describe(points).relu().mean(0)
+
+
+@torch.no_grad()
+def test_sizes_that_depend_on_the_image_are_dynamic():
+    torch.manual_seed(0)
+    model = AboveAThreshold()
+    twin = copy.deepcopy(model)
+    prepare_qat(model, QATConfig(), torch.rand(2, 1, 8, 8))
+    for mode in (True, False):
+        x = torch.rand(3, 1, 8, 8)
+        with fake_quant_disabled(model):
+            torch.testing.assert_close(model.train(mode)(x), twin(x))
+
+
+class Reshapes(nn.Module):
+    """Is told the shape that it shall return, which has the size of the batch in it: DETR's position embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, shape: torch.Size) -> Tensor:
+        return self.inner(x).view(shape)
+
+
+class TellsTheShape(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.head = Reshapes(), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.head(self.child(x, torch.Size([len(x), 2, 2])))
+
+
+def test_a_part_that_is_told_the_size_of_the_batch_stays_python_and_its_layers_are_quantized(caplog):
+    torch.manual_seed(0)
+    model = TellsTheShape()
+    twin = copy.deepcopy(model)
+    with caplog.at_level("WARNING"):
+        prepare_qat(model, QATConfig(), torch.randn(2, 4))
+    assert "child is called otherwise at another size of the batch, or with other labels (shape differ)" in caplog.text
+    assert list(qat_layers(model)) == ["child.inner", "head"]
+    x = torch.randn(7, 4)
+    with fake_quant_disabled(model):
+        torch.testing.assert_close(model.train()(x), twin(x))

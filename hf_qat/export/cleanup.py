@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
+from hf_qat.export.folding import fold_constants
 from hf_qat.export.naming import name_after_modules
 from hf_qat.export.onnx_graph import (
     DEFAULT_DOMAINS,
@@ -23,7 +24,9 @@ from hf_qat.export.onnx_graph import (
     replace_values,
     with_shapes,
 )
+from hf_qat.export.pairs import repeat_pairs
 from hf_qat.export.pooling import spell_out_windows
+from hf_qat.export.zero_points import separate_zero_points
 
 
 def clean_up(model: ModelProto) -> ModelProto:
@@ -220,11 +223,13 @@ def _replace(field: Any, items: list[Any]) -> None:
     field.extend(items)
 
 
-#: In the order in which they run: sums and pooling need shapes; names count what is left, and need the notes.
+#: In the order in which they run: sums and pooling need shapes; names count what is left, and need the notes; pairs
+#: that are repeated are named after what they follow.
 PASSES: tuple[Callable[[ModelProto], None], ...] = (
     move_constants_to_initializers,
     transpose_quantized_weights,
     quantize_constants,
+    fold_constants,
     spell_out_windows,
     infer_shapes,
     drop_additions_of_zero,
@@ -234,5 +239,7 @@ PASSES: tuple[Callable[[ModelProto], None], ...] = (
     drop_unused_opsets,
     name_after_modules,
     drop_exporter_notes,
+    repeat_pairs,
+    separate_zero_points,
     infer_shapes,
 )

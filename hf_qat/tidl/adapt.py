@@ -13,10 +13,6 @@ from hf_qat.export.pairs import repeat_pairs
 from hf_qat.tidl.graph import DEQUANTIZE
 
 
-#: Layers that only move numbers, and after which TI's table of layers wants a Q/DQ pair all the same.
-WITH_PAIR = frozenset({"MaxPool", "Gather", "DepthToSpace", "ReduceMax", "ReduceMin"})
-
-
 def adapt(model: ModelProto) -> ModelProto:
     """Rewrite what TIDL would leave to the Arm core for its form alone, and infer all shapes.
 
@@ -34,7 +30,7 @@ def adapt(model: ModelProto) -> ModelProto:
             _gather_a_vector(model, node, scope)
         elif node.op_type == "Expand":
             _repeat_codes(model, node, scope)
-    repeat_pairs(model, WITH_PAIR)
+    repeat_pairs(model)  # TI's table of layers wants one after those that it shares with ONNX Runtime, too
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
 
 

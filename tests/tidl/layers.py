@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from hf_qat import check_tidl
 
 
 def one_layer(
@@ -43,3 +47,13 @@ def from_text(graph: str, opset: int = 17, imports: str = "") -> onnx.ModelProto
     """A model in ONNX's text format, with shapes inferred."""
     model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}{imports}]> {graph}')
     return onnx.shape_inference.infer_shapes(model, data_prop=True)
+
+
+#: What any small float model is told, and a file of an opset that is newer than tools 11.0.
+OF_ANY_FILE = {"no-quantizers", "opset"}
+
+
+def findings(path: Path, device: str = "AM68A") -> dict[str, str]:
+    """What `check_tidl` says of a file: rule → verdict and reason; without what it says of any small float model."""
+    issues = check_tidl(path, device).issues
+    return {issue.rule: f"{issue.verdict}: {issue.why}" for issue in issues if issue.rule not in OF_ANY_FILE}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,7 +65,13 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
         inputs, expected = _run_torch(model, batch)
         samples += len(inputs[0])
         for session, comparison in zip(sessions, comparisons, strict=True):
-            comparison.add(expected, session.run(inputs))
+            results = session.run(inputs)
+            if session.batch_size is None or _is_row_by_row(expected, results, len(inputs[0])):
+                comparison.add(expected, results)
+                continue
+            for part in _parts(batch, session.batch_size):
+                inputs_of_part, expected_of_part = _run_torch(model, part)
+                comparison.add(expected_of_part, session.run(inputs_of_part))
     if not samples:
         raise ExportError(f"there is nothing to compare {path} on: `batches` is empty.")
     plain, optimized = (comparison.result() for comparison in comparisons)
@@ -119,6 +125,23 @@ def _run_torch(model: nn.Module, batch: Inputs) -> tuple[list[np.ndarray], list[
     return inputs, outputs
 
 
+def _is_row_by_row(expected: Sequence[tuple[str, np.ndarray]], results: Sequence[np.ndarray], rows: int) -> bool:
+    """Whether each output is a row for each image, so that those of several runs can be put together."""
+    pairs = zip(expected, results, strict=True)
+    return all(wanted.ndim > 0 and len(wanted) == rows and wanted.shape == got.shape for (_, wanted), got in pairs)
+
+
+def _parts(batch: Inputs, size: int) -> Iterator[Inputs]:
+    """The batch, `size` rows at a time; at the end the last one is repeated."""
+    args, kwargs = as_call(batch)
+    rows = max(len(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+    for start in range(0, rows, size):
+        index = torch.arange(start, start + size).clamp(max=rows - 1)
+        yield torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda x, index=index: x.index_select(0, index.to(x.device)), kwargs or args
+        )
+
+
 class Session:
     """One file loaded into ONNX Runtime, which takes batches of any size even where the file has a fixed one.
 
@@ -153,13 +176,25 @@ class Session:
         return [value.name for value in self._session.get_outputs()]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """All outputs, in order, for inputs in order, (N, …) each."""
-        size = self._batch_size()
-        if size is None:
+        """All outputs, in order, for inputs in order, (N, …) each.
+
+        Raises:
+            ExportError: the inputs do not fit the file.
+        """
+        size = self.batch_size
+        if size is None or all(len(x) == size for x in inputs):
             return self._run(inputs)
+        if len({len(x) for x in inputs}) > 1:
+            raise ExportError(
+                f"inputs of {', '.join(str(len(x)) for x in inputs)} rows do not fit a file for a batch of {size}: "
+                "the first axis of each is taken for the batch. export_onnx(..., verify=False) writes it unverified."
+            )
         starts = range(0, len(inputs[0]), size)
         parts = [self._run([_rows(x, start, size) for x in inputs]) for start in starts]
-        return [np.concatenate(outputs)[: len(inputs[0])] for outputs in zip(*parts, strict=True)]
+        return [
+            np.concatenate([np.atleast_1d(x) for x in outputs])[: len(inputs[0])]
+            for outputs in zip(*parts, strict=True)
+        ]
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         names = self.inputs
@@ -168,7 +203,9 @@ class Session:
         results: list[np.ndarray] = self._session.run(None, dict(zip(names, inputs, strict=True)))
         return results
 
-    def _batch_size(self) -> int | None:
+    @property
+    def batch_size(self) -> int | None:
+        """The batch that the file is for; `None` if it takes any."""
         size = self._session.get_inputs()[0].shape[0]
         return size if isinstance(size, int) else None
 
@@ -237,8 +274,8 @@ class _Comparison:
 def _differences(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
     """Magnitudes; 0 between infinities of one sign, infinite where there is NaN."""
     with np.errstate(invalid="ignore"):
-        differences = np.abs(wanted.astype(np.float64) - got)
-    differences[wanted == got] = 0.0
+        differences = np.abs(np.asarray(wanted, np.float64) - got)
+    differences = np.where(wanted == got, 0.0, differences)
     return np.where(np.isnan(differences), np.inf, differences)
 
 

@@ -169,3 +169,54 @@ def test_outputs_that_differ_by_more_than_half_of_their_size_fail():
     require_agreement(report_of(Agreement(1.0, 1, 0.1, 0.5)))
     with pytest.raises(ExportError, match=r"optimizations off.* by 51% of their size, at most 50%"):
         require_agreement(report_of(Agreement(1.0, 1, 0.1, 0.51)))
+
+
+class Summed(nn.Module):
+    """What comes out is no row for each image."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 3), how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.how(self.linear(x))
+
+
+#: Rows of pixels; one number; both halves after one another; products of all images with all.
+RESULTS = {
+    "rows": lambda y: y.reshape(-1, 3),
+    "number": lambda y: y.mean(),
+    "halves": lambda y: torch.cat([y, 2 * y]),
+    "products": lambda y: y.flatten(1) @ y.flatten(1).T,
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static batch", "dynamic batch"])
+@pytest.mark.parametrize("name", RESULTS)
+def test_outputs_that_are_no_row_for_each_image_are_compared_in_the_batch_of_the_file(name, dynamic, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 4)
+    model = convert(calibrate(prepare_qat(Summed(RESULTS[name]), example_inputs=x), [x]))
+    report = export_onnx(model, tmp_path / "model.onnx", x, dynamic_batch=dynamic)
+    assert report.plain.max_abs_diff < 1e-5
+    tampered_file = tampered(report.path, tmp_path, "linear.weight_scale", 0.3)
+    changed = verify_onnx(model, tampered_file, [x])
+    assert max(changed.plain.max_abs_diff, changed.optimized.max_abs_diff) > 0.01
+
+
+class WithBag(nn.Module):
+    """A bag of embeddings, and a linear layer of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.linear = nn.EmbeddingBag(10, 4, mode="sum"), nn.Linear(4, 4)
+
+    def forward(self, indices: torch.Tensor, offsets: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return self.bag(indices, offsets) + self.linear(x)
+
+
+def test_inputs_whose_first_axis_is_not_the_batch_are_refused_with_the_way_out(tmp_path):
+    inputs = torch.arange(8) % 10, torch.arange(0, 8, 2), torch.randn(4, 4)
+    model = convert(calibrate(prepare_qat(WithBag(), example_inputs=inputs), [inputs]))
+    with pytest.raises(ExportError, match=r"inputs of 8, 4, 4 rows do not fit.*verify=False"):
+        export_onnx(model, tmp_path / "bag.onnx", inputs)

@@ -198,6 +198,7 @@ def _graph_of(way: Way, graphs: list[CapturedGraph], constants: Constants) -> Ca
     of_mode = [graph for graph in graphs if graph.training == way.training]
     if any(graph.takes(record.module, record.signatures[0], x) for graph in of_mode for x in record.inputs):
         return None
+    constants.begin_graph()
     try:
         return export_call(record, way.training, constants)
     except CaptureError:

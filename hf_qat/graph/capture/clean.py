@@ -49,13 +49,27 @@ class Constants:
 
     def __init__(self, module: nn.Module) -> None:
         self.values: dict[str, Tensor] = {}
+        self._earlier: list[str] = []
         self._first = sum(name.startswith(CONSTANT_PREFIX) for name in module._buffers)
 
+    def begin_graph(self) -> None:
+        """From now on, what the graphs so far have is found again by its value: so a constant has one name in all."""
+        self._earlier = list(self.values)
+
     def add(self, value: Tensor) -> str:
-        """Keep `value` under the next free name `_constant_<k>`; that name."""
+        """Keep `value` under the next free name `_constant_<k>`, unless an earlier graph has it; that name."""
+        for name in reversed(self._earlier):  # a constant that was computed of another comes after it
+            if _is_same(self.values[name], value):
+                return name
         name = f"{CONSTANT_PREFIX}{self._first + len(self.values)}"
         self.values[name] = value.detach()
         return name
+
+
+def _is_same(known: Tensor, value: Tensor) -> bool:
+    """Whether both hold the same; nobody knows of tensors without values."""
+    alike = known.shape == value.shape and known.dtype == value.dtype and known.device == value.device
+    return alike and known.device.type != "meta" and torch.equal(known, value)
 
 
 class Extended:

@@ -204,3 +204,20 @@ def test_a_part_that_is_told_the_size_of_the_batch_stays_python_and_its_layers_a
     x = torch.randn(7, 4)
     with fake_quant_disabled(model):
         torch.testing.assert_close(model.train()(x), twin(x))
+
+
+class AddsAConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.dropout(x, 0.1, self.training) + torch.tensor([5.0, 6.0, 7.0, 8.0])
+        return self.last(self.first(x) + torch.arange(4.0))
+
+
+def test_a_constant_has_one_name_and_one_quantizer_in_all_graphs():
+    module = capture(AddsAConstant(), torch.randn(2, 4))[""]
+    names = [[node.target for node in way.graph.nodes if node.op == "get_attr"] for way in module.graphs]
+    constants = [[name for name in found if name.startswith("_constant_")] for found in names]
+    assert constants[0] == constants[1] and len(constants[0]) == 2

@@ -169,3 +169,19 @@ def test_outputs_that_differ_by_more_than_half_of_their_size_fail():
     require_agreement(report_of(Agreement(1.0, 1, 0.1, 0.5)))
     with pytest.raises(ExportError, match=r"optimizations off.* by 51% of their size, at most 50%"):
         require_agreement(report_of(Agreement(1.0, 1, 0.1, 0.51)))
+
+
+@pytest.mark.parametrize("setting", ["off", "on"])
+def test_a_fault_in_one_setting_alone_fails_the_export_and_leaves_no_file(setting, own_file, tmp_path, monkeypatch):
+    from hf_qat.export import verify
+
+    run = verify.Session.run
+
+    def faulty(self, inputs):
+        results = run(self, inputs)
+        return [np.zeros_like(result) for result in results] if self.optimized == (setting == "on") else results
+
+    monkeypatch.setattr(verify.Session, "run", faulty)
+    with pytest.raises(ExportError, match=rf"optimizations {setting}\) computes something else"):
+        export_onnx(own_file[0], tmp_path / "model.onnx", torch.randn(4, 3, 16, 16))
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -139,11 +140,22 @@ def dynamic_batch(bound: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in the order in which torch flattens the values of `tree`."""
+    """Tensors in the order in which torch flattens the values of `tree`, by the innermost name.
+
+    Where several have that name, those that are nested get the names around it, too: `decoder_output_hidden_state`.
+    """
+    found = list(_paths(tree))
+    count = Counter(path[-1] for path, _ in found)
+    for path, tensor in found:
+        yield path[-1] if count[path[-1]] == 1 else "_".join(path), tensor
+
+
+def _paths(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    """Each tensor with the names around it and its own, which is numbered where it stands in a sequence."""
     for name, value in tree.items():
         leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         if len(leaves) == 1 or not isinstance(value, Mapping):
             for position, leaf in enumerate(leaves):
-                yield (name if len(leaves) == 1 else f"{name}_{position}"), leaf
+                yield ((name if len(leaves) == 1 else f"{name}_{position}"),), leaf
         else:
-            yield from _named(value)
+            yield from (((name, *path), leaf) for path, leaf in _paths(value))

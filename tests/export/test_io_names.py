@@ -36,3 +36,10 @@ def test_an_example_has_the_captured_shapes(converted):
     example = example_of(converted("resnet"))
     assert list(example) == ["pixel_values"]
     assert example["pixel_values"].shape == (2, 3, 32, 32)
+
+
+def test_nested_outputs_of_one_name_are_told_apart_and_others_keep_theirs():
+    a, b, c, d = (torch.full((1,), float(k)) for k in range(4))
+    tree = {"last": a, "predictor": {"last": b, "target": c}, "target_of": (d, a)}
+    names = [(name, float(tensor)) for name, tensor in named_outputs(tree)]
+    assert names == [("last", 0), ("predictor_last", 1), ("target", 2), ("target_of_0", 3), ("target_of_1", 0)]

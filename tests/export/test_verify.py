@@ -220,3 +220,19 @@ def test_inputs_whose_first_axis_is_not_the_batch_are_refused_with_the_way_out(t
     model = convert(calibrate(prepare_qat(WithBag(), example_inputs=inputs), [inputs]))
     with pytest.raises(ExportError, match=r"inputs of 8, 4, 4 rows do not fit.*verify=False"):
         export_onnx(model, tmp_path / "bag.onnx", inputs)
+
+
+@pytest.mark.parametrize("setting", ["off", "on"])
+def test_a_fault_in_one_setting_alone_fails_the_export_and_leaves_no_file(setting, own_file, tmp_path, monkeypatch):
+    from hf_qat.export import verify
+
+    run = verify.Session.run
+
+    def faulty(self, inputs):
+        results = run(self, inputs)
+        return [np.zeros_like(result) for result in results] if self.optimized == (setting == "on") else results
+
+    monkeypatch.setattr(verify.Session, "run", faulty)
+    with pytest.raises(ExportError, match=rf"optimizations {setting}\) computes something else"):
+        export_onnx(own_file[0], tmp_path / "model.onnx", torch.randn(4, 3, 16, 16))
+    assert not list(tmp_path.iterdir())

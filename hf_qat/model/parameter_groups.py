@@ -5,6 +5,7 @@ Decay would pull the logarithm of a learned scale to 0, that is the scale to 1, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -30,15 +31,27 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         optimizer = torch.optim.AdamW(hf_qat.parameter_groups(model, lr=1e-4, weight_decay=0.01))
     """
     state = state_of(model)
-    scales = {id(parameter) for quantizer in fake_quantizers(model).values() for parameter in quantizer.parameters()}
-    scale_lr = lr if state is None else lr * state.config.scale_lr_multiplier
-    groups: list[dict[str, Any]] = [
-        {"params": [], "lr": lr, "weight_decay": weight_decay},
-        {"params": [], "lr": lr, "weight_decay": 0.0},
-        {"params": [], "lr": scale_lr, "weight_decay": 0.0},
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scales = [scale for scale in scale_parameters(model) if scale.requires_grad]
+    others = {id(scale) for scale in scales}
+    weights = [p for p in trained if p.dim() > 1 and id(p) not in others]
+    vectors = [p for p in trained if p.dim() <= 1 and id(p) not in others]
+    groups = [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        scale_group(scales, lr, 1.0 if state is None else state.config.scale_lr_multiplier),
     ]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            group = 2 if id(parameter) in scales else 1 if parameter.dim() <= 1 else 0
-            groups[group]["params"].append(parameter)
     return [group for group in groups if group["params"]]
+
+
+def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All learned scales and offsets of a prepared model."""
+    return [parameter for quantizer in fake_quantizers(model).values() for parameter in quantizer.parameters()]
+
+
+def scale_group(scales: Sequence[nn.Parameter], lr: float | None, multiplier: float) -> dict[str, Any]:
+    """The group of learned scales and offsets: no weight decay, and `multiplier` times the learning rate.
+
+    Some optimizers find their own rate, and have `None` there.
+    """
+    return {"params": list(scales), "lr": None if lr is None else lr * multiplier, "weight_decay": 0.0}

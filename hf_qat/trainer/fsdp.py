@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 
 from hf_qat.graph.capture.meta_device import without_weights
+from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
-from hf_qat.trainer.optimizer import scale_parameters
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from hf_qat.quantization.quantizer import fake_quantizers
-
-
-def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All learned scales and offsets of a prepared model."""
-    return [parameter for quantizer in fake_quantizers(model).values() for parameter in quantizer.parameters()]
+from hf_qat.model.parameter_groups import scale_group
 
 
 def count_missing(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> int:
@@ -24,9 +19,9 @@ def move_scales_to_own_group(
 ) -> None:
     """Move those of `scales` that the optimizer has into a new last group, in place, before its first step.
 
-    The group has no weight decay, and `lr_multiplier` times the learning rate of the first one; schedulers scale the
-    rate that each group starts with. Groups that are left without parameters go: torch 2.13 gives the settings of an
-    empty group to another one when it loads the state of a split optimizer.
+    It is `scale_group` at the learning rate of the first one; schedulers scale the rate that each group starts with.
+    Groups that are left without parameters go: torch 2.13 gives the settings of an empty group to another one when it
+    loads the state of a split optimizer.
     """
     wanted = {id(scale) for scale in scales}
     moved: list[nn.Parameter] = []
@@ -34,8 +29,6 @@ def move_scales_to_own_group(
         moved += [parameter for parameter in group["params"] if id(parameter) in wanted]
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
     if moved:
-        rate = optimizer.param_groups[0]["lr"]
-        # Some optimizers find their own rate, and have `None` here.
-        rate = None if rate is None else rate * lr_multiplier
+        group = scale_group(moved, optimizer.param_groups[0]["lr"], lr_multiplier)
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        optimizer.add_param_group({"params": moved, "weight_decay": 0.0, "lr": rate})
+        optimizer.add_param_group(group)

@@ -27,6 +27,7 @@ from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.export.verify import require_onnxruntime
 from hf_qat.files.atomic import put_back, whole_file
 from hf_qat.model.calibration import calibrate
+from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import require_stage, state_of
 from hf_qat.publish.accuracy import given_accuracy
@@ -40,7 +41,7 @@ from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metr
 from hf_qat.trainer.ddp import average_gradients
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
 from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
-from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group, scale_parameters
+from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush, Destination
 from hf_qat.trainer.random_state import random_state_kept
 from hf_qat.trainer.training_facts import schedule_of

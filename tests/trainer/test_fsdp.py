@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import OffloadPolicy, StateDictType
 
+from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.trainer.fsdp import gathered, is_sharded, saved_whole, shard
-from hf_qat.trainer.optimizer import scale_parameters
 from tests.models import resnet
 from tests.training import recipe
 

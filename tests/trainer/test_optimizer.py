@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.prepare import prepare_qat
-from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group, scale_parameters
+from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from tests.models import hand_written
 from tests.training import FOLLOWED, recipe
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.measuring import measure
-from hf_qat.trainer.optimizer import scale_parameters
 from hf_qat.trainer.trainer import QATTrainer
 from tests.exported import accuracy, publisher
 from tests.models import resnet

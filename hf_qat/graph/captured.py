@@ -163,6 +163,8 @@ class CapturedGraph:
         shapes: per input the captured sizes, `None` where any size goes.
         result_spec, result_leaves: structure of what the module returns.
         training: the mode of the module.
+        labelled_calls: `(args, kwargs)` that only a labelled step calls it with, of tensors without values: the first,
+            and one of other sizes; empty where calls without labels are like it.
         run: the Python function of `graph`, called with the module and the inputs.
     """
 
@@ -172,6 +174,7 @@ class CapturedGraph:
     result_spec: Any
     result_leaves: list[Leaf]
     training: bool
+    labelled_calls: list[tuple[list[Any], dict[str, Any]]] = field(default_factory=list)
     run: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

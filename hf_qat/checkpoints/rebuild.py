@@ -25,7 +25,7 @@ from hf_qat.graph.fingerprint import first_difference
 from hf_qat.graph.nodes import CONSTANT_PREFIX
 from hf_qat.model.conversion import swap_to_integer_modules
 from hf_qat.model.prepare import prepare_parts
-from hf_qat.model.saved_config import keep_names, rebuild_inputs
+from hf_qat.model.saved_config import keep_names, rebuild_inputs, rebuild_labelled_calls
 from hf_qat.model.state import state_of
 from hf_qat.model.state_dict import initialize_weight_scales
 from hf_qat.quantization.class_swap import original_class
@@ -79,7 +79,8 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
             with MetaCapture():
                 recipe = config.with_checkpoint(None)
                 paths = [path for path in saved.operations if _has_module(model, path)]  # another class has others
-                parts = Parts(recipe.excludes, paths, saved.stage is Stage.PREPARED)
+                calls = rebuild_labelled_calls(saved.labelled_calls)
+                parts = Parts(recipe.excludes, paths, saved.stage is Stage.PREPARED, calls)
                 prepare_parts(model, recipe, rebuild_inputs(saved.inputs), parts)
             _require_same_graph(model, saved)
             if saved.stage is Stage.CONVERTED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -30,6 +30,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     "fingerprint": (str, "a string"),
     "transformers_version": (str, "a string"),
     "torch_version": (str, "a string"),
+    "labelled_calls": (dict, "an object"),
 }
 
 
@@ -44,6 +45,8 @@ class CheckpointInfo:
         inputs: example inputs without their data, see `hf_qat.model.saved_config.describe_inputs`.
         operations: what was captured, see `hf_qat.graph.fingerprint`; `fingerprint` is its hash.
         transformers_version, torch_version: of the saving process.
+        labelled_calls: per captured child, calls that labels make it receive in training, see
+            `hf_qat.model.saved_config.describe_labelled_calls`; absent where there are none.
     """
 
     stage: Stage
@@ -54,10 +57,12 @@ class CheckpointInfo:
     fingerprint: str
     transformers_version: str
     torch_version: str
+    labelled_calls: dict[str, list[Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return {**asdict(self), "stage": self.stage.value}
+        data = {**asdict(self), "stage": self.stage.value}
+        return data if self.labelled_calls else {name: data[name] for name in data if name != "labelled_calls"}
 
     @classmethod
     def from_dict(cls, data: object) -> CheckpointInfo:
@@ -71,7 +76,8 @@ class CheckpointInfo:
             raise ConfigError(
                 f"{where} must be an object, not {data!r}: the config.json was not written by save_pretrained."
             )
-        names = [field.name for field in fields(cls)]
+        data = {"labelled_calls": {}, **data}
+        names = [entry.name for entry in fields(cls)]
         refuse_unknown(where, data, names)
         for name in names:
             kind, called = _KINDS[name]

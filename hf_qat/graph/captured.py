@@ -165,6 +165,8 @@ class CapturedGraph:
         training: the mode of the module.
         frozen: paths of the modules inside that were in the other mode.
         doubtful_sizes: batch sizes at which the exporter itself does not vouch for it.
+        labelled_calls: `(args, kwargs)` that only a labelled step calls it with, of tensors without values: the first,
+            and one of other sizes; empty where calls without labels are like it.
         run: the Python function of `graph`, called with the module and the inputs.
     """
 
@@ -176,6 +178,7 @@ class CapturedGraph:
     training: bool
     frozen: frozenset[str] = frozenset()
     doubtful_sizes: tuple[int, ...] = ()
+    labelled_calls: list[tuple[list[Any], dict[str, Any]]] = field(default_factory=list)
     run: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

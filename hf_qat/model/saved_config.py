@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,7 +19,12 @@ from hf_qat.config.checkpoint_info import CheckpointInfo, Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CaptureError, ConfigError
 from hf_qat.graph.capture.inputs import Inputs, as_call
+from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.fingerprint import Operations, fingerprint
+from hf_qat.model.state import captured_children
+
+
+logger = logging.getLogger(__name__)
 
 
 #: Batch size of the described inputs; capture takes its own anyway.
@@ -53,6 +59,7 @@ def attach_quantization_config(
         fingerprint=fingerprint(captured),
         transformers_version=transformers.__version__,
         torch_version=torch.__version__,
+        labelled_calls=describe_labelled_calls(captured_children(model)),
     )
     shared, own = model.config, copy.copy(model.config)
     for module in model.modules():
@@ -117,14 +124,59 @@ def describe_inputs(inputs: Inputs) -> list[Any]:
     return [_describe(list(args)), _describe(kwargs)]
 
 
-def _describe(value: Any) -> Any:
+def describe_labelled_calls(captured: Mapping[str, CapturedModule]) -> dict[str, list[Any]]:
+    """How labels make training call the captured children, as JSON: nobody can see it before the weights are read.
+
+    Returns:
+        Path of the child → `[training, [[args, kwargs], [args, kwargs]]]` for each such graph: the mode, and two calls
+        of different sizes. A call that JSON cannot hold is left out.
+    """
+    described: dict[str, list[Any]] = {}
+    for path, module in captured.items():
+        for graph in module.graphs:
+            try:
+                calls = [
+                    [_describe(list(args), None), _describe(kwargs, None)] for args, kwargs in graph.labelled_calls
+                ]
+            except CaptureError as error:
+                logger.debug("A call of %s is not saved (%s).", path, error)
+                continue
+            if calls:
+                described.setdefault(path, []).append([graph.training, calls])
+    return described
+
+
+def rebuild_labelled_calls(description: Mapping[str, Any]) -> dict[str, list[tuple[bool, Any]]]:
+    """The calls that `describe_labelled_calls` wrote down, on the meta device.
+
+    Raises:
+        ConfigError: no such description, or a size beyond all reason.
+    """
+    rebuilt: dict[str, list[tuple[bool, Any]]] = {}
+    for path, rows in description.items():
+        try:
+            rebuilt[path] = [
+                (bool(mode), [(_rebuild(args), _rebuild(kw)) for args, kw in calls]) for mode, calls in rows
+            ]
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"checkpoint['labelled_calls'][{path!r}] describes no calls: {error}.") from error
+        pairs = [pair for _, calls in rebuilt[path] for pair in calls]
+        if not all(isinstance(args, list) and isinstance(kwargs, dict) for args, kwargs in pairs):
+            raise ConfigError(f"checkpoint['labelled_calls'][{path!r}] must hold pairs of args and kwargs.")
+    return rebuilt
+
+
+def _describe(value: Any, batch: int | None = BATCH) -> Any:
+    """As JSON; tensors have `batch` for their first axis, unless it is `None`."""
     if isinstance(value, Tensor):
-        shape = [BATCH, *value.shape[1:]] if value.dim() else []
+        shape = value.shape if batch is None or not value.dim() else [batch, *value.shape[1:]]
         return {"tensor": [int(n) for n in shape], "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, Mapping):
-        return {"dict": {str(key): _describe(item) for key, item in value.items()}}
+        return {"dict": {str(key): _describe(item, batch) for key, item in value.items()}}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_describe(item) for item in value]
+        return [_describe(item, batch) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CaptureError(

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from hf_qat import calibrate, prepare_qat
 from hf_qat.config.checkpoint_info import CheckpointInfo
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError, HfQatError, WeightsError
 from hf_qat.model.saved_config import rebuild_inputs
 from tests.checkpoints.damaged import copied, load
+from tests.graph.capture.test_ways import MoreQueries, boxes
 
 
 Change = Callable[[dict[str, Any]], None]
@@ -114,3 +118,33 @@ def test_a_mutated_config_is_refused_or_means_what_it_says(data: st.DataObject, 
     for name in content:
         if name not in ("freeze_bn_at", "checkpoint", "hf_qat_version", "exclude", "overrides", "target"):
             assert written[name] == content[name] or not content[name]
+
+
+class Detector(transformers.PreTrainedModel):
+    """Its decoder gets queries of the labels, and a mask, in training."""
+
+    config_class = transformers.ResNetConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: transformers.ResNetConfig) -> None:
+        super().__init__(config)
+        self.inner = MoreQueries()
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, labels: list[dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
+        return self.inner(pixel_values, labels)
+
+
+def test_a_training_checkpoint_goes_on_training_with_labels(tmp_path):
+    torch.manual_seed(0)
+    model, x = Detector(transformers.ResNetConfig()), torch.randn(2, 6, 8)
+    prepare_qat(model, QATConfig(), {"pixel_values": x, "labels": boxes(1, 2)})
+    calibrate(model, [x])
+    model.save_pretrained(tmp_path / "first")
+    again = Detector.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    losses = []
+    for candidate in (model, again, Detector.from_pretrained(tmp_path / "second")):
+        torch.manual_seed(1)
+        losses.append(candidate.train()(x, boxes(9, 4))["loss"].detach())
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])

@@ -27,6 +27,12 @@ def test_what_was_saved_comes_back_as_plain_data():
     assert json.loads(json.dumps(info.to_dict())) == SAVED
 
 
+def test_calls_that_labels_make_are_written_where_there_are_any():
+    calls = {"decoder": [[True, []]]}
+    info = CheckpointInfo.from_dict({**SAVED, "labelled_calls": calls})
+    assert info.labelled_calls == calls and info.to_dict() == {**SAVED, "labelled_calls": calls}
+
+
 def test_a_stage_is_the_word_that_files_and_messages_have():
     assert (f"{Stage.PREPARED}", str(Stage.CONVERTED), json.dumps(Stage.PREPARED)) == (
         "prepared",
@@ -43,6 +49,7 @@ def test_a_stage_is_the_word_that_files_and_messages_have():
         ({"num_labels": True}, r"\['num_labels'\] must be a whole number, not True"),
         ({"operations": {"resnet": "conv2d"}}, r"\['operations'\]\['resnet'\] must be a list of strings"),
         ({"graph": []}, "unknown key 'graph'"),
+        ({"labelled_calls": []}, r"\['labelled_calls'\] must be an object, not \[\]"),
     ],
 )
 def test_an_entry_of_the_wrong_kind_is_refused(changes, message):

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_qat import QATConfig, calibrate, convert, prepare_qat
 from hf_qat.errors import CaptureError, ConfigError
-from hf_qat.model.saved_config import MAX_DIMENSIONS, describe_inputs, rebuild_inputs
+from hf_qat.model.saved_config import MAX_DIMENSIONS, describe_inputs, rebuild_inputs, rebuild_labelled_calls
 from tests.models import resnet, vit
 
 
@@ -117,3 +117,18 @@ def test_inputs_come_back_from_json_with_shapes_dtypes_and_constants() -> None:
     assert (back["mask"][0].shape, back["mask"][0].dtype) == ((2, 4), torch.bool)
     positional = rebuild_inputs(describe_inputs((torch.zeros(1, 7),)))
     assert isinstance(positional, tuple) and positional[0].shape == (2, 7)
+
+
+def test_calls_that_labels_make_come_back_with_their_sizes_and_structure():
+    call = [[{"tensor": [2, 7, 4], "dtype": "float32"}], {"dict": {"mask": {"tensor": [7, 7], "dtype": "bool"}}}]
+    (training, calls), *others = rebuild_labelled_calls({"decoder": [[True, [call, call]]]})["decoder"]
+    (args, kwargs), again = calls
+    assert training and not others and len(again) == 2
+    assert (args[0].shape, args[0].device.type) == ((2, 7, 4), "meta")
+    assert (kwargs["mask"].shape, kwargs["mask"].dtype) == ((7, 7), torch.bool)
+
+
+@pytest.mark.parametrize("rows", [3, [3], [[True, [[[], {}, 1]]]], [[True, [[{"dict": {}}, []]]]]])
+def test_what_describes_no_calls_is_refused(rows):
+    with pytest.raises(ConfigError, match="checkpoint\\['labelled_calls'\\]\\['decoder'\\]"):
+        rebuild_labelled_calls({"decoder": rows})

@@ -8,8 +8,8 @@ it calls are captured instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from hf_qat.graph.capture.links import links
 from hf_qat.graph.capture.modes import batch_norms_of_one_process, evaluating, frozen_parts_kept
 from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
-from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals
+from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals, stored_way
 from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks, without_user_hooks
 from hf_qat.quantization.class_swap import require_free_names
 
@@ -51,11 +51,14 @@ class Parts:
         excluded: says of a module path whether it stays float, and is not looked into.
         paths: exactly these are captured, unproven, as a checkpoint says; `None`: what proves to be possible.
         training: capture training, too.
+        labelled_calls: of parts, what a checkpoint has kept of how labels made training call them: the mode, and the
+            calls (see `CapturedGraph`).
     """
 
     excluded: Callable[[str], bool] = lambda path: False
     paths: Collection[str] | None = None
     training: bool = True
+    labelled_calls: Mapping[str, Sequence[tuple[bool, Any]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -180,10 +183,32 @@ def _try(call: CallRecord, ways: list[Way], parts: Parts) -> _Candidate:
         for way in ways:
             graph = _graph_of(way, graphs, constants) if parts.training or not way.training else None
             if graph is not None:
+                graph.labelled_calls = way.labelled_calls()
                 graphs.append(graph)
                 if proves:
                     _prove(way.calls, graph, constants)
+        graphs += _stored_graphs(call, graphs, parts, constants)
     return _Candidate(call, graphs, constants)
+
+
+def _stored_graphs(
+    call: CallRecord, graphs: list[CapturedGraph], parts: Parts, constants: Constants
+) -> list[CapturedGraph]:
+    """The graphs of calls that a checkpoint has kept; a labelled step says what is the matter where there is none."""
+    found: list[CapturedGraph] = []
+    for training, calls in parts.labelled_calls.get(call.path, ()):
+        if training and not parts.training:
+            continue
+        try:
+            way = stored_way(call, training, calls)
+            graph = _graph_of(way, [*graphs, *found], constants)
+        except (CaptureError, TypeError) as error:
+            logger.warning("A call of %s that labels make cannot be captured again: %s", _name(call), error)
+            continue
+        if graph is not None:
+            graph.labelled_calls = way.labelled_calls()
+            found.append(graph)
+    return found
 
 
 def _graph_of(way: Way, graphs: list[CapturedGraph], constants: Constants) -> CapturedGraph | None:
@@ -196,7 +221,7 @@ def _graph_of(way: Way, graphs: list[CapturedGraph], constants: Constants) -> Ca
     """
     record = way.calls
     of_mode = [graph for graph in graphs if graph.training == way.training]
-    if any(graph.takes(record.module, record.signatures[0], x) for graph in of_mode for x in record.inputs):
+    if all(any(graph.takes(record.module, record.signatures[0], x) for graph in of_mode) for x in record.inputs):
         return None
     constants.begin_graph()
     try:

@@ -6,7 +6,8 @@ part are over the same modules and quantizers, and there before an optimizer is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,21 +20,29 @@ from hf_qat.graph.capture.call_record import CallRecord, Records, Search
 from hf_qat.graph.capture.dry_run import BATCH_SIZES, forward
 from hf_qat.graph.capture.inputs import Inputs, changed_images, device_of, with_batch
 from hf_qat.graph.capture.labelled import FIXED, VARIED, LabelSize, resize_labels
+from hf_qat.graph.capture.meta_device import META
 from hf_qat.graph.capture.rehearsal import Run, rehearse
-from hf_qat.graph.captured import CallSignature
+from hf_qat.graph.captured import CallSignature, flatten_call
 
 
-@dataclass(frozen=True)
+@dataclass
 class Way:
     """One way in which a part is called.
 
     Attributes:
         training: the mode.
         calls: of one signature, with tensors of as many axes; they differ in sizes only.
+        labelled: some of them come of labels alone.
     """
 
     training: bool
     calls: CallRecord
+    labelled: bool = False
+
+    def labelled_calls(self) -> list[tuple[list[Any], dict[str, Any]]]:
+        """The first call and the last, of tensors without values; nothing where labels change nothing."""
+        ends = (self.calls.inputs[0], self.calls.inputs[-1]) if self.labelled else ()
+        return [self.calls.signatures[0].rebuild([x.to(META) for x in tensors]) for tensors in ends]
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,8 @@ class Rehearsals:
             CaptureError: the ways depend on the size of the batch.
         """
         return [
-            *_by_signature(False, [call, *self._labelled(call, False)]),
-            *_by_signature(True, [*self._in_training(call), *self._labelled(call, True)]),
+            *_by_signature(False, [call], self._labelled(call, False)),
+            *_by_signature(True, self._in_training(call), self._labelled(call, True)),
         ]
 
     def _labelled(self, call: CallRecord, training: bool) -> list[CallRecord]:
@@ -69,6 +78,15 @@ class Rehearsals:
         if seen is None:
             return [] if self.training is None and self._labelled(call, True) else [call]
         return [call if _called_alike(call, seen) else _on_device(call, seen)]
+
+
+def stored_way(call: CallRecord, training: bool, calls: Sequence[tuple[list[Any], dict[str, Any]]]) -> Way:
+    """The way of calls that a checkpoint has kept: it takes labels to see them, and loading has none."""
+    way = Way(training, CallRecord(call.path, call.module), labelled=True)
+    for run, (args, kwargs) in enumerate(calls):
+        signature, tensors = flatten_call(inspect.signature(call.module.forward), args, kwargs)
+        way.calls.add_call(signature, tensors, (), run)
+    return way
 
 
 def rehearsals(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], search: Search) -> Rehearsals:
@@ -123,10 +141,10 @@ def _random_like(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 
-def _by_signature(training: bool, records: Iterable[CallRecord]) -> list[Way]:
+def _by_signature(training: bool, plain: Sequence[CallRecord], labelled: Sequence[CallRecord]) -> list[Way]:
     """The calls of all records, those of one signature and as many axes together, each size once."""
     ways: list[Way] = []
-    for record in records:
+    for position, record in enumerate((*plain, *labelled)):
         seen_in: dict[int, set[int]] = {}  # run → the ways seen in it
         for signature, tensors, run in zip(record.signatures, record.inputs, record.runs, strict=True):
             way = next((way for way in ways if _belongs(signature, tensors, way.calls)), None)
@@ -137,6 +155,7 @@ def _by_signature(training: bool, records: Iterable[CallRecord]) -> list[Way]:
             way.calls.written |= record.written
             if not any(_shapes(tensors) == _shapes(known) for known in way.calls.inputs):
                 way.calls.add_call(signature, tensors, (), run)
+                way.labelled |= position >= len(plain)
         _require_any_size(record, list(seen_in.values()))
     return ways
 

@@ -6,7 +6,7 @@ quantized is kept as codes before their `DequantizeLinear`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -21,7 +21,7 @@ from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, names_read, sub
 LARGEST_GROWTH, LARGEST_SHARE = 2**20, 0.01
 
 #: Operators whose result holds numbers of their first input, and no others.
-MOVING = frozenset({"Expand", "Identity", "Reshape", "Slice", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Flatten"})
+MOVING = frozenset("Expand Flatten Gather Identity Reshape Slice Split Squeeze Tile Transpose Unsqueeze".split())
 
 #: Operators that give something else in each run.
 RANDOM = frozenset({"RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
@@ -82,13 +82,24 @@ def _in_order(names: Iterable[str], makers: Mapping[str, NodeProto]) -> list[str
 
 def _folded(name: str, makers: Mapping[str, NodeProto], onnx_graph: OnnxGraph) -> Folded | None:
     """How a value becomes a constant; `None` where a weight with one scale per channel would lose its codes."""
+    sources = list(_dequantized(name, makers))
+    scales = [onnx_graph.constant(node.input[1]) for node in sources]
+    if not all(scale is not None and scale.ndim == 0 for scale in scales):
+        return None
     node: NodeProto | None = makers[name]
     while node is not None and node.op_type in MOVING:
         node = makers.get(node.input[0])
-    if node is None or node.op_type != "DequantizeLinear":
-        return Folded(name, None)
-    scale = onnx_graph.constant(node.input[1])
-    return Folded(name, node) if scale is not None and scale.ndim == 0 else None
+    return Folded(name, node if node is not None and node.op_type == "DequantizeLinear" else None)
+
+
+def _dequantized(name: str, makers: Mapping[str, NodeProto]) -> Iterator[NodeProto]:
+    """The `DequantizeLinear` nodes whose numbers go into a value that is not quantized again on the way."""
+    node = makers.get(name)
+    if node is not None and node.op_type == "DequantizeLinear":
+        yield node
+    elif node is not None and node.op_type != "QuantizeLinear":
+        for read in node.input:
+            yield from _dequantized(read, makers)
 
 
 def _evaluate(model: ModelProto, nodes: Sequence[NodeProto], names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -127,7 +127,24 @@ def _to_proto(model: nn.Module, call: ExportCall, config: QATConfig, opset_versi
     except Exception as error:
         raise ExportError(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(error)}") from error
     assert program is not None
+    _register_constants(program)
     return clean_up(lower_opset(program.model_proto, opset_version))
+
+
+def _register_constants(program: torch.onnx.ONNXProgram) -> None:
+    """Add, in place, the constants that nodes read and the graph lacks.
+
+    The exporter's fusion of two clamps (onnxscript 0.7.2) makes new bounds, and loses them where the same two clamps
+    stand in the model twice, as in detectors that refine boxes.
+    """
+    graph = program.model.graph
+    known = {value.name for value in graph.inputs} | set(graph.initializers)
+    for node in graph:
+        for value in node.inputs:
+            lost = value is not None and value.producer() is None and value.name not in known
+            if value is not None and lost and value.const_value is not None:
+                graph.register_initializer(value)
+                known.add(value.name)
 
 
 def _reason(error: BaseException) -> str:

@@ -240,7 +240,8 @@ class Place(NamedTuple):
 
 
 def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
-    return tensor.dim() == len(shape) and all(n in (None, m) for n, m in zip(shape, tensor.shape, strict=True))
+    sizes = zip(shape, tensor.shape, strict=True) if tensor.dim() == len(shape) else [(-1, -2)]
+    return all(n is None or isinstance(m, torch.SymInt) or n == m for n, m in sizes)  # a symbol: PyTorch is exporting
 
 
 def _ends_alike(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:

@@ -60,9 +60,18 @@ def test_what_constants_decide_is_a_constant_and_codes_stay_codes(case, parse, r
         "t = Tile(x, n) z = Add(t, b)",
         "r = RandomNormalLike(b) z = Add(x, r)",
         "w = DequantizeLinear<axis = 0>(k, v, p) t = Transpose(w) z = MatMul(x, t)",
+        "w = DequantizeLinear<axis = 0>(k, v, p) m, o = Split<axis = 0>(w) t = Transpose(m) z = MatMul(x, t)",
+        "w = DequantizeLinear<axis = 0>(k, v, p) h = Add(w, b) t = Transpose(h) z = MatMul(x, t)",
         "z = Tile(b1, n)",
     ],
-    ids=["of an input", "random numbers", "a weight with a scale for each channel", "an output"],
+    ids=[
+        "of an input",
+        "random numbers",
+        "a weight with a scale for each channel",
+        "a part of one",
+        "what is computed of one",
+        "an output",
+    ],
 )
 def test_all_else_stays(body, parse):
     more = "float[1, 4] b1, int8[4, 4] k, float[4] v, int8[4] p, float[4] b = {1, 2, 3, 4}, int64[2] n = {1, 1}"

@@ -7,8 +7,10 @@ it calls are captured instead.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +79,7 @@ def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dic
         CaptureError: nothing can be captured; with the part and the reason.
     """
     parts = Parts() if parts is None else parts
-    with evaluating(model):
+    with evaluating(model), _garbage_kept():
         candidates = _candidates(model, inputs, parts)
     # Only now, when nothing can fail any more, is the model changed.
     calls = [candidate.call for candidate in candidates]
@@ -90,6 +92,18 @@ def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dic
     for call in calls:
         captured[call.path].producer_of_input = links(call, calls)
     return captured
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Inside, Python looks for no garbage: among the small objects of an export, that takes an eighth of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _candidates(model: nn.Module, inputs: Inputs, parts: Parts) -> list[_Candidate]:

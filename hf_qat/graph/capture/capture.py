@@ -7,8 +7,10 @@ it calls are captured instead.
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +93,12 @@ def capture(
         CaptureError: nothing can be captured; with the part and the reason.
     """
     parts = Parts() if parts is None else parts
-    with frozen_parts_kept(model), batch_norms_of_one_process(model), evaluating(model):
+    with (
+        frozen_parts_kept(model),
+        batch_norms_of_one_process(model),
+        evaluating(model),
+        _garbage_kept(),
+    ):
         candidates = _candidates(model, inputs, {**labels_in(inputs), **(labels or {})}, parts)
     # Only now, when nothing can fail any more, is the model changed.
     calls = [candidate.call for candidate in candidates]
@@ -104,6 +111,18 @@ def capture(
     for call in calls:
         captured[call.path].producer_of_input = links(call, calls)
     return captured
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Inside, Python looks for no garbage: among the small objects of an export, that takes an eighth of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _candidates(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], parts: Parts) -> list[_Candidate]:

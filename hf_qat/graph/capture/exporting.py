@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import traceback
 import warnings
@@ -197,15 +196,14 @@ def _require_one_signature(name: str, calls: CallRecord) -> None:
 
 @contextmanager
 def _swiftly() -> Iterator[None]:
-    """Inside, no call stack is kept of every node, Python looks for no garbage, and attention does not fuse.
+    """Inside, no call stack is kept of every node, and attention does not fuse.
 
     What stands in the way of an export is raised; the exporter need not print it, too.
     """
     talking = EXPORTER_LOG.level
     EXPORTER_LOG.setLevel(logging.CRITICAL)
-    collecting, without_stacks = gc.isenabled(), getattr(fx.config, "do_not_emit_stack_traces", False)
+    without_stacks = getattr(fx.config, "do_not_emit_stack_traces", False)
     fused = torch.backends.mha.get_fastpath_enabled()
-    gc.disable()
     fx.config.do_not_emit_stack_traces = True
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -214,8 +212,6 @@ def _swiftly() -> Iterator[None]:
         EXPORTER_LOG.setLevel(talking)
         torch.backends.mha.set_fastpath_enabled(fused)
         fx.config.do_not_emit_stack_traces = without_stacks
-        if collecting:
-            gc.enable()
 
 
 def _user_line(error: BaseException) -> str:

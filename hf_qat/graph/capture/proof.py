@@ -156,8 +156,10 @@ def _same(ours: Any, theirs: Any) -> bool:
         return ours is theirs or (not isinstance(ours, Tensor) and not isinstance(theirs, Tensor) and ours == theirs)
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
-    if not theirs.is_floating_point() or theirs.numel() == 0:
-        return torch.equal(ours, theirs)
+    if torch.equal(ours, theirs):  # in one pass over them; the next takes six
+        return True
+    if not theirs.is_floating_point():
+        return False
     finite = theirs[theirs.isfinite()]
     size = float(finite.abs().max()) if finite.numel() else 0.0
     return torch.allclose(ours, theirs, rtol=0.0, atol=TOLERANCE * size, equal_nan=True)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,6 +50,10 @@ COPIES = frozenset({aten.clone, aten.alias, aten.detach, aten.lift_fresh})
 #: They return the values of their first argument in the same order, in another shape.
 RESHAPES = frozenset({aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze})
 
+#: They take a part of an axis, or put a part of a gradient back into zeros. Where nothing is left out, the result is
+#: the first argument: an axis that keeps its length is whole, because steps are positive.
+SLICES = frozenset({aten.slice, aten.slice_backward})
+
 #: The order of their two arguments does not matter.
 COMMUTATIVE = frozenset({aten.add, aten.mul})
 
@@ -68,32 +74,28 @@ class _Layouts:
     def __init__(self) -> None:
         self._results: dict[Any, Any] = {}
 
-    def run(self, func: Any, flat: list[Any], spec: Any) -> Any:
+    def run(self, func: Any, flat: list[Any], spec: _Spec) -> Any:
         """The result of `func` on arguments that were flattened into `flat`, as tensors without values."""
         if _functional(func) is not func.overloadpacket:
             return flat[0]
-        makes_memory = not any(x.alias_info for x in (*func._schema.arguments, *func._schema.returns))
-        key = (func, spec, *map(_layout, flat)) if makes_memory else None
+        key = (func, spec, *map(_layout, flat)) if _makes_memory(func) else None
         if key is not None and key in self._results:
-            return pytree.tree_map_only(_Layout, _Layout.empty, self._results[key])
+            known = self._results[key]
+            return _empty(known) if isinstance(known, _Layout) else tuple(map(_empty, known))
         here = [x.to(META) if isinstance(x, Tensor) and x.device != META else x for x in flat]
-        args, kwargs = pytree.tree_unflatten(here, spec)
+        args, kwargs = spec.unflatten(here)
         result = func(*args, **kwargs)
         if key is not None:
-            self._results[key] = pytree.tree_map_only(Tensor, _layout, result)
+            self._results[key] = tuple(map(_layout, result)) if isinstance(result, (tuple, list)) else _layout(result)
         return result
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(NamedTuple):
     """Of a tensor in memory of its own."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
-
-    def empty(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=META)
 
 
 def _layout(value: Any) -> Any:
@@ -101,6 +103,46 @@ def _layout(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _Layout(value.shape, value.stride(), value.dtype)
     return type(value), str(value)
+
+
+def _empty(layout: Any) -> Any:
+    """A tensor without values; what is no layout of one stands for `None`."""
+    if not isinstance(layout, _Layout):
+        return None
+    return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype, device=META)
+
+
+class _Spec(NamedTuple):
+    """How the arguments of an operation were, before they were flattened: one list in another at most."""
+
+    positional: int
+    keys: tuple[str, ...]
+    lengths: tuple[int | None, ...]
+
+    def unflatten(self, flat: list[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """`(args, kwargs)` of leaves."""
+        leaves = iter(flat)
+        values = [next(leaves) if n is None else list(islice(leaves, n)) for n in self.lengths]
+        return values[: self.positional], dict(zip(self.keys, values[self.positional :], strict=True))
+
+
+def _flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], _Spec]:
+    """Leaves of the arguments of an operation."""
+    flat: list[Any] = []
+    lengths: list[int | None] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, (list, tuple)):
+            flat += value
+            lengths.append(len(value))
+        else:
+            flat.append(value)
+            lengths.append(None)
+    return flat, _Spec(len(args), tuple(kwargs), tuple(lengths))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those among what an operation returned, or in one argument of it."""
+    return [x for x in (values if isinstance(values, (tuple, list)) else (values,)) if isinstance(x, Tensor)]
 
 
 class Numbering:
@@ -113,6 +155,7 @@ class Numbering:
         self.shapes: dict[int, torch.Size] = {}
         self.layouts = _Layouts()
         self._terms: dict[int, tuple[int, ...]] = {}
+        self._zero: dict[int, bool] = {}
 
     def of(self, description: Any, shape: torch.Size) -> int:
         """The number of the value with this description."""
@@ -123,10 +166,18 @@ class Numbering:
     def of_known(self, value: Tensor) -> int:
         """The number of a tensor whose values are known."""
         value = value.detach().contiguous()
-        content = value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        content = blake2b(value.reshape(-1).view(torch.uint8).numpy().data).digest() if value.numel() else b""
         number = self.of(("known", value.dtype, value.shape, content), value.shape)
-        self.known[number] = value
+        self.known.setdefault(number, value)
         return number
+
+    def is_zero(self, number: int | None) -> bool:
+        """Whether a value is known to be zero everywhere."""
+        if number not in self.known:
+            return False
+        if number not in self._zero:
+            self._zero[number] = not self.known[number].any()
+        return self._zero[number]
 
     def of_reshaped(self, number: int, shape: torch.Size) -> int:
         """The number of a value in another shape."""
@@ -200,7 +251,7 @@ class _Run(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flat, spec = pytree.tree_flatten((args, kwargs))
+        flat, spec = _flatten(args, kwargs)
         if all(x.device != META for x in flat if isinstance(x, Tensor)) and not _makes_meta(kwargs):
             return func(*args, **kwargs)
         numbers = [self.number(x) if isinstance(x, Tensor) else None for x in flat]
@@ -223,16 +274,18 @@ class _Run(TorchDispatchMode):
 
     def _ask(self, func: Any, flat: list[Any], spec: Any, numbers: list[int | None]) -> Any:
         """Answer a question for a value, where it is known."""
-        args, kwargs = self._known_arguments(flat, spec, numbers)
+        args, kwargs = self._known_arguments(func, flat, spec, numbers)
         return func(*args, **kwargs)
 
-    def _known_arguments(self, flat: list[Any], spec: Any, numbers: list[int | None]) -> Any:
+    def _known_arguments(self, func: Any, flat: list[Any], spec: Any, numbers: list[int | None]) -> Any:
         if not all(number is None or number in self._numbering.known for number in numbers):
             raise UndecidedError("a question for a value")
         pairs = zip(flat, numbers, strict=True)
-        values = [x if n is None else self._numbering.known[n].clone() for x, n in pairs]
+        values = [x if n is None else self._numbering.known[n] for x, n in pairs]
+        if _written_places(func):
+            values = [x.clone() if isinstance(x, Tensor) else x for x in values]
         values = [torch.device("cpu") if x == META else x for x in values]
-        return pytree.tree_unflatten(values, spec)
+        return spec.unflatten(values)
 
     def _record(self, func: Any, call: Any, flattened: Any, result: Any) -> None:
         """Number what an operation returned, and what it wrote to."""
@@ -241,14 +294,14 @@ class _Run(TorchDispatchMode):
         written = _written(func, args, kwargs)
         if any(tensor.device != META for tensor in written):
             raise UndecidedError("a write to a tensor on another device")
-        results = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        results = _tensors(result)
         if not results and not written:
             return
         random = torch.Tag.nondeterministic_seeded in func.tags
         if not random and func.overloadpacket not in UNDEFINED and self._is_known(numbers):
-            known_args, known_kwargs = self._known_arguments(flat, spec, numbers)
+            known_args, known_kwargs = self._known_arguments(func, flat, spec, numbers)
             known = func(*known_args, **known_kwargs)
-            found = [self._numbering.of_known(x) for x in pytree.tree_leaves(known) if isinstance(x, Tensor)]
+            found = [self._numbering.of_known(x) for x in _tensors(known)]
         else:
             self._draws += random
             found = self._described(func, flat, numbers, results, self._draws if random else None)
@@ -283,7 +336,7 @@ class _Run(TorchDispatchMode):
                 return [numbers[1] or 0]
             if packet is aten.add and same and (kept := self._unchanged_sum(flat, numbers, out)) is not None:
                 return [kept]
-            if packet is aten.slice and out.shape == self._numbering.shapes[first] and flat[4:] in ([], [1]):
+            if packet in SLICES and out.shape == self._numbering.shapes[first]:
                 return [first]
             if packet is aten.constant_pad_nd and not any(flat[1:-1]):
                 return [first]
@@ -305,7 +358,7 @@ class _Run(TorchDispatchMode):
         """The summand that a sum equals, because the other is zero everywhere."""
         for kept, other in ((0, 1), (1, 0)):
             number, added = numbers[kept], numbers[other]
-            if number is None or added not in self._numbering.known or self._numbering.known[added].any():
+            if number is None or not self._numbering.is_zero(added):
                 continue
             if self._numbering.shapes[number] == out.shape and flat[kept].dtype == out.dtype:
                 return number
@@ -313,8 +366,10 @@ class _Run(TorchDispatchMode):
 
 
 def _place(tensor: Tensor) -> Any:
-    stride = tuple(0 if n == 1 else step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.storage_offset(), tensor.shape, stride, tensor.dtype
+    shape, stride = tensor.shape, tensor.stride()
+    if 1 in shape:  # along such an axis nothing is ever stepped over
+        stride = tuple(0 if n == 1 else step for n, step in zip(shape, stride, strict=True))
+    return tensor.storage_offset(), shape, stride, tensor.dtype
 
 
 def _is_contiguous(shape: torch.Size, stride: tuple[int, ...]) -> bool:
@@ -341,6 +396,12 @@ def _plain(value: Any, number: int | None) -> Any:
     return (type(value).__name__, value if isinstance(value, (int, float, str)) else str(value))
 
 
+@cache
+def _makes_memory(func: Any) -> bool:
+    return not any(x.alias_info for x in (*func._schema.arguments, *func._schema.returns))
+
+
+@cache
 def _functional(func: Any) -> Any:
     """The operation that returns what an in-place one writes; a functional one itself."""
     name = func._schema.name.split("::")[1]
@@ -352,14 +413,16 @@ def _functional(func: Any) -> Any:
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors among the arguments that the operation writes to."""
     if func is BATCH_NORM:
-        return [x for x in args[3:5] if isinstance(x, Tensor)] if args[5] else []
-    found = []
-    if func._schema.is_mutable:
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                found += [x for x in pytree.tree_leaves(value) if isinstance(x, Tensor)]
-    return found
+        return _tensors(args[3:5]) if args[5] else []
+    places = _written_places(func)
+    return [x for k, name in places for x in _tensors(args[k] if k < len(args) else kwargs.get(name))]
+
+
+@cache
+def _written_places(func: Any) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that the schema says are written to."""
+    arguments = enumerate(func._schema.arguments)
+    return [(k, x.name) for k, x in arguments if x.alias_info is not None and x.alias_info.is_write]
 
 
 def is_costly(graph: fx.Graph) -> bool:

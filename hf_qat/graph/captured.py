@@ -448,7 +448,7 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
         return CaptureError(
             f"{name} is called with {', '.join(different)} other than in the call that was captured. A prepared "
             "model computes what its example inputs made it compute: prepare it with example_inputs= that contain "
-            "this argument, or do not pass it."
+            "this argument, or the labels that it comes of; or do not pass it."
         )
     for tensor, shape, argument in zip(tensors, captured.shapes, captured.signature.tensor_names(), strict=True):
         if not _fits(tensor, shape):

@@ -20,7 +20,7 @@ from hf_qat.graph.capture.dry_run import CallRecord, dry_runs, links, training_r
 from hf_qat.graph.capture.exporting import export_call
 from hf_qat.graph.capture.guards import shape_at
 from hf_qat.graph.capture.inputs import Inputs, accepts_labels
-from hf_qat.graph.capture.modes import batch_norms_of_one_process, evaluating, frozen_parts_kept
+from hf_qat.graph.capture.modes import ready_for_capture
 from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
 from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks, without_user_hooks
@@ -78,7 +78,7 @@ def capture(model: nn.Module, inputs: Inputs, parts: Parts | None = None) -> dic
         CaptureError: nothing can be captured; with the part and the reason.
     """
     parts = Parts() if parts is None else parts
-    with frozen_parts_kept(model), batch_norms_of_one_process(model), evaluating(model):
+    with ready_for_capture(model):
         candidates = _candidates(model, inputs, parts)
     # Only now, when nothing can fail any more, is the model changed.
     calls = [candidate.call for candidate in candidates]

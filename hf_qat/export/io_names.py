@@ -78,7 +78,7 @@ def _require_tensors(name: str, result: Any) -> None:
 
 
 def example_of(model: nn.Module) -> Inputs:
-    """Random inputs of the shapes that `model` was captured with, for a batch of 2.
+    """Random inputs of the shapes that `model` was captured with, for a batch of 2; masks and indices are ones.
 
     Raises:
         CaptureError: the shapes cannot be told from the model; `example_inputs` must be given.
@@ -91,7 +91,8 @@ def example_of(model: nn.Module) -> Inputs:
             return kwargs if kwargs else tuple(args)
         names = module.signature.tensor_names()
         if main_input in names:
-            return {main_input: tensors[names.index(main_input)]}
+            accepted = inspect.signature(model.forward).parameters
+            return {name: tensor for name, tensor in zip(names, tensors, strict=True) if name in accepted}
     return guess_inputs(model)
 
 
@@ -101,7 +102,8 @@ def _random_inputs(module: CapturedModule) -> list[Tensor]:
     tensors = []
     for node, shape in zip(placeholders, module.shapes, strict=True):
         values = torch.randn([2 if size is None else size for size in shape], generator=generator)
-        tensors.append(values.to(node.meta["val"].dtype))
+        dtype = node.meta["val"].dtype
+        tensors.append(values.to(dtype) if dtype.is_floating_point else torch.ones_like(values, dtype=dtype))
     return tensors
 
 

@@ -41,7 +41,8 @@ def norm_path(captured: CapturedModule, way: CapturedGraph, node: fx.Node) -> st
     path = str(mean.target).rpartition(".")[0]
     module = captured.get_submodule(path)
     own = all(_is_own(module, path, name, value) for name, value in zip(TENSORS, tensors, strict=True))
-    same = own and getattr(module, "eps", None) == eps and getattr(module, "momentum", momentum) == momentum
+    own_momentum = getattr(module, "momentum", momentum) or 0.0  # none: see `averages_left_alone`
+    same = own and getattr(module, "eps", None) == eps and own_momentum == momentum
     return path if same and training == _normalises_by_batch(module, way) else None
 
 

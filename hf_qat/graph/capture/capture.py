@@ -25,7 +25,7 @@ from hf_qat.graph.capture.exporting import export_call
 from hf_qat.graph.capture.guards import shape_at
 from hf_qat.graph.capture.inputs import Inputs, accepts_labels, labels_in
 from hf_qat.graph.capture.links import links
-from hf_qat.graph.capture.modes import batch_norms_of_one_process, evaluating, frozen_parts_kept
+from hf_qat.graph.capture.modes import ready_for_capture
 from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
 from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals, stored_way
@@ -93,12 +93,7 @@ def capture(
         CaptureError: nothing can be captured; with the part and the reason.
     """
     parts = Parts() if parts is None else parts
-    with (
-        frozen_parts_kept(model),
-        batch_norms_of_one_process(model),
-        evaluating(model),
-        _garbage_kept(),
-    ):
+    with ready_for_capture(model), _garbage_kept():
         candidates = _candidates(model, inputs, {**labels_in(inputs), **(labels or {})}, parts)
     # Only now, when nothing can fail any more, is the model changed.
     calls = [candidate.call for candidate in candidates]

@@ -1,10 +1,11 @@
-"""Change the mode of a model for a while, or run it, and leave every module as it was."""
+"""Change the mode of a model, or how its parts follow it, for a while, or run it; then all is as it was."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in evaluation mode."""
     with modes_kept(model):
         model.eval()
+        yield
+
+
+@contextmanager
+def ready_for_capture(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in evaluation, and put into training it does nothing that a graph cannot."""
+    with frozen_parts_kept(model), batch_norms_of_one_process(model), averages_left_alone(model), evaluating(model):
         yield
 
 
@@ -63,6 +71,23 @@ def batch_norms_of_one_process(model: nn.Module) -> Iterator[None]:
     synchronized = [m for m in model.modules() if type(m).forward is nn.SyncBatchNorm.forward]
     with _shadowed(synchronized, "forward", nn.modules.batchnorm._BatchNorm.forward):
         yield
+
+
+@contextmanager
+def averages_left_alone(model: nn.Module) -> Iterator[None]:
+    """Inside, a batch norm without momentum, which averages over all batches, does not move its running statistics.
+
+    It reads how many batches there were, which no graph can; the layer that takes its place in the graph does.
+    """
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    averaging = [(norm, norm.num_batches_tracked) for norm in norms if norm.momentum is None]
+    for norm, _ in averaging:
+        norm.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for norm, count in averaging:
+            norm.num_batches_tracked = count
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import logging
 
+import onnx
 import pytest
 import torch
 import transformers
@@ -420,6 +421,8 @@ def test_a_second_input_that_a_processor_gives_is_exported_with_the_batch(tmp_pa
     calibrate(prepare_qat(model, example_inputs=batch), [batch])
     report = export_onnx(convert(model), tmp_path / "detr.onnx", batch)
     assert report.path.exists()
+    report = export_onnx(model, tmp_path / "without.onnx")  # the second input is among the random ones
+    assert [value.name for value in onnx.load(report.path).graph.input] == ["pixel_values", "pixel_mask"]
     assert len(pytree.tree_leaves(model(**batch).logits)) == 1
 
 

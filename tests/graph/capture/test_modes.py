@@ -101,6 +101,30 @@ def test_biases_that_are_kept_for_evaluation_do_not_stand_in_the_way_of_the_proo
     assert [*captured_modules(model)] == ["levit", "classifier"]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None)], id="after a convolution"),
+        pytest.param(lambda: [nn.BatchNorm2d(3, momentum=None), nn.ReLU(), nn.Conv2d(3, 4, 3)], id="alone"),
+    ],
+)
+def test_a_batch_norm_without_momentum_averages_all_batches_in_a_graph_too(make):
+    torch.manual_seed(0)
+    float_model = nn.Sequential(*make()).train()
+    model = prepare_qat(copy.deepcopy(float_model), example_inputs=torch.randn(4, 3, 8, 8))
+    assert [*captured_modules(model)] == [""]
+    freeze_batch_norm(model, False)
+    for _ in range(3):
+        x = torch.randn(4, 3, 8, 8)
+        with fake_quant_disabled(model):
+            torch.testing.assert_close(model(x), float_model(x))
+    buffers = dict(model.named_buffers())
+    for name, expected in float_model.named_buffers():
+        torch.testing.assert_close(buffers[name], expected)
+    with fake_quant_disabled(model):
+        torch.testing.assert_close(model.eval()(x), float_model.eval()(x))
+
+
 @pytest.fixture
 def process_group(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)

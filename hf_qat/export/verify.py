@@ -159,7 +159,7 @@ class Session:
             return self._run(inputs)
         starts = range(0, len(inputs[0]), size)
         parts = [self._run([_rows(x, start, size) for x in inputs]) for start in starts]
-        return [np.concatenate(outputs)[: len(inputs[0])] for outputs in zip(*parts, strict=True)]
+        return [_joined(outputs, len(inputs[0])) for outputs in zip(*parts, strict=True)]
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         names = self.inputs
@@ -189,6 +189,14 @@ def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
     """`count` rows from `start` on; the last one is repeated where there are fewer."""
     rows = x[start : start + count]
     return np.concatenate([rows, *[rows[-1:]] * (count - len(rows))])
+
+
+def _joined(outputs: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """One output of several batches: its first `count` rows; of a single number, such as a loss, the mean."""
+    whole: np.ndarray = (
+        np.concatenate(outputs)[:count] if outputs[0].ndim else np.mean(outputs, dtype=outputs[0].dtype)
+    )
+    return whole
 
 
 @dataclass
@@ -237,7 +245,7 @@ class _Comparison:
 def _differences(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
     """Magnitudes; 0 between infinities of one sign, infinite where there is NaN."""
     with np.errstate(invalid="ignore"):
-        differences = np.abs(wanted.astype(np.float64) - got)
+        differences = np.asarray(np.abs(wanted.astype(np.float64) - got))
     differences[wanted == got] = 0.0
     return np.where(np.isnan(differences), np.inf, differences)
 

@@ -26,6 +26,7 @@ from hf_qat.export.onnx_graph import (
 )
 from hf_qat.export.pairs import repeat_pairs
 from hf_qat.export.pooling import spell_out_windows
+from hf_qat.export.selection import select_directly
 from hf_qat.export.zero_points import separate_zero_points
 
 
@@ -231,6 +232,7 @@ PASSES: tuple[Callable[[ModelProto], None], ...] = (
     quantize_constants,
     fold_constants,
     spell_out_windows,
+    select_directly,
     infer_shapes,
     drop_additions_of_zero,
     pool_globally,

@@ -1,4 +1,4 @@
-"""Adaptive pooling in the words of ONNX, in place of PyTorch's own translation of it.
+"""Adaptive pooling and stable sorting in the words of ONNX: what PyTorch's exporter translates badly, or not at all.
 
 PyTorch writes pooling to a fixed grid (pyramid pooling) as `GatherND`, `Where` and transposes of six axes, which chips
 leave to their CPU. Here bins of one size become `AveragePool` or `MaxPool`. Averages of other bins become a product
@@ -38,12 +38,17 @@ def translations(weights: TensorScheme) -> dict[Callable[..., Any], Callable[...
     def largest(x: Any, output_size: Any) -> Any:
         return _largest(x, list(output_size))
 
+    def sort(self: Any, stable: Any, dim: Any = -1, descending: Any = False) -> Any:
+        return _sort(self, dim, descending)
+
+    sort.__annotations__ = {"self": FLOAT, "stable": bool, "dim": int, "descending": bool, "return": FLOAT}
     for function in (average, largest):  # the exporter reads the types of what it translates
         function.__annotations__ = {"x": FLOAT, "output_size": Sequence[int], "return": FLOAT}
     return {
         aten.adaptive_avg_pool2d.default: average,
         aten._adaptive_avg_pool2d.default: average,
         aten.adaptive_max_pool2d.default: largest,
+        aten.sort.stable: sort,
     }
 
 
@@ -81,6 +86,15 @@ def _largest(x: Any, grid: list[int]) -> Any:
     if windows is None:
         raise ExportError(f"adaptive max pooling of {size} to {grid} has bins that no pool of ONNX has")
     return op.MaxPool(x, kernel_shape=windows[0], strides=windows[1])
+
+
+def _sort(x: Any, axis: int, descending: bool) -> Any:
+    """Values and places; of equal values the first comes first, which is how ONNX defines `TopK`."""
+    from onnxscript import opset18 as op
+
+    size = x.shape[axis]
+    count = _integers(op, size) if isinstance(size, int) else op.Gather(op.Shape(x), _integers(op, axis))
+    return op.TopK(x, count, axis=axis, largest=int(descending), sorted=1)
 
 
 def _size(x: Any) -> list[int]:

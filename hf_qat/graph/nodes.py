@@ -97,7 +97,9 @@ def emitter(before: fx.Node) -> Callable[..., fx.Node]:
 
     They belong to the same module as that node, and have fake values of their own.
     """
-    mode: Any = before.meta["val"].fake_mode
+    values = before.meta["val"]
+    first: Any = values if isinstance(values, Tensor) else values[0]
+    mode = first.fake_mode
 
     def emit(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         with before.graph.inserting_before(before):

@@ -43,6 +43,22 @@ class Bag(nn.Module):
         return self.linear(self.bag(ids) + x)
 
 
+class Refined(nn.Module):
+    """Boxes before their sigmoid, twice, as detectors that refine them compute them: the exporter lost the bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        boxes = torch.sigmoid(self.linear(x))
+        return self.before_sigmoid(boxes), 2 * self.before_sigmoid(boxes), boxes
+
+    def before_sigmoid(self, boxes: Tensor) -> Tensor:
+        boxes = boxes.clamp(0, 1)
+        return torch.log(boxes.clamp(min=1e-5) / (1 - boxes).clamp(min=1e-5))
+
+
 class BatchStatistics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +82,7 @@ ROWS = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     [
         pytest.param(FromDict, ({"x": ROWS, "y": 2 * ROWS},), id="a dict as the only argument"),
         pytest.param(Bag, (torch.tensor([[1, 2, 3], [4, 5, 5]]), ROWS), id="an embedding bag"),
+        pytest.param(Refined, ROWS, id="the same two clamps twice"),
     ],
 )
 def test_onnx_runtime_computes_what_torch_does(model, inputs, tmp_path: Path):

@@ -86,3 +86,15 @@ def test_openvino_compiles_a_detector_of_a_symmetric_target(target, converted, t
     report = export_onnx(converted("detr", target), tmp_path / "model.onnx", batch, verify=False)
     outputs, _ = on_openvino(report.path, images("detr"))
     assert distance(outputs[:1], on_onnx_runtime(report.path, images("detr"), "ORT_DISABLE_ALL")[:1]) < ROUNDING
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_onnx_runtime_can_make_our_signed_weights_unsigned(name, exported):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.log_severity_level = 4
+    _, report = exported(name)
+    session = onnxruntime.InferenceSession(report.path, options, providers=["CPUExecutionProvider"])
+    pixels = images(name)[:1]
+    wanted = on_onnx_runtime(report.path, pixels, "ORT_DISABLE_ALL")
+    assert distance(session.run(None, {session.get_inputs()[0].name: pixels[0]})[:1], wanted[:1]) < ROUNDING

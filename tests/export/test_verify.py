@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat, verify_onnx
 from hf_qat.errors import ExportError, StageError
+from hf_qat.export.float_operators import output_steps
 from hf_qat.export.report import Agreement, ExportReport
 from hf_qat.export.verify import SIGNED_CODES_BUG, _Comparison, require_agreement
 from tests.models import HUGGING_FACE, HandWritten, hand_written
@@ -236,3 +237,16 @@ def test_a_fault_in_one_setting_alone_fails_the_export_and_leaves_no_file(settin
     with pytest.raises(ExportError, match=rf"optimizations {setting}\) computes something else"):
         export_onnx(own_file[0], tmp_path / "model.onnx", torch.randn(4, 3, 16, 16))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_number_for_the_whole_batch_is_compared_as_the_mean_of_its_parts(tmp_path):
+    class WithLoss(HandWritten):
+        def forward(self, x):
+            scores = super().forward(x)
+            return scores, scores.square().mean()
+
+    x = torch.randn(6, 3, 16, 16)
+    model = convert(calibrate(prepare_qat(WithLoss(), QATConfig(), x), [x]).eval())
+    report = export_onnx(model, tmp_path / "model.onnx", x)
+    step = max(value for value in output_steps(onnx.load(report.path)) if value is not None)
+    assert report.samples == 6 and report.plain.max_abs_diff <= step

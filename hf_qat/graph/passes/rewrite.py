@@ -8,6 +8,7 @@ and batch norms in disguise become batch norms that fusion can fold. A pattern o
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -250,6 +251,21 @@ def _join_pieces(captured: CapturedModule, node: fx.Node) -> None:
     pieces += [part]
     pieces += [emit(aten.slice.Tensor, x, dim, high, size)] if high < size else []
     replace_node(node, part if len(pieces) == 1 else emit(aten.cat.default, pieces, dim))
+
+
+@register_rewrite(aten.topk.default)
+def _break_ties_by_place(captured: CapturedModule, node: fx.Node) -> None:
+    """`topk` → the first k of a stable sort: of equal scores, as 8 bits make many, the first wins, as in ONNX."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    scores, count, rank = given["self"], given["k"], _value(given["self"]).dim()
+    axis, users = given.get("dim", -1) % max(rank, 1), list(node.users)
+    if rank == 0 or any(user.target is not operator.getitem for user in users):
+        return
+    chosen = emitter(node)(aten.sort.stable, scores, stable=True, dim=axis, descending=given.get("largest", True))
+    for user in users:
+        part = emitter(user)(operator.getitem, chosen, user.args[1])
+        replace_node(user, emitter(user)(aten.slice.Tensor, part, axis, 0, count))
 
 
 @register_rewrite(aten.add.Tensor)

@@ -1,5 +1,7 @@
 import copy
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -228,3 +230,44 @@ def test_a_pool_that_covers_its_map_is_a_mean():
     x = torch.randn(4, 3, 7, 5)
     torch.testing.assert_close(model(x), x.mean((2, 3), keepdim=True))
     torch.testing.assert_close(model(x), nn.functional.avg_pool2d(x, 64, ceil_mode=True))
+
+
+class Chosen(nn.Module):
+    """The rows with the best scores, as a two-stage detector takes its queries; many scores are equal."""
+
+    def __init__(self, largest: bool = True) -> None:
+        super().__init__()
+        self.linear, self.largest = nn.Linear(6, 3), largest
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.linear(x.round()).amax(-1).round()
+        values, places = torch.topk(scores, 7, dim=1, largest=self.largest)
+        return values, places, torch.gather(x, 1, places.unsqueeze(-1).expand(-1, -1, 6))
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_of_equal_scores_the_first_is_chosen(largest):
+    torch.manual_seed(0)
+    model, x = Chosen(largest), torch.randn(3, 40, 6)
+    with torch.no_grad():
+        wanted = model(x)[0]
+        scores = model.linear(x.round()).amax(-1).round()
+        captured = capture(model, x)
+        rewrite(captured)
+        values, places, rows = model(x)
+    order = np.argsort(-scores.numpy() if largest else scores.numpy(), axis=1, kind="stable")[:, :7]
+    assert any(len(set(row.tolist())) < 7 for row in wanted)
+    torch.testing.assert_close(values, wanted)
+    np.testing.assert_array_equal(places.numpy(), order)
+    torch.testing.assert_close(rows, torch.stack([image[place] for image, place in zip(x, places, strict=True)]))
+
+
+def test_onnx_runtime_chooses_the_rows_that_torch_does_though_8_bit_scores_are_equal(tmp_path):
+    torch.manual_seed(0)
+    model, x = Chosen(), 0.6 * torch.randn(4, 40, 6)
+    convert(calibrate(prepare_qat(model, QATConfig(), x), [x]).eval())
+    report = export_onnx(model, tmp_path / "model.onnx", x)
+    assert report.plain.max_abs_diff == report.optimized.max_abs_diff == 0
+    nodes = {node.op_type: node for node in onnx.load(report.path).graph.node}
+    counts = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(report.path).graph.initializer}
+    assert counts[nodes["TopK"].input[1]].tolist() == [7] and "Slice" not in nodes

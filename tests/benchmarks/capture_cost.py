@@ -7,7 +7,7 @@ into graphs; seconds are of one CPU thread, so that what else runs does not coun
 process at its highest point, above what it was with the float model built, next to the size of that model's weights.
 
 Against the commit before capture had two graphs and a proof of each (dc9652b), alternating, `prepare_qat` takes
-ResNet-50 4.1 s for 2.0 (2.05 times), ViT-B/16 5.6 for 3.3 (1.7), Swin-T 8.4 for 4.5 (1.9), SegFormer-B0 8.0
+ResNet-50 3.8 s for 2.0 (1.9 times), ViT-B/16 4.9 for 3.4 (1.4), Swin-T 8.4 for 4.5 (1.9), SegFormer-B0 8.0
 for 4.6 (1.8).
 """
 

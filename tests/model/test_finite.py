@@ -23,3 +23,13 @@ def test_a_mask_of_infinities_and_weights_that_are_not_there_yet_pass():
     model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
     require_finite(model, "go on")
     require_finite(model.to("meta"), "go on")
+
+
+def test_numbers_whose_sum_overflows_are_finite_and_infinities_of_both_signs_are_not():
+    model = nn.Linear(2, 3)
+    nn.init.constant_(model.weight, 3e38)
+    require_finite(model, "go on")
+    with torch.no_grad():
+        model.weight[0, 0], model.weight[0, 1] = torch.inf, -torch.inf
+    with pytest.raises(NonFiniteError, match=r"weight of Linear holds infinity"):
+        require_finite(model, "go on")

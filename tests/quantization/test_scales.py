@@ -267,3 +267,27 @@ def test_a_weight_that_is_not_finite_is_an_error(bad, observer):
 def test_an_observer_without_a_rule_for_weights_is_an_error():
     with pytest.raises(ConfigError, match="'entropy' has no rule for the scale of a weight; choose one of .*'mse'"):
         weight_scale(torch.ones(2, 2), QuantizerSpec(observer="entropy"))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_no_scale_of_the_grid_has_less_squared_error_than_the_one_found(bits, threads):
+    weight = np.random.default_rng(bits).standard_t(3, (40, 5000)).astype(np.float32)
+    spec = QuantizerSpec(bits=bits, narrow_range=True, axis=0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = weight_scale(torch.from_numpy(weight), spec).numpy()
+    finally:
+        torch.set_num_threads(before)
+    most = 2 ** (bits - 1) - 1
+
+    def errors(scale: np.ndarray) -> np.ndarray:
+        steps = scale.astype(np.float64)[:, None]
+        return ((np.clip(np.rint(weight / steps), -most, most) * steps - weight) ** 2).sum(axis=1)
+
+    covering = np.abs(weight).max(axis=1) / most
+    coarse = np.stack([covering * 2 ** (-step / 2) for step in range(11)])
+    best = coarse[np.stack([errors(scale) for scale in coarse]).argmin(axis=0), np.arange(40)]
+    least = np.min([errors(best * 2 ** (step / 16)) for step in range(-8, 9)], axis=0)
+    assert (errors(found) <= 1.001 * least).all()

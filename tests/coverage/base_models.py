@@ -31,6 +31,7 @@ FAMILIES = (
     *("TextNet", "ViT", "ViTMSN", "DPT", "GLPN", "VitDet", "DINOv3ViT", "DINOv3ConvNext", "Pixio", "MaskFormerSwin"),
     *("MaskFormer", "Mask2Former", "Detr", "ConditionalDetr", "DabDetr", "DeformableDetr", "TableTransformer"),
     *("Yolos", "RTDetr", "RTDetrV2", "DFine", "Deimv2", "LwDetr", "RfDetr", "Sapiens2", "Tipsv2Vision"),
+    "PPDocLayoutV3",
 )
 
 #: Families that predict hidden patches.

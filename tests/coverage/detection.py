@@ -81,6 +81,21 @@ GROUPED = {
     "num_labels": LABELS,
 }
 
+#: Four stages, of which document layout takes the first one for its masks.
+HGNET4 = HGNET | {
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1] * 4,
+    "stage_in_channels": [8, 8, 8, 16],
+    "stage_mid_channels": [8] * 4,
+    "stage_out_channels": [8, 8, 16, 16],
+    "stage_num_blocks": [1] * 4,
+    "stage_downsample": [False, True, True, True],
+    "stage_downsample_strides": [2] * 4,
+    "stage_light_block": [False, False, True, True],
+    "stage_kernel_size": [3, 3, 5, 5],
+    "stage_numb_of_layers": [1] * 4,
+}
+
 STAGES3 = ["stage1", "stage2", "stage3"]
 
 
@@ -116,6 +131,20 @@ def _rt_detr(family: str, **options: Any) -> Any:
 def _d_fine(family: str, **options: Any) -> Any:
     backbone = transformers.HGNetV2Config(**HGNET3, out_features=STAGES3)
     return getattr(transformers, f"{family}Config")(backbone_config=backbone, **{**RT_DETR, **options})
+
+
+def layout(family: str, first_stage: int, **options: Any) -> Any:
+    """Layout of documents: RT-DETR's descendants that give their decoder modules of its owner."""
+    stages = [f"stage{k}" for k in range(first_stage, 5)]
+
+    def make() -> Any:
+        common = {key: value for key, value in RT_DETR.items() if key != "num_denoising"}
+        return getattr(transformers, f"{family}Config")(
+            backbone_config=transformers.HGNetV2Config(**HGNET4, out_features=stages),
+            **{**common, "hidden_expansion": 1.0, **options},
+        )
+
+    return make
 
 
 def _detector(family: str, make: Any, size: int = 32, name: str = "") -> Case:
@@ -198,4 +227,12 @@ DETECTION = [
     _detector("Deimv2", lambda: _d_fine("Deimv2"), 64),
     _detector("LwDetr", lw_detr),
     _detector("RfDetr", rf_detr),
+    Case(
+        "Object detection",
+        "PPDocLayoutV3ForObjectDetection",
+        layout("PPDocLayoutV3", 1, mask_feature_channels=[8, 8], x4_feat_dim=8, num_prototypes=4),
+        64,
+        heavy=True,
+    ),
+    Case("Object detection", "PPDocLayoutV2Model", layout("PPDocLayoutV2", 2), 64, heavy=True),
 ]

@@ -39,6 +39,8 @@ CASES: list[Case] = [
 #: Mappings of which every class must be in the table or refused with a reason.
 COMPLETE = ("IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "BACKBONE")
 
+#: Mappings of a few classes only, of which the same holds.
+SMALL = ("INSTANCE_SEGMENTATION", "MASKED_IMAGE_MODELING", "KEYPOINT_DETECTION")
 #: Classes that take no pixels, or that a missing library keeps from being built.
 REFUSED = {
     "DinatForImageClassification": "needs natten, whose attention is a kernel of its own",

@@ -28,7 +28,6 @@ SAMPLE = (
     "ResNetForImageClassification (basic)",
     "ConvNextForImageClassification",
     "EfficientNetForImageClassification",
-    "RegNetForImageClassification (Y)",
     "ViTForImageClassification",
     "DINOv3ViTBackbone",
     "CLIPVisionModel",

@@ -5,7 +5,7 @@ import pytest
 from hf_qat import QATConfig, prepare_qat
 from hf_qat.errors import CaptureError
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.coverage.models import COMPLETE, REFUSALS, REFUSED, covered_classes, mapped_classes
+from tests.coverage.models import COMPLETE, REFUSALS, REFUSED, SMALL, covered_classes, mapped_classes
 
 
 @pytest.mark.parametrize("task", COMPLETE)
@@ -14,6 +14,16 @@ def test_every_class_of_the_mapping_is_in_the_table_or_refused_with_a_reason(tas
     missing = [name for name in names if name not in covered_classes() and name not in REFUSED]
     assert not missing
     assert len(names) > 5
+
+
+@pytest.mark.parametrize("task", SMALL)
+def test_every_class_of_a_small_mapping_is_in_the_table(task):
+    names = mapped_classes(task)
+    assert names and not [name for name in names if name not in covered_classes()]
+
+
+def test_the_table_has_more_than_the_180_classes_that_it_promises():
+    assert len(covered_classes()) >= 200
 
 
 def test_nothing_is_both_covered_and_refused():

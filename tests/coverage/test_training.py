@@ -27,7 +27,6 @@ SAMPLE = (
     "SegformerForSemanticSegmentation",
     "SwinForImageClassification",
     "UperNetForSemanticSegmentation (ResNet)",
-    "DPTForDepthEstimation",
     "DetrForObjectDetection (auxiliary losses)",
     "LwDetrForObjectDetection",
 )

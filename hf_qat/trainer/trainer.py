@@ -68,7 +68,7 @@ class QATTrainer(Trainer):
     | `train` | before: a checkpoint that was half replaced is put back; after: what failed to be pushed is pushed |
     | `_prepare_for_training` | several processes: loss scaled right, model made ready for DDP, or split for FSDP2 |
     | `create_optimizer`, `get_decay_parameter_names` | scales: no weight decay, a learning rate of their own |
-    | `training_step` | several processes: the gradients of scales are averaged |
+    | `training_step` | a loss of the user's own is scaled right; several processes: gradients of scales are averaged |
     | `compute_loss` | a teacher's distillation loss; mixed precision of a model that FSDP2 split |
     | `log` | metrics of quantization |
     | `evaluate`, `evaluation_loop` | before: calibrated if need be, ready for FSDP2; after: noted for the card |

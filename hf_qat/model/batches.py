@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,19 @@ from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.graph.nodes import is_floating
 from hf_qat.model.state import captured_children
+from hf_qat.model.untrained import batch_statistics
 
 
-def run_batches(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[Inputs]:
-    """Forward each batch, in evaluation mode and without gradients; yields it afterwards."""
+def run_batches(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module] = ()) -> Iterator[Inputs]:
+    """Forward each batch, in evaluation mode and without gradients; yields it afterwards.
+
+    Args:
+        model: stays as it is.
+        batches: as forward takes them.
+        live: batch norms that normalise by the statistics of the batch instead of their own.
+    """
     device, tokens = device_of(model), _takes_integers_alone(model)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), batch_statistics(live), torch.no_grad():
         for position, batch in enumerate(batches):
             args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(batch))
             _check_batch(position, [*args, *kwargs.values()], tokens)

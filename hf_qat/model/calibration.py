@@ -18,6 +18,7 @@ from hf_qat.model.batches import run_batches
 from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, correct_biases
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.model.untrained import untrained_batch_norms
 from hf_qat.quantization.collectives import min_over_ranks
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
@@ -37,7 +38,7 @@ def calibrate(
             will do; of one of pairs, pass the first halves: `(images for images, labels in loader)`.
         num_batches: use at most so many.
         bias_correction: shift biases so that every layer's mean output is that of the float model; those that do not
-            require gradients stay as they are.
+            require gradients stay as they are, and so do all where a batch norm has no statistics yet.
 
     Returns:
         The same object. Frozen ranges are as they were, unless there were none yet.
@@ -48,7 +49,7 @@ def calibrate(
     """
     require_stage(model, Stage.PREPARED, "calibrate")
     kept = _observe(model, islice(batches, num_batches))
-    if bias_correction:
+    if bias_correction and not untrained_batch_norms(model):
         correct_biases(model, kept)
     return model
 
@@ -81,7 +82,7 @@ def _run_all(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
     failure: CalibrationError | None = None
     try:
         with fake_quant_disabled(model):
-            for batch in run_batches(model, batches):
+            for batch in run_batches(model, batches, untrained_batch_norms(model)):
                 if len(kept) < BIAS_CORRECTION_BATCHES:
                     kept.append(batch)
         if not kept:

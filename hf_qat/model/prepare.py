@@ -13,7 +13,7 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CaptureError, StageError
 from hf_qat.graph.capture.capture import Parts, capture
-from hf_qat.graph.capture.inputs import Inputs, device_of, guess_inputs
+from hf_qat.graph.capture.inputs import Inputs, TwoSizes, device_of, guess_inputs
 from hf_qat.graph.fingerprint import operations
 from hf_qat.graph.passes.connect import connect
 from hf_qat.graph.passes.fuse import fuse
@@ -40,6 +40,7 @@ def prepare_qat(
     config: QATConfig | None = None,
     example_inputs: Inputs | None = None,
     labels: Mapping[str, Any] | None = None,
+    other_size: Inputs | None = None,
 ) -> Model:
     """Make `model` compute as the target will, in place: capture, plan, rewrite, fuse, place, connect.
 
@@ -53,6 +54,8 @@ def prepare_qat(
             Hugging Face vision model. With labels among them, by their usual names, the model is also run as a step
             of training runs it: detectors call their parts otherwise then, with more queries, masks or axes.
         labels: further labels, by the names that forward has for them.
+        other_size: example inputs again, with images of another height and width: the model then takes any size that
+            its own code does. Exported files and checkpoints are of the size of `example_inputs`.
 
     Returns:
         The same object.
@@ -74,7 +77,7 @@ def prepare_qat(
     config.check_globs([path for path, _ in model.named_modules() if path])
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
     require_finite(model, "prepare")
-    return prepare_parts(model, config, inputs, Parts(config.excludes), labels)
+    return prepare_parts(model, config, inputs, Parts(config.excludes), labels, other_size)
 
 
 def _require_float32(model: nn.Module) -> None:
@@ -90,7 +93,12 @@ def _require_float32(model: nn.Module) -> None:
 
 
 def prepare_parts(
-    model: Model, config: QATConfig, inputs: Inputs, parts: Parts, labels: Mapping[str, Any] | None = None
+    model: Model,
+    config: QATConfig,
+    inputs: Inputs,
+    parts: Parts,
+    labels: Mapping[str, Any] | None = None,
+    other_size: Inputs | None = None,
 ) -> Model:
     """`prepare_qat`, for a checkpoint that says which parts are captured.
 
@@ -98,16 +106,21 @@ def prepare_parts(
         CaptureError: one of them cannot become a graph.
     """
     with unchanged_on_failure(model):
-        _prepare(model, config, inputs, parts, labels)
+        _prepare(model, config, inputs, parts, labels, other_size)
     return model
 
 
 def _prepare(
-    model: nn.Module, config: QATConfig, inputs: Inputs, parts: Parts, labels: Mapping[str, Any] | None
+    model: nn.Module,
+    config: QATConfig,
+    inputs: Inputs,
+    parts: Parts,
+    labels: Mapping[str, Any] | None,
+    other_size: Inputs | None,
 ) -> None:
     """The passes, in order; what one raises leaves the model half changed."""
     _use_eager_attention(model)
-    captured = capture(model, inputs, parts, labels)
+    captured = capture(model, inputs if other_size is None else TwoSizes(inputs, other_size), parts, labels)
     in_python = operations_in_python(model, captured, inputs, parts.excluded)
     plan = make_plan(model, captured, config, inputs)
     found = operations(captured)
@@ -122,6 +135,7 @@ def _prepare(
 
     _make_norms_freezable(model)
     _follow_model(model)
+    _freeze_quantizers_of_frozen_parts(model)
     for module in captured.values():
         module.remember_places()
     initialize_weight_scales(model)
@@ -161,3 +175,20 @@ def _follow_model(model: nn.Module) -> None:
         if quantizer.log2_scale.device.type != "meta":  # that of a weight which is not read yet
             quantizer.to(device)
         quantizer.train(model.training)
+
+
+def _freeze_quantizers_of_frozen_parts(model: nn.Module) -> None:
+    """No scale learns where nothing else does: a frozen backbone stays what it was, and needs no backward pass.
+
+    A quantizer belongs to the module that it is registered in, or to the nearest one around it that has parameters.
+    What the user unfreezes later by `requires_grad_` gets its scales back.
+    """
+    quantizers = fake_quantizers(model)
+    ours = {id(parameter) for quantizer in quantizers.values() for parameter in quantizer.parameters()}
+    for path, quantizer in quantizers.items():
+        own: list[nn.Parameter] = []
+        while path and not own:
+            path = path.rpartition(".")[0]
+            own = [parameter for parameter in model.get_submodule(path).parameters() if id(parameter) not in ours]
+        if own and not any(parameter.requires_grad for parameter in own):
+            quantizer.requires_grad_(False)

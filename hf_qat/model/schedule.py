@@ -2,19 +2,26 @@
 
 The phases are those of Krishnamoorthi 2018 (§3.2.2) and Jacob et al. 2018 (§3.1). Which one holds is a pure function
 of how many optimizer steps are done; nothing counts forward passes or calls of `train()`.
+
+A net that is trained from scratch, and a new head, need more: see `untrained.py` and `outgrown.py`.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+import logging
+from typing import Literal, NotRequired, TypedDict
 
 from torch import nn
 
 from hf_qat.config.checkpoint_info import Stage
-from hf_qat.errors import ConfigError
+from hf_qat.errors import ConfigError, listed
+from hf_qat.model.outgrown import CallInTraining, renew_outgrown_ranges
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import freeze_batch_norm, freeze_ranges
+from hf_qat.model.untrained import has_batch_norms, new_parameters, untrained_batch_norms
 
+
+logger = logging.getLogger(__name__)
 
 Phase = Literal["batch norm live", "batch norm frozen", "ranges frozen"]
 
@@ -22,11 +29,19 @@ Phase = Literal["batch norm live", "batch norm frozen", "ranges frozen"]
 PHASES: tuple[Phase, ...] = ("batch norm live", "batch norm frozen", "ranges frozen")
 
 
+#: Fraction of training for which batch norms stay live that no batch has touched, or that a new head comes after.
+LIVE_UNTIL = 0.5
+
+#: Ranges are observed again after so many steps of a training, evenly spread, and after step 1, 2, 4, 8, …
+OBSERVATIONS = 20
+
+
 class ScheduleState(TypedDict):
-    """What `QATSchedule.state_dict` returns: plain data."""
+    """What `QATSchedule.state_dict` returns: plain data; `freeze_bn_at` where it is not that of the config."""
 
     step: int
     total_steps: int
+    freeze_bn_at: NotRequired[float]
 
 
 def phase_at(step: int, total_steps: int, freeze_bn_at: float, freeze_ranges_at: float) -> Phase:
@@ -50,11 +65,26 @@ def phase_at(step: int, total_steps: int, freeze_bn_at: float, freeze_ranges_at:
     return "batch norm frozen" if done >= freeze_bn_at else "batch norm live"
 
 
+def is_observed_again(step: int, total_steps: int) -> bool:
+    """Whether ranges are observed again after `step` optimizer steps, from 1.
+
+    Examples:
+        >>> [step for step in range(1, 101) if is_observed_again(step, 100)][:10]
+        [1, 2, 4, 5, 8, 10, 15, 16, 20, 25]
+    """
+    power_of_two = step & (step - 1) == 0
+    return power_of_two or step * OBSERVATIONS // total_steps > (step - 1) * OBSERVATIONS // total_steps
+
+
 class QATSchedule:
     """Freezes batch norm, then ranges, at the fractions of training that the model's own config names.
 
     Make it after calibration, and call `step()` after `optimizer.step()`. The two switches are the schedule's from
     then on: it also undoes what `freeze_batch_norm` and `freeze_ranges` did before.
+
+    Batch norms that no batch has touched yet, and those of a model with a new head, are live for the first half of
+    training, unless the config says more than 0. At 20 steps, and at steps 1, 2, 4, …, ranges are observed again on
+    the batch of that step; those that training has outgrown by half of their width are set anew. Either is logged.
 
     Args:
         model: prepared.
@@ -77,13 +107,15 @@ class QATSchedule:
         self._config = require_stage(model, Stage.PREPARED, "schedule quantization-aware training").config
         self._model = model
         self._applied: Phase | None = None
+        self._freeze_bn_at = self._freezing_of_batch_norm()
+        self._call = CallInTraining(model)
+        self._outgrown: set[str] = set()
         self.load_state_dict({"step": 0, "total_steps": total_steps})
 
     @property
     def phase(self) -> Phase:
         """What the next optimizer step trains under: one of `PHASES`."""
-        config = self._config
-        return phase_at(self._step, self._total_steps, config.freeze_bn_at, config.freeze_ranges_at)
+        return phase_at(self._step, self._total_steps, self._freeze_bn_at, self._config.freeze_ranges_at)
 
     def step(self) -> None:
         """One more optimizer step is done."""
@@ -92,7 +124,10 @@ class QATSchedule:
 
     def state_dict(self) -> ScheduleState:
         """Where the schedule stands, to resume from."""
-        return {"step": self._step, "total_steps": self._total_steps}
+        state: ScheduleState = {"step": self._step, "total_steps": self._total_steps}
+        if self._freeze_bn_at != self._config.freeze_bn_at:
+            state["freeze_bn_at"] = self._freeze_bn_at
+        return state
 
     def load_state_dict(self, state: ScheduleState) -> None:
         """Go on from what `state_dict` gave, and put the model in that phase.
@@ -105,10 +140,45 @@ class QATSchedule:
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} of a QATSchedule must be a whole number from {least}, not {value!r}.")
         self._step, self._total_steps = state["step"], state["total_steps"]
+        self._freeze_bn_at = state.get("freeze_bn_at", self._freeze_bn_at)
         self._apply()
+
+    def _freezing_of_batch_norm(self) -> float:
+        """The fraction of training after which batch norm freezes; not 0 where its statistics are about to change."""
+        why = self._why_statistics_change() if self._config.freeze_bn_at == 0 else None
+        if why is None:
+            return self._config.freeze_bn_at
+        live_until = min(LIVE_UNTIL, self._config.freeze_ranges_at)
+        logger.warning("Batch norm follows the data for the first %.0f %% of training: %s.", 100 * live_until, why)
+        return live_until
+
+    def _why_statistics_change(self) -> str | None:
+        if untrained := untrained_batch_norms(self._model):
+            return f"{len(untrained)} batch norms have the statistics that they were made with, not worth freezing"
+        new = new_parameters(self._model) if has_batch_norms(self._model) else []
+        return f"{listed(new)} did not come from the checkpoint, and the rest has still to fit to it" if new else None
+
+    def _observe_again(self) -> None:
+        """Set the ranges anew that the step before has outgrown, and look at the next step if it is one to look at."""
+        call = self._call.take()
+        if self.phase == "ranges frozen":
+            return
+        outgrown = set() if call is None else set(renew_outgrown_ranges(self._model, call)) - self._outgrown
+        if outgrown:
+            log = logger.info if self._outgrown else logger.warning
+            log(
+                "Training has outgrown %d of the ranges that it began with (%s), as it does those of a new head: they "
+                "are set anew.",
+                len(outgrown),
+                listed(sorted(outgrown)),
+            )
+            self._outgrown |= outgrown
+        if is_observed_again(self._step + 1, self._total_steps):
+            self._call.listen()
 
     def _apply(self) -> None:
         """Turn the switches, which takes a walk over all modules, only where the phase is another than before."""
+        self._observe_again()
         phase = self.phase
         if phase == self._applied:
             return

@@ -8,29 +8,62 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.utils import logging
+from transformers.trainer_utils import has_length
 
 from hf_qat.errors import CalibrationError
-from hf_qat.graph.capture.inputs import LABEL_NAMES
+from hf_qat.graph.capture.inputs import LABEL_NAMES, Inputs
 from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.trainer.random_state import random_state_kept
 
 
-logger = logging.get_logger(__name__)
+#: How many batches of the train set are looked at for images of another size.
+BATCHES_LOOKED_AT = 8
+
+#: Dimensions of a batch of images.
+IMAGES_DIM = 4
 
 
-def first_batch(trainer: Trainer) -> dict[str, Any] | None:
-    """The first batch of the data, with labels; `None` without data."""
+def first_batch(trainer: Trainer, otherwise: Iterable[Any] | None = None) -> dict[str, Any] | None:
+    """The first batch of the data, or without any of the loader `otherwise`, with labels; `None` without either."""
     with random_state_kept(trainer.args.device):
-        loader = _any_loader(trainer)
+        loader: Iterable[Any] | None = _any_loader(trainer)
+        loader = otherwise if loader is None else loader  # the truth of a loader asks for its length
         return None if loader is None else next(iter(loader), None)
+
+
+def batch_of_another_size(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A batch whose images have another height or width than those of `batch`, among the first ones.
+
+    Streams are not read for that: some can be read but once.
+    """
+    sets = [trainer.train_dataset, trainer.eval_dataset]
+    if any(isinstance(dataset, dict) or not has_length(dataset) for dataset in sets if dataset is not None):
+        return None
+    with random_state_kept(trainer.args.device):
+        train = iter(()) if sets[0] is None else islice(trainer.get_train_dataloader(), BATCHES_LOOKED_AT)
+        evaluation = iter(()) if sets[1] is None else islice(trainer.get_eval_dataloader(), 1)
+        other: Any
+        for other in chain(train, evaluation):
+            if isinstance(other, Mapping) and _sizes(other) != _sizes(batch):
+                return dict(other)
+    return None
+
+
+def _sizes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name → height and width of images, (N, C, H, W)."""
+    return {
+        name: tuple(value.shape[2:])
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == IMAGES_DIM
+    }
 
 
 def first_inputs(trainer: Trainer, model: nn.Module, count: int) -> list[dict[str, Any]]:
@@ -40,35 +73,51 @@ def first_inputs(trainer: Trainer, model: nn.Module, count: int) -> list[dict[st
     if loader is None:
         return batches
     with random_state_kept(trainer.args.device):
-        for batch in inputs_of(trainer, model, loader):
-            batches.append(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), batch))
-            found += len(next(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)))
+        for batch in loader:
+            inputs = without_labels(trainer, received(trainer, model, batch))
+            batches.append(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), inputs))
+            found += len(next(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)))
             if found >= count:
                 break
     return batches
 
 
-def inputs_of(trainer: Trainer, model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What a training step gives the trainer's model for each batch of `loader`, without labels."""
-    for batch in loader:
-        yield without_labels(trainer, _received(trainer, model, batch))
+def inputs_of(trainer: Trainer, model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Iterator[Inputs]:
+    """What a training step gives the trainer's model for each batch of `loader`, without labels.
 
-
-def example_inputs(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training step gives `model` for a batch, with labels; where the step cannot run yet, the batch itself.
-
-    A subclass of the user's may have attributes that its constructor sets after that of the trainer.
+    By position, labels included, where forward cannot do without them.
     """
-    try:
-        return _received(trainer, model, batch)
-    except Exception as error:
-        logger.warning(f"The first batch is captured as the data has it, as training_step cannot run yet: {error}")
-        return dict(batch)
+    for batch in loader:
+        given = received(trainer, model, batch)
+        required = required_labels(model, label_names(trainer) & given.keys())
+        yield in_order(model, given) if required else without_labels(trainer, given)
 
 
 def without_labels(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch without what the trainer, or any vision model of transformers, takes for labels."""
-    return {name: value for name, value in batch.items() if name not in {*LABEL_NAMES, *trainer.label_names}}
+    names = label_names(trainer)
+    return {name: value for name, value in batch.items() if name not in names}
+
+
+def label_names(trainer: Trainer) -> set[str]:
+    """Names of labels: those of the trainer, and those of all vision models of transformers."""
+    return {*LABEL_NAMES, *(trainer.label_names or ())}
+
+
+def required_labels(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of the names that forward has no default for."""
+    parameters = inspect.signature(model.forward).parameters
+    return {name for name in names if name in parameters and parameters[name].default is inspect.Parameter.empty}
+
+
+def in_order(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Inputs by position, where nothing is taken for a label: as many as there are without a gap."""
+    values = []
+    for name in inspect.signature(model.forward).parameters:
+        if name not in inputs:
+            break
+        values.append(inputs[name])
+    return tuple(values)
 
 
 class _Stop(BaseException):
@@ -78,8 +127,12 @@ class _Stop(BaseException):
         self.inputs = inputs
 
 
-def _received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model is called with in a training step on `batch`, which ends there."""
+def received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is called with in a training step on `batch`, which ends there and logs nothing.
+
+    Raises:
+        CalibrationError: the step does not call the model.
+    """
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = inspect.signature(model.forward).parameters
@@ -87,7 +140,7 @@ def _received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> d
 
     handle = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        with modes_kept(model):
+        with modes_kept(model), silent(trainer):
             trainer.training_step(model, dict(batch))
     except _Stop as stopped:
         return stopped.inputs
@@ -100,9 +153,24 @@ def _received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> d
     )
 
 
+@contextmanager
+def silent(trainer: Trainer) -> Iterator[None]:
+    """Inside, what hooks of the user's own log is not heard of: they run on the side."""
+    vars(trainer)["log"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del vars(trainer)["log"]
+
+
+def has_train_data(trainer: Trainer) -> bool:
+    """Whether there is a train set, or a subclass makes the loader of the training itself."""
+    return trainer.train_dataset is not None or type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
+
+
 def _any_loader(trainer: Trainer) -> DataLoader[Any] | None:
     """Of the train set; without one, of the evaluation set, or of the first of several."""
-    if trainer.train_dataset is not None:
+    if has_train_data(trainer):
         return trainer.get_train_dataloader()
     if trainer.eval_dataset is None:
         return None

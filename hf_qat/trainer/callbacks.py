@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_qat.model.schedule import PHASES, QATSchedule
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.model.schedule import PHASES, QATSchedule, ScheduleState
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.fsdp import gathered
@@ -39,7 +40,8 @@ class CalibrationCallback(TrainerCallback):
 class ScheduleCallback(TrainerCallback, ExportableState):
     """Moves a `QATSchedule` to where `TrainerState` is; gradient accumulation and evaluation leave that alone.
 
-    The state in `trainer_state.json` is a record to read: on resuming, the phase follows from the step.
+    On resuming, the phase follows from the step. Of the state in `trainer_state.json`, which is a record to read, only
+    the moment at which batch norm freezes is needed: it may depend on what the model was before training.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         model: nn.Module = kwargs["model"]
         self.schedule = QATSchedule(model, state.max_steps)
         self.initial_scales = learned_scales(model)
-        self._follow(self.schedule, state)
+        self._follow(self.schedule, state, _recorded(state) if state.global_step else {})
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -67,8 +69,11 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         if self.schedule is not None:
             self._follow(self.schedule, state)
 
-    def _follow(self, schedule: QATSchedule, state: TrainerState) -> None:
-        schedule.load_state_dict({"step": state.global_step, "total_steps": state.max_steps})
+    def _follow(self, schedule: QATSchedule, state: TrainerState, recorded: Mapping[str, Any] | None = None) -> None:
+        now: ScheduleState = {"step": state.global_step, "total_steps": state.max_steps}
+        if recorded and "freeze_bn_at" in recorded:
+            now["freeze_bn_at"] = recorded["freeze_bn_at"]
+        schedule.load_state_dict(now)
         self.progress = {"phase": schedule.phase, **schedule.state_dict()}
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
@@ -90,12 +95,29 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         return {"qat_phase": float(PHASES.index(self.schedule.phase)), **dict(zip(numbers, values, strict=True))}
 
 
+def _recorded(state: TrainerState) -> Mapping[str, Any]:
+    """The `progress` of the run that `state` was read from."""
+    callbacks: Any = state.stateful_callbacks or {}
+    saved = callbacks.get(ScheduleCallback.__name__, {})
+    first = saved[0] if isinstance(saved, list) else saved
+    progress: Mapping[str, Any] = first.get("attributes", {}).get("progress", {})
+    return progress
+
+
 def metrics_of_schedule(callbacks: Iterable[TrainerCallback], model: nn.Module) -> dict[str, float]:
     """`ScheduleCallback.metrics` of the one among a trainer's callbacks; resuming may have put a new one there."""
     for callback in callbacks:
         if isinstance(callback, ScheduleCallback):
             return callback.metrics(model)
     return {}
+
+
+def freezing_of_batch_norm(callbacks: Iterable[TrainerCallback], config: QATConfig) -> float:
+    """The fraction of the latest training after which batch norm froze; that of the recipe if there was none."""
+    for callback in callbacks:
+        if isinstance(callback, ScheduleCallback):
+            return float(callback.progress.get("freeze_bn_at", config.freeze_bn_at))
+    return config.freeze_bn_at
 
 
 @torch.no_grad()

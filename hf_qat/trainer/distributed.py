@@ -5,6 +5,7 @@ accelerate starts the processes and wraps the model, as it does for any Trainer;
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from hf_qat.errors import listed
 from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.quantization.collectives import min_over_ranks
+from hf_qat.trainer.batches import silent
 from hf_qat.trainer.ddp import copy_from_first_rank, leave_out_of_ddp, without_gradient
 from hf_qat.trainer.fsdp import is_sharded, saved_whole, shard
 from hf_qat.trainer.random_state import random_state_kept
@@ -48,8 +50,10 @@ def synchronize_initial_model(trainer: Trainer, model: nn.Module) -> None:
     copy_from_first_rank(model, trainer.args.device)
 
 
-def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None) -> LossFacts:
+def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None, own_loss: bool = False) -> LossFacts:
     """Find out about the loss, by steps that leave no trace; none where nothing depends on what they would show.
+
+    In one process, `compute_loss` of a user's own is not called: the first step will show it (`loss_scale.py`).
 
     What batches show may differ between processes, and all must act alike: they agree.
 
@@ -57,10 +61,13 @@ def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None
         trainer: whose `compute_loss` gives the loss of the task.
         model: the trainer's, prepared.
         batch: with labels; `None` where this process has no data.
+        own_loss: `compute_loss` is the user's own.
     """
+    trainer = copy.copy(trainer)
+    vars(trainer)["distillation"] = None  # the loss is that of the task
     believed, several = trainer.model_accepts_loss_kwargs, trainer.args.world_size > 1
     doubted = believed and trainer.compute_loss_func is None
-    if not several and not (doubted and trainer.args.gradient_accumulation_steps > 1):
+    if not several and (own_loss or not doubted or trainer.args.gradient_accumulation_steps == 1):
         return LossFacts(believed, leaves_unused=False)
     loss = None if batch is None else _rehearsed_loss(trainer, model, batch, 1, gradients=several)
     if not min_over_ranks(int(loss is not None)):
@@ -118,6 +125,7 @@ def _rehearsed_loss(
             modes_kept(model),
             torch.set_grad_enabled(gradients),
             trainer.accelerator.autocast(),
+            silent(trainer),
         ):
             inputs = trainer._prepare_inputs(dict(batch))
             model.train()

@@ -6,9 +6,8 @@ of a run; what they add is in the other files of this room.
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -28,18 +27,18 @@ from hf_qat.export.verify import require_onnxruntime
 from hf_qat.files.atomic import put_back, whole_file
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.parameter_groups import scale_parameters
-from hf_qat.model.prepare import prepare_qat
-from hf_qat.model.state import require_stage, state_of
+from hf_qat.model.state import require_stage
 from hf_qat.publish.accuracy import given_accuracy
 from hf_qat.publish.card import CardFacts, CardOptions, render
 from hf_qat.publish.directory import CARD, save_model
 from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
-from hf_qat.trainer import checks, distributed, publishing, saving
-from hf_qat.trainer.batches import example_inputs, first_batch, first_inputs, inputs_of, without_labels
+from hf_qat.trainer import checks, distributed, preparing, publishing, saving
+from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
 from hf_qat.trainer.ddp import average_gradients
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
+from hf_qat.trainer.loss_scale import has_own_loss, scaled_as_it_turns_out
 from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush, Destination
@@ -70,7 +69,7 @@ class QATTrainer(Trainer):
     | `train` | before: a checkpoint that was half replaced is put back; after: what failed to be pushed is pushed |
     | `_prepare_for_training` | several processes: loss scaled right, model made ready for DDP, or split for FSDP2 |
     | `create_optimizer`, `get_decay_parameter_names` | scales: no weight decay, a learning rate of their own |
-    | `training_step` | several processes: the gradients of scales are averaged |
+    | `training_step` | a loss of the user's own is scaled right; several processes: gradients of scales are averaged |
     | `compute_loss` | a teacher's distillation loss; mixed precision of a model that FSDP2 split |
     | `log` | metrics of quantization |
     | `evaluate`, `evaluation_loop` | before: calibrated if need be, ready for FSDP2; after: noted for the card |
@@ -84,7 +83,8 @@ class QATTrainer(Trainer):
             `model_init` instead, every `train()` prepares and calibrates a new one.
         args: as for Trainer.
         trainer_positional, trainer_arguments: everything else that Trainer takes, in its order or by keyword. A train
-            set is read for the shape of the images; a one-pass stream loses that batch, and those of calibration.
+            set is read for the shape of the images; a one-pass stream loses that batch, and those of calibration. If
+            there is none yet, or a hook cannot run yet, the model is prepared at its first use.
         qat_config: the recipe; `QATConfig()` if left out, or that of the prepared model.
         teacher: a float model to learn from beside the labels (`distillation_weight` and `distillation_temperature` of
             the config), or `"float"` for a copy of `model` as it is given; for models whose `logits` are scores of
@@ -127,7 +127,8 @@ class QATTrainer(Trainer):
         self._record = Record()
         self._checkpoints = saving.CheckpointFolder()
         self._pushes = BackgroundPush()
-        self._first_batch: Mapping[str, Any] | None = None
+        self._examples: preparing.Examples | None = None
+        self._constructed = self._waits = self._loss_scale_unknown = False
         self._loss_facts: distributed.LossFacts | None = None
         self.distillation: Distillation | None = None
         self.is_in_train = False  # as Trainer sets it, but before it calls `call_model_init`
@@ -135,6 +136,7 @@ class QATTrainer(Trainer):
         checks.check_train_set(self.train_dataset)
         checks.check_distribution(self)
         self._prepare_model(self.model)
+        self._constructed = True
         self.add_callback(CalibrationCallback(self.calibrate))
         self.add_callback(ScheduleCallback)
 
@@ -153,24 +155,21 @@ class QATTrainer(Trainer):
         )
         self.push_in_progress = None
 
-    def _prepare_model(self, model: nn.Module) -> None:
-        """Prepare `model` in place if it is not yet, set the teacher, and forget what is known of an earlier model."""
+    def _prepare_model(self, model: nn.Module, loader: Iterable[Any] | None = None) -> None:
+        """Prepare `model` in place if it is not yet; in the constructor it may have to wait for its first use."""
         checks.check_model(model, self._qat_config)
         self.model, self._record, self._loss_facts = model, reset_record(model), None
-        self._first_batch = first_batch(self)
-        distributed.synchronize_initial_model(self, model)
-        received = None if self._first_batch is None else example_inputs(self, model, self._first_batch)
-        inputs = None if received is None else without_labels(self, received)
-        teacher = copy.deepcopy(model) if self._teacher == "float" else self._teacher
-        if state_of(model) is None:
-            with random_state_kept(self.args.device):
-                labels = {name: value for name, value in (received or {}).items() if name not in (inputs or {})}
-                prepare_qat(model, self._qat_config, inputs, labels)
-        if isinstance(teacher, nn.Module):
-            temperature = require_stage(model, Stage.PREPARED, "train").config.distillation_temperature
-            self.distillation = Distillation(teacher, temperature, self.args.device)
-            if inputs is not None:
-                self.distillation.check(model, inputs)
+        if self._constructed:
+            self._examples = preparing.examples(self, model, loader)
+        else:
+            self._examples = preparing.examples_if_ready(self, model, type(self) is not QATTrainer)
+        self._waits = not self._constructed and self._examples is None and preparing.can_wait(self, model)
+        if not self._waits:
+            self.distillation = preparing.prepare(self, self._qat_config, self._teacher, self._examples)
+
+    def _prepare_if_it_waits(self, loader: Iterable[Any] | None = None) -> None:
+        if self._waits:
+            self._prepare_model(self.model, loader)
 
     def calibrate(self, dataset: Dataset[Any] | None = None) -> None:
         """Find the scales from data, without training; `evaluate()` then tells what that gives.
@@ -186,13 +185,14 @@ class QATTrainer(Trainer):
             CalibrationError: no data, or integers, NaN or infinities in it.
             StageError: the model is not prepared.
         """
-        config = require_stage(self.model, Stage.PREPARED, "calibrate").config
-        if dataset is None and self.train_dataset is None:
+        if dataset is None and not has_train_data(self):
             raise CalibrationError("no train set to calibrate from: pass train_dataset=, or call calibrate(dataset).")
         with random_state_kept(self.args.device):
             loader = self.get_train_dataloader() if dataset is None else self.get_test_dataloader(dataset)
-            batches = inputs_of(self, self.model, loader)
-            calibrate(self.model, batches, config.calibration_batches, config.bias_correction)
+            self._prepare_if_it_waits(loader)
+            config = require_stage(self.model, Stage.PREPARED, "calibrate").config
+            inputs = inputs_of(self, self.model, loader)
+            calibrate(self.model, inputs, config.calibration_batches, config.bias_correction)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, beginning with a calibration where the model needs one.
@@ -209,6 +209,8 @@ class QATTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._pushes = BackgroundPush()
         self._record.accuracy.pop("qat", None)
+        if self.model_init is None:
+            self._prepare_if_it_waits()
         try:
             output = super().train(*args, **kwargs)
         finally:
@@ -235,11 +237,11 @@ class QATTrainer(Trainer):
         if self.is_fsdp_enabled and self.state.global_step == 0 and needs_calibration(self.model):
             self.calibrate()  # not when training begins: the weights are split by then
         if self._loss_facts is None:
-            without_teacher = copy.copy(self)
-            without_teacher.distillation = None
-            self._loss_facts = distributed.rehearse(without_teacher, self.model, self._first_batch)
-            self._first_batch = None
+            batch = None if self._examples is None else self._examples.batch
+            self._loss_facts = distributed.rehearse(self, self.model, batch, has_own_loss(self, QATTrainer))
+            self._examples = None
         self.model_accepts_loss_kwargs = self._loss_facts.divided
+        self._loss_scale_unknown = self._loss_facts.divided and has_own_loss(self, QATTrainer)
         distributed.make_ready_to_wrap(self, self.model, self._loss_facts)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -255,7 +257,7 @@ class QATTrainer(Trainer):
         """
         given = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        scales = scale_parameters(self.model)
+        scales = [scale for scale in scale_parameters(self.model) if scale.requires_grad]
         if not given:
             move_scales_to_own_group(optimizer, scales, self._recipe().scale_lr_multiplier)
         elif absent := count_missing(optimizer, scales):
@@ -271,7 +273,9 @@ class QATTrainer(Trainer):
 
         That is over processes; DDP and FSDP2 see to the weights. In one process an override need not call this.
         """
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        with scaled_as_it_turns_out(self, *args, **kwargs) if self._loss_scale_unknown else nullcontext():
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._loss_scale_unknown = False
         if self.accelerator.sync_gradients:
             average_gradients(scale_parameters(self.model))
         return loss
@@ -332,11 +336,9 @@ class QATTrainer(Trainer):
 
         That also works before training where FSDP2 is to split the model.
         """
+        self._prepare_if_it_waits(dataloader)
         if self.measured_as is None:
-            dataset = None if self.train_dataset is not None else dataloader.dataset
-            source = "the train set" if dataset is None else "the data that it is to be run on: there is no train set"
-            logger.warning(f"The model has no ranges yet and is calibrated first, on {source}.")
-            self.calibrate(dataset)
+            self.calibrate(preparing.data_to_calibrate_on(self, dataloader))
         distributed.make_ready_to_evaluate(self)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import Trainer
 
 from hf_qat.config.qat_config import QATConfig
+from hf_qat.trainer.callbacks import freezing_of_batch_norm
 
 
 def schedule_of(trainer: Trainer, config: QATConfig, distilled: bool) -> dict[str, object]:
@@ -27,7 +28,7 @@ def schedule_of(trainer: Trainer, config: QATConfig, distilled: bool) -> dict[st
         "Optimizer": str(getattr(args.optim, "value", args.optim)),
         "Weight decay": f"{args.weight_decay:.4g}",
         "Seed": args.seed,
-        "Batch norm frozen": _moment(config.freeze_bn_at),
+        "Batch norm frozen": _moment(freezing_of_batch_norm(trainer.callback_handler.callbacks, config)),
         "Ranges frozen": _moment(config.freeze_ranges_at),
     }
     if args.bf16 or args.fp16:

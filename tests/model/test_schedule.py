@@ -10,7 +10,7 @@ from hf_qat.errors import ConfigError, StageError
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.conversion import convert
 from hf_qat.model.prepare import prepare_qat
-from hf_qat.model.schedule import PHASES, QATSchedule, phase_at
+from hf_qat.model.schedule import PHASES, QATSchedule, is_observed_again, phase_at
 from hf_qat.model.switches import freeze_batch_norm, freeze_ranges
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
@@ -86,6 +86,62 @@ def test_learned_scales_freeze_batch_norm_from_the_first_step():
     model = prepared(freeze_bn_at=None)
     assert QATSchedule(model, 100).phase == FROZEN
     assert switches(model) == "F"
+
+
+def untrained() -> nn.Module:
+    """A net from scratch: its batch norms have seen nothing."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
+    return calibrate(prepare_qat(model, None, torch.randn(BATCH)), [torch.randn(BATCH)]).train()
+
+
+def test_untrained_batch_norms_are_live_for_the_first_half(caplog: pytest.LogCaptureFixture):
+    model = untrained()
+    schedule = QATSchedule(model, 4)
+    assert "Batch norm follows the data for the first 50 % of training: 1 batch norms" in caplog.text
+    seen = ""
+    for _ in range(4):
+        seen += switches(model)
+        schedule.step()
+    assert seen == "LLFF"
+
+
+def test_a_resumed_schedule_knows_that_batch_norms_were_untrained():
+    schedule = QATSchedule(untrained(), 4)
+    schedule.step()
+    state = json.loads(json.dumps(schedule.state_dict()))
+    model = untrained()
+    model(torch.randn(BATCH))  # trained now
+    resumed = QATSchedule(model, 4)
+    resumed.load_state_dict(state)
+    assert resumed.phase == LIVE
+    resumed.step()
+    assert resumed.phase == FROZEN
+
+
+def test_statistics_of_an_untrained_net_are_as_before_after_calibration():
+    assert untrained()[1].running_mean.abs().max() == 0
+
+
+def test_ranges_are_observed_again_often_at_first():
+    """After 1, 2, 4, 8, … steps, and after every twentieth of them."""
+    steps = [step for step in range(1, 101) if is_observed_again(step, 100)]
+    assert steps == sorted({1, 2, 4, 8, 16, 32, 64, *range(5, 101, 5)})
+
+
+def test_a_range_that_training_outgrows_is_set_anew_until_ranges_freeze(caplog: pytest.LogCaptureFixture):
+    model = prepared()
+    schedule = QATSchedule(model, 4)
+    layer = list(qat_layers(model).values())[-1]
+    factors = []
+    for _ in range(4):
+        before = layer.weight_quantizer.scale.detach().clone()
+        model(torch.randn(BATCH))
+        with torch.no_grad():
+            layer.weight *= 4
+        schedule.step()
+        factors.append((layer.weight_quantizer.scale / before).mean().item())
+    assert factors == pytest.approx([4, 4, 1, 1], rel=1e-3)  # ranges are frozen after three of four steps
+    assert caplog.text.count("Training has outgrown") == 1
 
 
 def test_train_and_eval_do_not_count():

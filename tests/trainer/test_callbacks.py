@@ -4,13 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from hf_qat.config.qat_config import QATConfig
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
-from hf_qat.trainer.callbacks import ScheduleCallback, clipped_weights, needs_calibration
+from hf_qat.trainer.callbacks import ScheduleCallback, clipped_weights, freezing_of_batch_norm, needs_calibration
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import hand_written, resnet
 from tests.training import FOLLOWED, arguments, images, recipe
@@ -168,3 +169,20 @@ def test_the_callbacks_can_be_used_with_the_plain_trainer(tmp_path: Path):
     watch = Watch()
     Trainer(model, arguments(tmp_path), train_dataset=images(16), callbacks=[watch, ScheduleCallback()]).train()
     assert watch.phases == "LLFR"
+
+
+def test_on_resuming_batch_norm_freezes_when_it_would_have_in_the_run_that_began(tmp_path: Path):
+    """That began with an untrained net, which nobody can tell of the checkpoint."""
+    model = prepare_qat(resnet(), None, {"pixel_values": torch.randn(2, 3, 32, 32)})
+    progress = {"phase": "batch norm live", "step": 1, "total_steps": 4, "freeze_bn_at": 0.5}
+    saved = {"ScheduleCallback": {"args": {}, "attributes": {"progress": progress}}}
+    phases = []
+    for state in (
+        TrainerState(global_step=1, max_steps=4, stateful_callbacks=saved),
+        TrainerState(global_step=0, max_steps=4, stateful_callbacks=saved),  # a new run of the same trainer
+    ):
+        callback = ScheduleCallback()
+        callback.on_train_begin(arguments(tmp_path), state, TrainerControl(), model=model)
+        phases.append(callback.schedule.phase)
+    assert phases == ["batch norm live", "batch norm frozen"]
+    assert freezing_of_batch_norm([callback], QATConfig()) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,12 +49,22 @@ def _children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]
             yield path, child
 
 
+def is_with_loss(output: Any) -> bool:
+    """Whether an output of transformers, or a dict, has a single number called `loss`.
+
+    A loss is found by what a part returns, not by names of its arguments: masked image modelling and autoencoders
+    compute theirs without any label.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    return isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() == 1
+
+
 @dataclass
 class CallRecord:
     """What one part received and returned, in order; `inputs` hold the tensors of each call.
 
     `written` has the positions of outputs that the caller has written to in place, `runs` the ordinal of the run of
-    the model that each call belongs to.
+    the model that each call belongs to; `has_loss` says whether an output had a loss.
     """
 
     path: str
@@ -63,6 +73,7 @@ class CallRecord:
     inputs: list[list[Tensor]] = field(default_factory=list)
     outputs: list[list[Tensor]] = field(default_factory=list)
     written: set[int] = field(default_factory=set)
+    has_loss: bool = False
     runs: list[int] = field(default_factory=list)
     _versions: list[list[int]] = field(default_factory=list)
 
@@ -71,6 +82,7 @@ class CallRecord:
         self.runs.append(run)
         self.signatures.append(signature)
         self.inputs.append(tensors)
+        self.has_loss |= is_with_loss(output)
         self.outputs.append([leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)])
         self._versions.append([leaf._version for leaf in self.outputs[-1]])
 
@@ -81,6 +93,7 @@ class CallRecord:
         self.inputs += other.inputs
         self.outputs += other.outputs
         self.written |= other.written
+        self.has_loss |= other.has_loss
 
     def compare_versions(self) -> None:
         """Fill `written`, after the run."""

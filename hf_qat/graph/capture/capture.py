@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.call_record import CallRecord, Search
 from hf_qat.graph.capture.clean import Constants, copy_outputs
-from hf_qat.graph.capture.dry_run import BATCH_SIZES, dry_runs, whole_call
+from hf_qat.graph.capture.dry_run import dry_runs, whole_call
 from hf_qat.graph.capture.exporting import export_call
 from hf_qat.graph.capture.guards import shape_at
-from hf_qat.graph.capture.inputs import Inputs, accepts_labels, labels_in
+from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, accepts_labels, labels_in
 from hf_qat.graph.capture.links import links
+from hf_qat.graph.capture.losses import returns_loss
 from hf_qat.graph.capture.modes import ready_for_capture
 from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
@@ -73,7 +74,7 @@ class _Candidate:
 
 
 def capture(
-    model: nn.Module, inputs: Inputs, parts: Parts | None = None, labels: Mapping[str, Any] | None = None
+    model: nn.Module, inputs: Inputs | TwoSizes, parts: Parts | None = None, labels: Mapping[str, Any] | None = None
 ) -> dict[str, CapturedModule]:
     """Turn the children that `model` calls into captured modules, in place.
 
@@ -120,10 +121,12 @@ def _garbage_kept() -> Iterator[None]:
             gc.enable()
 
 
-def _candidates(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], parts: Parts) -> list[_Candidate]:
+def _candidates(
+    model: nn.Module, inputs: Inputs | TwoSizes, labels: Mapping[str, Any], parts: Parts
+) -> list[_Candidate]:
     """The parts that can be captured: the whole, or the children, or where that fails, the next finer parts."""
     errors: dict[str, CaptureError] = {}
-    if _starts_whole(model, labels, parts):
+    if _starts_whole(model, inputs, labels, parts):
         call = whole_call(model, inputs)
         try:
             return [_try(call, [Way(False, call), Way(True, call)], parts)]
@@ -137,6 +140,10 @@ def _candidates(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], par
         calls, search = dry_runs(model, inputs, search)
         calls = [call for call in calls if _is_wanted(call.path, parts)]
         seen = rehearsals(model, inputs, labels, search) if parts.training else Rehearsals(None, {})
+        losses = seen.with_loss() | {call.path for call in calls if call.has_loss}
+        if losses and parts.paths is None:  # their own code goes on computing these
+            search = Search(parts.excluded, {*search.opened, *losses})
+            continue
         failed: dict[str, CaptureError] = {}
         for call in calls:
             if call.path in found or call.path in errors:
@@ -159,8 +166,10 @@ def _candidates(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], par
     return [_with_call(found[call.path], call) for call in captured]
 
 
-def _starts_whole(model: nn.Module, labels: Mapping[str, Any], parts: Parts) -> bool:
-    return not accepts_labels(model, labels) if parts.paths is None else "" in parts.paths
+def _starts_whole(model: nn.Module, inputs: Inputs | TwoSizes, labels: Mapping[str, Any], parts: Parts) -> bool:
+    if parts.paths is not None:
+        return "" in parts.paths
+    return not accepts_labels(model, labels) and not returns_loss(model, inputs, labels)
 
 
 def _ancestors(paths: Collection[str]) -> set[str]:

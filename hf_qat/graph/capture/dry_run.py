@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.call_record import CallRecord, Records, Search, record_run
 from hf_qat.graph.capture.called_modules import called_modules, opened_by_callers
-from hf_qat.graph.capture.inputs import Inputs, as_call, changed_images, device_of, with_batch
+from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, as_call, changed_images, device_of, with_batch
 from hf_qat.graph.capture.meta_device import MetaCapture, without_weights
 from hf_qat.graph.capture.modes import buffers_kept
 from hf_qat.graph.captured import flatten_call
@@ -21,12 +21,8 @@ from hf_qat.graph.captured import flatten_call
 
 logger = logging.getLogger(__name__)
 
-#: Batch sizes of the two dry runs; a dimension that differs between them is dynamic. Not 0 or 1, which
-#: `torch.export` specialises on.
-BATCH_SIZES = (2, 3)
 
-
-def dry_runs(model: nn.Module, inputs: Inputs, search: Search) -> tuple[list[CallRecord], Search]:
+def dry_runs(model: nn.Module, inputs: Inputs | TwoSizes, search: Search) -> tuple[list[CallRecord], Search]:
     """Run the model at two batch sizes and record the calls of its parts, in the order of the first call.
 
     Args:
@@ -69,12 +65,12 @@ def dry_runs(model: nn.Module, inputs: Inputs, search: Search) -> tuple[list[Cal
 
 
 @torch.no_grad()
-def _dry_run(model: nn.Module, inputs: Inputs, size: int, search: Search) -> Records:
+def _dry_run(model: nn.Module, inputs: Inputs | TwoSizes, size: int, search: Search) -> Records:
     with buffers_kept(model):
         return record_run(model, search, lambda: forward(model, inputs, size))
 
 
-def _dry_run_on_meta(model: nn.Module, inputs: Inputs, size: int, search: Search) -> Records | None:
+def _dry_run_on_meta(model: nn.Module, inputs: Inputs | TwoSizes, size: int, search: Search) -> Records | None:
     """The same on a copy without weights, which costs next to nothing; `None` where values are asked for."""
     try:
         with MetaCapture():
@@ -95,13 +91,13 @@ def _same_calls(recorded: Records, repeated: Records) -> bool:
     )
 
 
-def forward(model: nn.Module, inputs: Inputs, size: int) -> Any:
+def forward(model: nn.Module, inputs: Inputs | TwoSizes, size: int) -> Any:
     """Call the model on `inputs`, repeated or cut to a batch of `size`."""
     args, kwargs = with_batch(inputs, size, device_of(model))
     return model(*args, **kwargs)
 
 
-def whole_call(model: nn.Module, inputs: Inputs) -> CallRecord:
+def whole_call(model: nn.Module, inputs: Inputs | TwoSizes) -> CallRecord:
     """The model itself as the only part; it need not be run before it is exported."""
     calls = CallRecord("", model)
     for run, size in enumerate(BATCH_SIZES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ from hf_qat.errors import CaptureError
 #: What a caller may give as example inputs or as a calibration batch.
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
+#: Batch sizes of the two dry runs; a dimension that differs between them is dynamic. Not 0 or 1, which
+#: `torch.export` specialises on.
+BATCH_SIZES = (2, 3)
+
+
+@dataclass(frozen=True)
+class TwoSizes:
+    """Example inputs at two sizes of images; the second dry run takes the other one."""
+
+    first: Inputs
+    other: Inputs
+
+
 #: Size of the change of images relative to their spread, where sizes that depend on them are looked for.
 CHANGE = 0.5
 
@@ -25,8 +39,10 @@ LABEL_NAMES = frozenset(
 )
 
 
-def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(inputs: Inputs | TwoSizes) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`(args, kwargs)` of the forward call that `inputs` stands for: a tensor, a sequence or a mapping; labels go."""
+    if isinstance(inputs, TwoSizes):
+        return as_call(inputs.first)
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
@@ -82,8 +98,10 @@ def _channels(config: Any) -> int:
     return 3
 
 
-def with_batch(inputs: Inputs, size: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_batch(inputs: Inputs | TwoSizes, size: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call of `inputs` with its first axis repeated or cut to `size`, on `device`."""
+    if isinstance(inputs, TwoSizes):
+        return with_batch(inputs.other if size == BATCH_SIZES[1] else inputs.first, size, device)
 
     def resize(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -99,7 +117,7 @@ def with_batch(inputs: Inputs, size: int, device: torch.device) -> tuple[tuple[A
     return args, kwargs
 
 
-def changed_images(inputs: Inputs) -> Inputs:
+def changed_images(inputs: Inputs | TwoSizes) -> Inputs | TwoSizes:
     """The same with noise on images: where sizes depend on the data (key points above a threshold), others result."""
     generator = torch.Generator().manual_seed(0)
 
@@ -109,12 +127,14 @@ def changed_images(inputs: Inputs) -> Inputs:
         noise = torch.randn(leaf.shape, generator=generator).to(leaf)
         return leaf.detach() + CHANGE * leaf.detach().std() * noise
 
-    changed: Inputs = pytree.tree_map(change, inputs)
+    changed: Inputs | TwoSizes = pytree.tree_map(change, inputs)
     return changed
 
 
-def labels_in(inputs: Inputs) -> dict[str, Any]:
+def labels_in(inputs: Inputs | TwoSizes) -> dict[str, Any]:
     """What of example inputs are labels, by their usual names."""
+    if isinstance(inputs, TwoSizes):
+        return labels_in(inputs.first)
     if not isinstance(inputs, Mapping):
         return {}
     return {name: value for name, value in inputs.items() if name in LABEL_NAMES and value is not None}

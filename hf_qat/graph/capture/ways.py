@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.call_record import CallRecord, Records, Search
-from hf_qat.graph.capture.dry_run import BATCH_SIZES, forward
-from hf_qat.graph.capture.inputs import Inputs, changed_images, device_of, with_batch
+from hf_qat.graph.capture.dry_run import forward
+from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, changed_images, device_of, with_batch
 from hf_qat.graph.capture.labelled import FIXED, VARIED, LabelSize, resize_labels
 from hf_qat.graph.capture.meta_device import META
 from hf_qat.graph.capture.rehearsal import Run, rehearse
@@ -57,6 +57,11 @@ class Rehearsals:
     training: Records | None
     labelled: Mapping[bool, Records | None]
 
+    def with_loss(self) -> set[str]:
+        """Paths of the parts that have returned a loss."""
+        runs = [self.training, *self.labelled.values()]
+        return {path for records in runs for path, calls in (records or {}).items() if calls.has_loss}
+
     def ways(self, call: CallRecord) -> list[Way]:
         """All ways in which a part is called; evaluation without labels comes first.
 
@@ -89,7 +94,7 @@ def stored_way(call: CallRecord, training: bool, calls: Sequence[tuple[list[Any]
     return way
 
 
-def rehearsals(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], search: Search) -> Rehearsals:
+def rehearsals(model: nn.Module, inputs: Inputs | TwoSizes, labels: Mapping[str, Any], search: Search) -> Rehearsals:
     """Run the model in training, and with labels in both modes."""
     first, second = BATCH_SIZES
     plain: list[Run] = [
@@ -103,18 +108,19 @@ def rehearsals(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], sear
 
 
 def _with_labels(
-    model: nn.Module, training: bool, inputs: Inputs, labels: Mapping[str, Any], search: Search
+    model: nn.Module, training: bool, inputs: Inputs | TwoSizes, labels: Mapping[str, Any], search: Search
 ) -> Records | None:
     for sizes in (VARIED, FIXED):
         given = zip((inputs, changed_images(inputs)), sizes, strict=True)
-        runs: list[Run] = [partial(_labelled_forward, inputs=x, labels=labels, size=size) for x, size in given]
+        runs: list[Run] = [partial(labelled_forward, inputs=x, labels=labels, size=size) for x, size in given]
         seen = rehearse(model, training, runs, search)
         if seen is not None:
             return seen
     return None
 
 
-def _labelled_forward(model: nn.Module, inputs: Inputs, labels: Mapping[str, Any], size: LabelSize) -> Any:
+def labelled_forward(model: nn.Module, inputs: Inputs | TwoSizes, labels: Mapping[str, Any], size: LabelSize) -> Any:
+    """Call the model on inputs and labels, both at a size."""
     device = device_of(model)
     args, kwargs = with_batch(inputs, size.images, device)
     return model(*args, **kwargs, **resize_labels(labels, size, device))

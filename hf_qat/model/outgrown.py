@@ -1,0 +1,197 @@
+"""Ranges that training has outgrown: those of a new head, and most of those of a net that is trained from scratch.
+
+A learned scale takes steps of a few percent, and values beyond the range pass no gradient, so a range that was found
+before training can hold a net back that has still to grow. At a few steps each range is therefore observed again, as
+calibration does, on the batch of that step; one that is far too small is set to what was seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from hf_qat.errors import CalibrationError
+from hf_qat.graph.capture.inputs import device_of
+from hf_qat.graph.capture.modes import buffers_kept
+from hf_qat.graph.captured import without_user_hooks
+from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.quantization.collectives import min_over_ranks, range_over_ranks
+from hf_qat.quantization.layers import QATLayer, qat_layers
+from hf_qat.quantization.observers import Observer, make_observer
+from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+from hf_qat.quantization.scales import scale_from_range, weight_scale
+from hf_qat.quantization.weight_quantizer import WeightQuantizer
+
+
+#: A range is outgrown if what is seen reaches beyond it by more than this share of its width,
+OUTGROWN = 0.5
+
+#: or if more than this share of the values lies beyond: no gradient passes there, so they may not reach far.
+SATURATED = 0.1
+
+#: How much wider than what is seen a range becomes that was outgrown: most go on growing.
+HEADROOM = 1.5
+
+#: The arguments of a call of a model's forward.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class CallInTraining:
+    """The arguments of the latest call of a model in training, while it is listened to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._latest: list[Call] = []
+        self._handle: Any = None
+
+    def listen(self) -> None:
+        """Note what the model is called with from now on."""
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], latest: list[Call]) -> None:
+            if module.training:
+                latest[:] = [(args, kwargs)]
+
+        if self._handle is None:
+            latest = self._latest  # not `self`, which a copy of the model would copy along
+            self._handle = self._model.register_forward_pre_hook(
+                lambda module, args, kwargs: note(module, args, kwargs, latest), with_kwargs=True
+            )
+
+    def take(self) -> Call | None:
+        """The latest call; stops listening. `None` if there was none."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        return self._latest.pop() if self._latest else None
+
+
+class _Watch(Observer):
+    """Observes as calibration does, and counts the values that lie beyond the present range of a quantizer."""
+
+    def __init__(self, quantizer: FakeQuantize) -> None:
+        super().__init__(quantizer.spec)
+        self.low, self.high = _bounds(quantizer, quantizer.scale, quantizer.zero_point)
+        self.saturated = 0.0
+        self._observer = make_observer(quantizer.spec)
+
+    def _update(self, values: Tensor, low: float, high: float) -> None:
+        beyond = (values < self.low) | (values > self.high)
+        self.saturated = float(beyond.float().mean())
+        self._observer.observe(values)
+
+    def _range(self) -> tuple[float, float]:
+        return self._observer._range()
+
+    def _merge_ranks(self) -> None:
+        self._observer.synchronize()
+        self.saturated = range_over_ranks([self.saturated], [self.saturated])[1][0]
+
+
+@torch.no_grad()
+def renew_outgrown_ranges(model: nn.Module, call: Call) -> list[str]:
+    """Set those ranges of activations and weights that are far too small for what the model computes in float.
+
+    Collective: all ranks see the ranges of the data of all.
+
+    Args:
+        model: prepared and calibrated, in training. It is run once more, which leaves no trace.
+        call: the arguments of a forward call.
+
+    Returns:
+        Paths of the quantizers whose ranges were set. Frozen and fixed ones stay as they are, and so do those that
+        follow the data by themselves, and those of weights that the model computes.
+    """
+    layers = qat_layers(model)
+    of_weights = {id(layer.weight_quantizer) for layer in layers.values()}
+    quantizers = {
+        path: quantizer
+        for path, quantizer in fake_quantizers(model).items()
+        if id(quantizer) not in of_weights and not isinstance(quantizer, WeightQuantizer) and _can_outgrow(quantizer)
+    }
+    watches = {path: _Watch(quantizer) for path, quantizer in quantizers.items()}
+    renewed = []
+    if _watch(model, call, quantizers, watches):
+        renewed = [path for path, watch in watches.items() if _renew(quantizers[path], watch)]
+    return renewed + [f"{path}.weight_quantizer" for path, layer in layers.items() if _renew_weight(layer)]
+
+
+def _can_outgrow(quantizer: FakeQuantize) -> bool:
+    return quantizer.enabled and quantizer.learned and not quantizer.frozen and quantizer.log2_scale.requires_grad
+
+
+def _watch(model: nn.Module, call: Call, quantizers: dict[str, FakeQuantize], watches: dict[str, _Watch]) -> bool:
+    """Run a call in float, and watch what passes; false in all processes if one finds values without a range."""
+    args, kwargs = call
+    for path, quantizer in quantizers.items():
+        quantizer.observer = watches[path]
+    try:
+        with _unseen(model), fake_quant_disabled(model):
+            model(*args, **kwargs)
+        found = True
+    except CalibrationError:  # a training that diverges goes on, as it would without us
+        found = False
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+    if not min_over_ranks(int(found)):
+        return False
+    for watch in watches.values():
+        watch.synchronize()
+    return True
+
+
+@contextmanager
+def _unseen(model: nn.Module) -> Iterator[None]:
+    """Inside, the model may run once more: the user's hooks are not called, random numbers and buffers come back."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if not isinstance(module, FSDPModule):  # whose hooks gather the weights
+                stack.enter_context(without_user_hooks(module))
+        stack.enter_context(buffers_kept(model))
+        stack.enter_context(torch.random.fork_rng(_gpus(model)))
+        yield
+
+
+def _gpus(model: nn.Module) -> list[torch.device]:
+    """Those whose random numbers the model may draw."""
+    device = device_of(model)
+    return [device] if device.type == "cuda" else []
+
+
+def _renew(quantizer: FakeQuantize, watch: _Watch) -> bool:
+    try:
+        low, high = _bounds(quantizer, *watch.qparams())
+    except CalibrationError:  # this call did not come here
+        return False
+    beyond = OUTGROWN * (watch.high - watch.low)
+    reaches_out = low < watch.low - beyond or high > watch.high + beyond
+    is_limited = quantizer.scale_limit is not None and float(quantizer.scale) >= quantizer.scale_limit
+    if is_limited or not (reaches_out or watch.saturated > SATURATED):
+        return False
+    low = HEADROOM * low if low < watch.low else watch.low
+    high = HEADROOM * high if high > watch.high else watch.high
+    quantizer.set_qparams(*scale_from_range(torch.tensor(low), torch.tensor(high), quantizer.spec))
+    return True
+
+
+def _bounds(quantizer: FakeQuantize, scale: Tensor, zero_point: Tensor | None) -> tuple[float, float]:
+    zero = 0.0 if zero_point is None else float(zero_point)
+    return (quantizer.spec.qmin - zero) * float(scale), (quantizer.spec.qmax - zero) * float(scale)
+
+
+def _renew_weight(layer: QATLayer) -> bool:
+    quantizer = layer.weight_quantizer
+    if not _can_outgrow(quantizer) or isinstance(layer.weight, DTensor):  # FSDP2 has split it
+        return False
+    seen, scale = weight_scale(layer.float_weight(), quantizer.spec), quantizer.scale.detach()
+    outgrown = seen > (1 + OUTGROWN) * scale
+    if not bool(outgrown.any()):
+        return False
+    quantizer.set_qparams(torch.where(outgrown, seen, scale))
+    return True

@@ -1,0 +1,67 @@
+"""What of a model is not trained yet: batch norms that no batch has touched, and weights that no checkpoint had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_qat.quantization.quantizer import fake_quantizers
+
+
+#: What transformers sets on each tensor that `from_pretrained` has read from a checkpoint.
+LOADED = "_is_hf_initialized"
+
+
+def untrained_batch_norms(model: nn.Module) -> list[nn.Module]:
+    """The batch norms of `model` with the statistics that they were made with: mean 0, variance 1, no batch counted.
+
+    A count of 0 alone says little: models that came from another library have it beside statistics of their own.
+    """
+    return [module for module in _batch_norms(model) if _is_untrained(module)]
+
+
+def new_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters that `from_pretrained` did not find in the checkpoint, as those of a new head.
+
+    Nothing of a model that was made without it, or copied: nobody knows what of that is trained.
+    """
+    ours = {id(parameter) for quantizer in fake_quantizers(model).values() for parameter in quantizer.parameters()}
+    named = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in ours}
+    new = [name for name, parameter in named.items() if not getattr(parameter, LOADED, False)]
+    return new if len(new) < len(named) else []
+
+
+def has_batch_norms(model: nn.Module) -> bool:
+    """Whether any batch norm of `model` keeps running statistics."""
+    return bool(_batch_norms(model))
+
+
+@contextmanager
+def batch_statistics(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, `norms` normalise by the statistics of the batch; the running ones are afterwards as before."""
+    modes = [norm.training for norm in norms]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    for norm in norms:
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.training = mode
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
+def _is_untrained(norm: Any) -> bool:
+    if norm.running_mean.is_meta or (norm.num_batches_tracked is not None and int(norm.num_batches_tracked)):
+        return False
+    return bool((norm.running_mean == 0).all()) and bool((norm.running_var == torch.ones(())).all())

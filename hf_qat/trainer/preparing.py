@@ -1,0 +1,150 @@
+"""When and with what a trainer's model is prepared: in the constructor if it can be, else at its first use.
+
+It has to wait where there are no data yet, and where a subclass of the user's sets attributes after the constructor of
+the trainer that its hooks need.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+from transformers.utils import logging
+
+from hf_qat.config.checkpoint_info import Stage
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.errors import CaptureError
+from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.model.prepare import prepare_qat
+from hf_qat.model.state import require_stage, state_of
+from hf_qat.trainer import distributed
+from hf_qat.trainer.batches import (
+    batch_of_another_size,
+    first_batch,
+    has_train_data,
+    in_order,
+    label_names,
+    received,
+    required_labels,
+    without_labels,
+)
+from hf_qat.trainer.distillation import Distillation
+from hf_qat.trainer.random_state import random_state_kept
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The first batch, on its way to the model.
+
+    Attributes:
+        batch: as the data have it, with labels.
+        inputs: what the model gets, without labels but for those that its forward cannot do without.
+        labels: what else it gets.
+        other_size: inputs with images of another height and width, if the data have such.
+    """
+
+    batch: Mapping[str, Any]
+    inputs: Inputs
+    labels: Mapping[str, Any]
+    other_size: Inputs | None = None
+
+
+def examples(trainer: Trainer, model: nn.Module, loader: Iterable[Any] | None) -> Examples | None:
+    """The first batch of the trainer's data, or without any of `loader`; `None` without either."""
+    batch = first_batch(trainer, loader)
+    if batch is None:
+        return None
+    try:
+        return _examples(trainer, model, batch, received(trainer, model, batch))
+    except Exception as error:
+        logger.warning(
+            f"training_step or compute_loss fails before the first step ({error}): the first batch is captured as the "
+            "data have it."
+        )
+        return _examples(trainer, model, batch, batch)
+
+
+def can_wait(trainer: Trainer, model: nn.Module) -> bool:
+    """Whether preparing a float model can wait for data: its config does not say the size of images."""
+    has_size = getattr(getattr(model, "config", None), "image_size", None) is not None
+    has_data = has_train_data(trainer) or trainer.eval_dataset is not None
+    return state_of(model) is None and (has_data or not has_size)
+
+
+def examples_if_ready(trainer: Trainer, model: nn.Module, own_hooks: bool) -> Examples | None:
+    """`examples`, or `None` where there are no data, or hooks of the user's own cannot run yet."""
+    try:
+        batch = first_batch(trainer)
+        return None if batch is None else _examples(trainer, model, batch, received(trainer, model, batch))
+    except Exception as error:
+        if not own_hooks:
+            raise
+        logger.info(f"The model is prepared when it is first used, as the trainer's hooks cannot run yet: {error!r}")
+        return None
+
+
+def _examples(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any], given: Mapping[str, Any]) -> Examples:
+    names = label_names(trainer)
+    required = required_labels(model, names & given.keys())
+    labels = {name: value for name, value in given.items() if name in names and name not in required}
+    inputs = {name: value for name, value in given.items() if name not in labels}
+    if required:
+        return Examples(batch, in_order(model, inputs), labels)
+    other = None if state_of(model) is not None else batch_of_another_size(trainer, batch)
+    other_size = None if other is None else without_labels(trainer, received(trainer, model, other))
+    return Examples(batch, inputs, labels, other_size)
+
+
+def prepare(
+    trainer: Trainer, config: QATConfig | None, teacher: nn.Module | Literal["float"] | None, found: Examples | None
+) -> Distillation | None:
+    """Prepare the trainer's model in place, if it is not yet, and set up what its teacher teaches.
+
+    The model is the same in all processes. No random number of the training's is drawn.
+    """
+    model = trainer.model
+    assert model is not None
+    distributed.synchronize_initial_model(trainer, model)
+    teacher = copy.deepcopy(model) if teacher == "float" else teacher
+    if state_of(model) is None:
+        with random_state_kept(trainer.args.device):
+            _prepare(model, config, found)
+    if not isinstance(teacher, nn.Module):
+        return None
+    temperature = require_stage(model, Stage.PREPARED, "train").config.distillation_temperature
+    distillation = Distillation(teacher, temperature, trainer.args.device)
+    if found is not None:
+        distillation.check(model, found.inputs)
+    return distillation
+
+
+def _prepare(model: nn.Module, config: QATConfig | None, found: Examples | None) -> None:
+    """For images of any size, where the data have several and the model can; else for those of the first batch."""
+    if found is None:
+        prepare_qat(model, config)
+        return
+    if found.other_size is not None:
+        try:
+            prepare_qat(model, config, found.inputs, found.labels, found.other_size)
+            return
+        except CaptureError as error:
+            logger.warning(
+                f"The images have several sizes, and the model takes those of the first batch only: {error}"
+            )
+    prepare_qat(model, config, found.inputs, found.labels)
+
+
+def data_to_calibrate_on(trainer: Trainer, evaluated: DataLoader[Any]) -> Dataset[Any] | None:
+    """What a model that is about to be run on `evaluated` is calibrated on: `None` for the train set, if there is."""
+    dataset = None if has_train_data(trainer) else evaluated.dataset
+    source = "the train set" if dataset is None else "the data that it is to be run on: there is no train set"
+    logger.warning(f"The model has no ranges yet and is calibrated first, on {source}.")
+    return dataset

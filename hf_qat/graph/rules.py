@@ -113,6 +113,7 @@ FLOAT_REASONS = {
     "masked_fill": "selects by a mask",
     **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), "a table look-up"),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "rounding its state would add up over the steps"),
+    "bilinear": "a product of three factors",
     "topk": "data-dependent selection",
     "to": "makes numbers of integers",
     "prod": "its range is too wide for 8 bits",

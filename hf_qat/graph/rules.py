@@ -114,6 +114,7 @@ FLOAT_REASONS = {
     **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), "a table look-up"),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "rounding its state would add up over the steps"),
     **dict.fromkeys(("topk", "sort"), "data-dependent selection"),
+    "bilinear": "a product of three factors",
     "to": "makes numbers of integers",
     "prod": "its range is too wide for 8 bits",
     "add_": "writes into a part of a tensor",

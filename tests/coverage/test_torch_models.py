@@ -1,7 +1,7 @@
 """Every model of PyTorch's own quantization tests: itself after `prepare_qat`, and exported, or refused by name.
 
-Of 148 models that can be built, 4 take no batch of another size, 2 or 3 or 5, and are refused when they are prepared;
-3 cannot be verified.
+Of the 148 models that its 100 classes make, 138 come out of ONNX Runtime as of torch; 7 are refused when they are
+prepared, and 3 when they are exported.
 """
 
 from __future__ import annotations

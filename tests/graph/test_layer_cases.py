@@ -213,6 +213,22 @@ def test_a_recurrent_layer_stays_float_and_is_named(module, operation):
     assert model.float_operations == [("recurrent", operation, reason)]
 
 
+class Bilinear(nn.Module):
+    """Between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.product, self.last = nn.Linear(4, 4), nn.Bilinear(4, 4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.product(self.first(x), x))
+
+
+def test_a_bilinear_layer_stays_float_and_is_named():
+    model = prepare_qat(Bilinear(), QATConfig(), torch.randn(3, 4))
+    assert model.float_operations == [("product", "aten.bilinear.default", "a product of three factors")]
+
+
 def test_an_embedding_bag_stays_float_and_is_named():
     class Bag(nn.Module):
         def __init__(self) -> None:

@@ -5,7 +5,7 @@ The first resort before training. Bias correction: Nagel et al. 2019, §4.2 (the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TypeVar
 
@@ -18,7 +18,6 @@ from hf_qat.model.batches import run_batches
 from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, correct_biases
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import fake_quant_disabled
-from hf_qat.model.untrained import untrained_batch_norms
 from hf_qat.quantization.collectives import min_over_ranks
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
@@ -28,7 +27,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def calibrate(
-    model: Model, batches: Iterable[Inputs], num_batches: int | None = None, bias_correction: bool = True
+    model: Model,
+    batches: Iterable[Inputs],
+    num_batches: int | None = None,
+    bias_correction: bool = True,
+    live_batch_norms: Sequence[nn.Module] = (),
 ) -> Model:
     """Find the scales of a prepared model from data, in place.
 
@@ -38,7 +41,9 @@ def calibrate(
             will do; of one of pairs, pass the first halves: `(images for images, labels in loader)`.
         num_batches: use at most so many.
         bias_correction: shift biases so that every layer's mean output is that of the float model; those that do not
-            require gradients stay as they are, and so do all where a batch norm has no statistics yet.
+            require gradients stay as they are.
+        live_batch_norms: batch norms that normalise by each batch meanwhile, as they are about to in training from
+            scratch, where their own statistics are of nothing yet. Biases then stay as they are.
 
     Returns:
         The same object. Frozen ranges are as they were, unless there were none yet.
@@ -48,13 +53,13 @@ def calibrate(
         CalibrationError: no batch, or integers, NaN or infinities in one.
     """
     require_stage(model, Stage.PREPARED, "calibrate")
-    kept = _observe(model, islice(batches, num_batches))
-    if bias_correction and not untrained_batch_norms(model):
+    kept = _observe(model, islice(batches, num_batches), live_batch_norms)
+    if bias_correction and not live_batch_norms:
         correct_biases(model, kept)
     return model
 
 
-def _observe(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
+def _observe(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module]) -> list[Inputs]:
     """One pass in float that collects every range; returns the first batches for whoever needs them again."""
     quantizers = fake_quantizers(model)
     layers = qat_layers(model)
@@ -63,7 +68,7 @@ def _observe(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
     for quantizer in activations.values():
         quantizer.start_observing()
     try:
-        kept = _run_all(model, batches)
+        kept = _run_all(model, batches, live)
         for path, quantizer in activations.items():
             quantizer.finish_observing(path)
     finally:
@@ -76,13 +81,13 @@ def _observe(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
     return kept
 
 
-def _run_all(model: nn.Module, batches: Iterable[Inputs]) -> list[Inputs]:
+def _run_all(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module]) -> list[Inputs]:
     """Forward all batches in float; returns the first ones. Fails in all processes if it does in one: none waits."""
     kept: list[Inputs] = []
     failure: CalibrationError | None = None
     try:
         with fake_quant_disabled(model):
-            for batch in run_batches(model, batches, untrained_batch_norms(model)):
+            for batch in run_batches(model, batches, live):
                 if len(kept) < BIAS_CORRECTION_BATCHES:
                     kept.append(batch)
         if not kept:

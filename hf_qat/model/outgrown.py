@@ -35,6 +35,9 @@ OUTGROWN = 0.5
 #: or if more than this share of the values lies beyond: no gradient passes there, so they may not reach far.
 SATURATED = 0.1
 
+#: So many at least: of twenty logits, two are beyond a range by chance.
+FEWEST_SATURATED = 16
+
 #: How much wider than what is seen a range becomes that was outgrown: most go on growing.
 HEADROOM = 1.5
 
@@ -82,7 +85,8 @@ class _Watch(Observer):
 
     def _update(self, values: Tensor, low: float, high: float) -> None:
         beyond = (values < self.low) | (values > self.high)
-        self.saturated = float(beyond.float().mean())
+        count = int(beyond.sum())
+        self.saturated = count / beyond.numel() if count >= FEWEST_SATURATED else 0.0
         self._observer.observe(values)
 
     def _range(self) -> tuple[float, float]:

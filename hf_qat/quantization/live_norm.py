@@ -25,9 +25,11 @@ def normalise_live(norm: nn.Module, x: Tensor) -> Tensor:
         The shape and dtype of `x`.
     """
     bn: Any = norm
-    if isinstance(norm, (SynchronizedBatchNorm, nn.SyncBatchNorm)):
-        out: Tensor = norm(x)
-        return out
+    # Not the module's own forward, which may be that of a layer, and come back here.
+    if isinstance(norm, SynchronizedBatchNorm):
+        return SynchronizedBatchNorm.forward(norm, x)
+    if isinstance(norm, nn.SyncBatchNorm):
+        return nn.SyncBatchNorm.forward(norm, x)
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:
         with torch.no_grad():

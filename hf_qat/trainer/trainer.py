@@ -28,6 +28,7 @@ from hf_qat.files.atomic import put_back, whole_file
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.state import require_stage
+from hf_qat.model.untrained import untrained_batch_norms
 from hf_qat.publish.accuracy import given_accuracy
 from hf_qat.publish.card import CardFacts, CardOptions, render
 from hf_qat.publish.directory import CARD, save_model
@@ -192,7 +193,8 @@ class QATTrainer(Trainer):
             self._prepare_if_it_waits(loader)
             config = require_stage(self.model, Stage.PREPARED, "calibrate").config
             inputs = inputs_of(self, self.model, loader)
-            calibrate(self.model, inputs, config.calibration_batches, config.bias_correction)
+            live = untrained_batch_norms(self.model)
+            calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, beginning with a calibration where the model needs one.

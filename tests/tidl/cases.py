@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -44,6 +45,9 @@ MODELS: dict[str, Case] = {
     **{name: HUGGING_FACE[name] for name in ("resnet", "mobilenet_v2", "regnet", "convnext", "vit", "segformer")},
     "deit": Case(deit, 32, HUGGING_FACE["vit"].make_labels),
 }
+
+#: The same, as parameters of a test: every run has a convolutional net and a transformer, the others are slow.
+NAMES = [name if name in ("resnet", "vit") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 
 #: Those whose optimizations ONNX Runtime must leave off.
 TRANSFORMERS = {"convnext", "vit", "deit", "segformer"}

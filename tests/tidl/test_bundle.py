@@ -17,7 +17,7 @@ from hf_qat import QATConfig, calibrate, convert, export_tidl, prepare_qat
 from hf_qat.errors import CalibrationError, ConfigError, ExportError, StageError
 from hf_qat.tidl.config_yaml import dataset
 from tests.models import HUGGING_FACE, LABELS, hand_written
-from tests.tidl.cases import DEVICES, FRAMES, MODELS, TRANSFORMERS, scenes
+from tests.tidl.cases import DEVICES, FRAMES, NAMES, TRANSFORMERS, scenes
 
 
 FILES = {
@@ -49,7 +49,7 @@ def tensors_of(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_bundle_is_complete_accepted_and_in_the_documented_schema(name, device, bundled):
     directory = bundled(name, device)
 
@@ -76,7 +76,7 @@ def test_every_bundle_is_complete_accepted_and_in_the_documented_schema(name, de
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_file_gives_the_trained_models_top_1_on_all_frames(name, device, bundled, converted):
     path = bundled(name, device) / "model" / f"{name}.onnx"
     options = onnxruntime.SessionOptions()
@@ -95,7 +95,7 @@ def test_the_file_gives_the_trained_models_top_1_on_all_frames(name, device, bun
     assert (np.ptp(logits, axis=0) > 0).any()  # a model that always says the same would agree with anything
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_files_for_tda4vm_have_power_of_two_scales_no_zero_points_and_one_scale_a_tensor(name, bundled):
     graph = onnx.load(bundled(name, "TDA4VM") / "model" / f"{name}.onnx").graph
     tensors = tensors_of(graph)
@@ -127,7 +127,7 @@ def test_files_for_tda4vm_multiply_no_signed_by_unsigned_activations(name, bundl
 
 
 @pytest.mark.parametrize("device", DEVICES[1:])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_files_for_the_other_devices_have_one_scale_per_output_channel(name, device, bundled):
     graph = onnx.load(bundled(name, device) / "model" / f"{name}.onnx").graph
     tensors, makers = tensors_of(graph), {output: node for node in graph.node for output in node.output}

@@ -18,7 +18,7 @@ from hf_qat.tidl import pack_artifacts
 from hf_qat.tidl.config_yaml import task_of
 from tests.models import HUGGING_FACE, LABELS
 from tests.tidl import edgeai_benchmark
-from tests.tidl.cases import DEVICES, FRAMES, MODELS, TRANSFORMERS
+from tests.tidl.cases import DEVICES, FRAMES, NAMES, TRANSFORMERS
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_edgeai_benchmark_reads_it_from_inside_the_bundle(name, device, bundled, monkeypatch):
     monkeypatch.chdir(bundled(name, device))
     read = edgeai_benchmark.configs(models_path=".", configs_path="config.yaml")["model-1"]
@@ -77,7 +77,7 @@ def test_what_stumbled_over_older_files_stumbles_here_too(section, entry, error,
         edgeai_benchmark.configs(".", "config.yaml")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_readme_has_the_settings_and_says_what_yaml_cannot(name, bundled):
     readme = (bundled(name, "AM68A") / "README.md").read_text()
     block = next(text for text in readme.split("```") if "configs_path" in text)

@@ -72,6 +72,8 @@ class TestDirectory:
         model = exported.trainer.model
         assert state_of(model).stage == "prepared"
         assert all(parameter.requires_grad for parameter in model.parameters())
+        # Arguments that other tests have made since have reset the state that all accelerators share.
+        exported.trainer.create_accelerator_and_postprocess()
         assert exported.trainer.evaluate()["eval_accuracy"] == exported.trained
 
 

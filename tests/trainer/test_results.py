@@ -25,10 +25,20 @@ def dinov2() -> nn.Module:
     return spread(transformers.Dinov2ForImageClassification(config))
 
 
+#: Models with other names in files than in memory; slow together.
+OTHERS = (swin, dinov2, segformer)
+
+
 class TestResuming:
     @pytest.mark.parametrize(
         ("make", "scheme"),
-        [(vit, {}), (vit, FOLLOWED), (resnet, {}), (resnet, FOLLOWED), (segformer, {})],
+        [
+            (vit, {}),
+            (vit, FOLLOWED),
+            (resnet, {}),
+            (resnet, FOLLOWED),
+            pytest.param(segformer, {}, marks=pytest.mark.slow),
+        ],
         ids=["vit learned", "vit followed", "resnet learned", "resnet followed", "segformer learned"],
     )
     def test_a_resumed_training_ends_with_the_same_bits(self, tmp_path: Path, make, scheme: dict):
@@ -68,7 +78,9 @@ class TestResuming:
         with pytest.raises(WeightsError, match="checkpoint-2 is a checkpoint of a float training.*from_pretrained"):
             trainer.train(resume_from_checkpoint=True)
 
-    @pytest.mark.parametrize("make", [vit, swin, dinov2, segformer])
+    @pytest.mark.parametrize(
+        "make", [vit, *(pytest.param(m, marks=pytest.mark.slow) for m in (swin, dinov2, segformer))]
+    )
     def test_no_weight_is_lost_where_transformers_has_other_names_in_files(
         self, tmp_path: Path, make: Callable[[], nn.Module]
     ):

@@ -105,7 +105,7 @@ HOOKS = [own_loss, changed_loss, own_step, changed_step, own_optimizer, changed_
 
 
 @pytest.mark.parametrize("subclass", HOOKS, ids=lambda subclass: subclass.__name__)
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("accumulated", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_subclass_trains_as_one_of_trainer_does(tmp_path: Path, subclass: Subclass, accumulated: int):
     args = arguments(tmp_path, gradient_accumulation_steps=accumulated, per_device_train_batch_size=2)
     args.max_grad_norm = 0.0

@@ -24,7 +24,7 @@ from tests.graph.capture.grammar import SIZE, Sentence
 
 
 #: Seeds of the sample that every change runs, and of all.
-SAMPLE, ALL = range(60), range(2000)
+SAMPLE, ALL = range(30), range(2000)
 
 #: Of all modules, so many may be refused.
 REFUSED = 0.1
@@ -177,10 +177,10 @@ def outcomes(seeds: range) -> Counter[str]:
     return counts
 
 
-def test_sixty_random_modules_are_themselves_or_refused():
+def test_thirty_random_modules_are_themselves_or_refused():
     counts = outcomes(SAMPLE)
     assert counts["refused"] <= REFUSED * len(SAMPLE)
-    assert counts["whole graph"] >= 10 and counts["partly Python"] >= 5
+    assert counts["whole graph"] >= 5 and counts["partly Python"] >= 3
 
 
 #: Modules that were others once: a batch norm after an attention at a batch of one; one that is called twice, counts.

@@ -108,7 +108,7 @@ def test_files_for_tda4vm_have_power_of_two_scales_no_zero_points_and_one_scale_
         assert zero.dtype in (np.int8, np.uint8, np.int32)
 
 
-@pytest.mark.parametrize("name", ["vit", "deit", "segformer"])
+@pytest.mark.parametrize("name", ["vit", "deit", pytest.param("segformer", marks=pytest.mark.slow)])
 def test_files_for_tda4vm_multiply_no_signed_by_unsigned_activations(name, bundled):
     graph = onnx.load(bundled(name, "TDA4VM") / "model" / f"{name}.onnx").graph
     tensors, makers = tensors_of(graph), {output: node for node in graph.node for output in node.output}

@@ -122,7 +122,7 @@ def test_detectors_whose_scores_are_no_softmax_have_no_task():
     assert task_of(sigmoid.__new__(sigmoid)) is None
 
 
-@pytest.mark.parametrize("name", ["resnet", "segformer"])
+@pytest.mark.parametrize("name", ["resnet", pytest.param("segformer", marks=pytest.mark.slow)])
 def test_a_boards_demo_finds_the_class_names(name, copied, stand_in):
     directory = copied(name, "AM68A")
     stand_in.run(directory / "compile.py")

@@ -62,13 +62,14 @@ def _normalises_by_batch(module: nn.Module, way: CapturedGraph) -> bool:
 
 
 def drop_counting(captured: CapturedModule, graph: fx.Graph, path: str) -> None:
-    """Let the graph count no batches of the norm at `path`, in place: the layer does, while batch norm is live."""
+    """Let the graph count one batch less for the norm at `path`, in place: the layer called instead counts it."""
     counter = f"{path}.{COUNTER}" if path else COUNTER
     if not isinstance(getattr(fetch(captured, path) if path else captured, COUNTER, None), torch.Tensor):
         return
     for node in reversed(list(graph.nodes)):
         if node.target is aten.add_.Tensor and not node.users and _memory(node).target == counter:
             graph.erase_node(node)
+            return
 
 
 def _memory(node: Any) -> fx.Node:

@@ -1,7 +1,7 @@
 """Whatever small module a grammar makes: prepared, with quantizers off, it is the float module, or it is refused.
 
-Measured with torch 2.13 on a CPU, modules 0 to 1999: 1476 became one graph, 492 partly stay Python, none was refused,
-31 fail in float themselves, and one, 804, is another in training: a batch norm that it calls twice counts wrong.
+Measured with torch 2.13 on a CPU, modules 0 to 1999: 1477 became one graph, 492 partly stay Python, none was refused,
+31 fail in float themselves. Module 804, whose batch norm is folded in one of its two calls, was mended last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -158,7 +157,7 @@ def load(model: nn.Module, state: dict[str, Tensor]) -> None:
             own[name].copy_(value)
 
 
-def outcomes(seeds: Sequence[int]) -> Counter[str]:
+def outcomes(seeds: range) -> Counter[str]:
     """How often each outcome occurred.
 
     Raises:
@@ -184,7 +183,7 @@ def test_thirty_random_modules_are_themselves_or_refused():
 
 
 #: Modules that were others once: a batch norm after an attention at a batch of one; one that is called twice, counts.
-ONCE_OTHERS = (37, 421, 446)
+ONCE_OTHERS = (37, 421, 446, 804)
 
 
 @pytest.mark.parametrize("seed", ONCE_OTHERS)
@@ -192,22 +191,11 @@ def test_a_module_that_was_another_once_is_itself(seed):
     assert check(seed) == "whole graph"
 
 
-#: A batch norm that is called twice, and counts one batch too few or too many; the cause is not found.
-STILL_OTHERS = (804,)
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="a batch norm that is called twice counts wrong")
-@pytest.mark.parametrize("seed", STILL_OTHERS)
-def test_a_module_that_is_still_another(seed):
-    check(seed)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", ALL[::250])
 def test_two_thousand_random_modules_are_themselves_or_refused(first, capsys):
-    seeds = [seed for seed in range(first, first + 250) if seed not in STILL_OTHERS]
+    seeds = range(first, first + 250)
     counts = outcomes(seeds)
     with capsys.disabled():
         print(f"\nmodules {first}–{first + 249}: {dict(counts)}")

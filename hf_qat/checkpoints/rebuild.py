@@ -78,7 +78,8 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
         with torch.device("cpu"):
             with MetaCapture():
                 recipe = config.with_checkpoint(None)
-                paths = [path for path in saved.operations if _has_module(model, path)]  # another class has others
+                modules = dict(model.named_modules(remove_duplicate=False))
+                paths = [path for path in saved.operations if path in modules]  # another class has others
                 calls = rebuild_labelled_calls(saved.labelled_calls)
                 parts = Parts(recipe.excludes, paths, saved.stage is Stage.PREPARED, calls)
                 prepare_parts(model, recipe, rebuild_inputs(saved.inputs), parts)
@@ -90,10 +91,6 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
         other_labels = saved.stage is Stage.PREPARED and saved.num_labels != _info(model).num_labels
         new_heads = check_tensors(model, stored, shapes, other_labels)
     return PendingRestore(set(layers), _constants(model), new_heads)
-
-
-def _has_module(model: nn.Module, path: str) -> bool:
-    return path in dict(model.named_modules(remove_duplicate=False))
 
 
 def _constants(model: nn.Module) -> dict[str, Tensor]:

@@ -66,5 +66,4 @@ def _reference(session: Session, model: ModelArguments, name: str | None) -> Any
 def _batches(session: Session, size: int, count: int) -> Iterator[dict[str, Any]]:
     """The first images of the train set, without labels."""
     for start in range(0, min(count * size, len(session.train)), size):
-        rows = [session.train[k] for k in range(start, min(start + size, len(session.train)))]
-        yield {name: value for name, value in session.task.collate(rows).items() if name != "labels"}
+        yield session.inputs(range(start, min(start + size, len(session.train))))

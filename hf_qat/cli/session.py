@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ class Session:
         """
         config.check_globs([path for path, _ in self.model.named_modules() if path])
         return QATTrainer(self.model, args, qat_config=config, **self.trainer_arguments())
+
+    def inputs(self, rows: Iterable[int]) -> dict[str, Any]:
+        """A batch of these rows of the train set, without labels."""
+        batch = self.task.collate([self.train[row] for row in rows])
+        return {name: value for name, value in batch.items() if name != "labels"}
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What a Trainer takes beside model and arguments."""

@@ -86,10 +86,9 @@ def _measure_and_train(trainer: QATTrainer) -> dict[str, dict[str, float]]:
 def _outlook(session: Session, config: QATConfig, args: TrainingArguments) -> str:
     """What would be done: layers, what stays in float, the size of the file, the number of steps."""
     model = copy.deepcopy(session.model)
-    example = session.task.collate([session.train[0], session.train[1]]) if len(session.train) > 1 else None
-    if example is None:
+    if len(session.train) < 2:
         raise ConfigError("there is one image only: nothing can be learned from that.")
-    prepare_qat(model, config, {name: value for name, value in example.items() if name != "labels"})
+    prepare_qat(model, config, session.inputs(range(2)))
     layers = qat_layers(model)
     weights = sum(layer.weight.numel() * layer.weight_quantizer.spec.bits / 8 for layer in layers.values())
     everything = sum(parameter.numel() for parameter in session.model.parameters())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from hf_qat.graph.capture.batch_norm_names import COUNTER
 from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.graph.captured import CapturedGraph, CapturedModule
 from hf_qat.graph.nodes import fetch
@@ -16,9 +17,6 @@ aten = torch.ops.aten
 
 #: Tensors of a batch norm, at positions 1 to 4 of `batch_norm`.
 TENSORS = ("weight", "bias", "running_mean", "running_var")
-
-#: Name of the buffer that counts batches.
-COUNTER = "num_batches_tracked"
 
 
 def norm_path(captured: CapturedModule, way: CapturedGraph, node: fx.Node) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,7 +11,7 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.model.prepare import Model
 from hf_qat.model.state import require_stage
 from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer
-from hf_qat.quantization.quantizer import fake_quantizers
+from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 
 
 @contextmanager
@@ -22,14 +22,20 @@ def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
         StageError: the model is not a prepared one.
     """
     require_stage(model, Stage.PREPARED, "disable fake quantization")
-    quantizers = list(fake_quantizers(model).values())
-    before = [quantizer.enabled for quantizer in quantizers]
-    for quantizer in quantizers:
-        quantizer.enabled = False
+    with only_quantizers(model, ()):
+        yield
+
+
+@contextmanager
+def only_quantizers(model: nn.Module, wanted: Collection[FakeQuantize]) -> Iterator[None]:
+    """Inside, of the quantizers that were on, those that are not `wanted` are off."""
+    before = [(quantizer, quantizer.enabled) for quantizer in fake_quantizers(model).values()]
+    for quantizer, enabled in before:
+        quantizer.enabled = enabled and quantizer in wanted
     try:
         yield
     finally:
-        for quantizer, enabled in zip(quantizers, before, strict=True):
+        for quantizer, enabled in before:
             quantizer.enabled = enabled
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from hf_qat.graph.capture.modes import buffers_kept, modes_kept
 from hf_qat.quantization.quantizer import fake_quantizers
 
 
@@ -43,17 +44,12 @@ def has_batch_norms(model: nn.Module) -> bool:
 @contextmanager
 def batch_statistics(norms: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, `norms` normalise by the statistics of the batch; the running ones are afterwards as before."""
-    modes = [norm.training for norm in norms]
-    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
-    for norm in norms:
-        norm.training = True
-    try:
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.enter_context(modes_kept(norm))
+            stack.enter_context(buffers_kept(norm))
+            norm.training = True
         yield
-    finally:
-        for norm, mode in zip(norms, modes, strict=True):
-            norm.training = mode
-        for buffer, before in buffers:
-            buffer.data.copy_(before)
 
 
 def _batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from hf_qat.quantization.kernels import calls_operators, fuses
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.kernels.operators import traced_fake_quantize
 from hf_qat.quantization.learned import QuantizerValues, learned_fake_quantize, levels
-from hf_qat.quantization.observers import AVERAGING_CONSTANT, Observer, make_observer, synchronized_range
+from hf_qat.quantization.observers import AVERAGING_CONSTANT, RangeCollector, make_observer, synchronized_range
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -53,7 +53,7 @@ class FakeQuantize(nn.Module):
         self.scale_limit = scale_limit
         self.enabled = True
         self.frozen = False
-        self.observer: Observer | None = None
+        self.observer: RangeCollector | None = None
         self.learned = spec.learned and spec.fixed_scale is None
         shape = () if channels is None else (channels,)
         self._add("log2_scale", torch.full(shape, math.log2(spec.fixed_scale or 1.0)))

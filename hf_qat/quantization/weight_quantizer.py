@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from hf_qat.errors import CalibrationError
 from hf_qat.quantization.fake_quantize import dequantize, quantize
 from hf_qat.quantization.folding import fold_fake_quantize
-from hf_qat.quantization.observers import Observer
 from hf_qat.quantization.onnx_ops import dequantize_linear, exporting_to_onnx
 from hf_qat.quantization.packing import code_dtype
 from hf_qat.quantization.quantizer import FakeQuantize
@@ -19,11 +18,11 @@ from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
 
 
-class WeightObserver(Observer):
-    """Takes the scale from the weight itself, which is the same for all batches and on all ranks."""
+class WeightObserver:
+    """A `RangeCollector` that takes the scale from the weight itself, the same for all batches and on all ranks."""
 
     def __init__(self, spec: QuantizerSpec) -> None:
-        super().__init__(spec)
+        self.spec = spec
         self._scale: Tensor | None = None
 
     @torch.no_grad()
@@ -40,13 +39,7 @@ class WeightObserver(Observer):
             raise CalibrationError("no weight was seen; run at least one batch through this part of the model")
         return self._scale, torch.zeros_like(self._scale)
 
-    def _update(self, values: Tensor, low: float, high: float) -> None:
-        raise NotImplementedError
-
-    def _range(self) -> tuple[float, float]:
-        raise NotImplementedError
-
-    def _merge_ranks(self) -> None:
+    def synchronize(self) -> None:
         """The weight is the same on all ranks."""
 
 

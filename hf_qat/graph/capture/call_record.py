@@ -116,6 +116,15 @@ def record_run(model: nn.Module, search: Search, run: Callable[[], Any]) -> Reco
     return recorded
 
 
+def add_run(records: Records, more: Records, run: int) -> None:
+    """Append what another run has recorded, the one of the ordinal `run`, in place."""
+    for path, calls in more.items():
+        if path in records:
+            records[path].extend(calls, run)
+        else:
+            records[path] = calls
+
+
 @contextmanager
 def _recording(candidates: list[tuple[str, nn.Module]], recorded: Records) -> Iterator[None]:
     """Shadow `forward` of every candidate, which catches `child(...)` and `child.forward(...)` alike."""

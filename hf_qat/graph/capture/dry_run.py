@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
-from hf_qat.graph.capture.call_record import CallRecord, Records, Search, record_run
+from hf_qat.graph.capture.call_record import CallRecord, Records, Search, add_run, record_run
 from hf_qat.graph.capture.called_modules import called_modules, opened_by_callers
 from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, as_call, changed_images, device_of, with_batch
 from hf_qat.graph.capture.meta_device import MetaCapture, without_weights
@@ -56,11 +56,7 @@ def dry_runs(model: nn.Module, inputs: Inputs | TwoSizes, search: Search) -> tup
             f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {error}. Pass "
             "example_inputs= that its forward accepts."
         ) from error
-    for path, calls in repeated.items():
-        if path in recorded:
-            recorded[path].extend(calls, run=1)
-        else:
-            recorded[path] = calls
+    add_run(recorded, repeated, run=1)
     return list(recorded.values()), search
 
 

@@ -6,8 +6,7 @@ branch on the size of the batch. So the two are run side by side, and compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.graph.capture.clean import Extended
-from hf_qat.graph.capture.modes import modes_kept, put_into_mode
+from hf_qat.graph.capture.modes import buffers_kept, modes_kept, put_into_mode
 from hf_qat.graph.captured import CallSignature, CapturedGraph
 
 
@@ -90,8 +89,9 @@ def _observe(module: nn.Module, run: Any, tensors: Sequence[Tensor], gradients: 
     # A module may write to what it is given, which a leaf that needs a gradient does not allow.
     given = [x.clone() if x.requires_grad else x for x in inputs]
     parameters = [p for p in module.parameters() if p.requires_grad] if gradients else []
+    buffers = list(module.buffers())  # those of before the run, which may put others in their places
     with (
-        _buffers_kept(module) as buffers,
+        buffers_kept(module),
         torch.random.fork_rng(devices=_gpus(tensors)),
         torch.set_grad_enabled(gradients),
     ):
@@ -112,18 +112,6 @@ def _observe(module: nn.Module, run: Any, tensors: Sequence[Tensor], gradients: 
 def _gpus(tensors: Sequence[Tensor]) -> list[torch.device]:
     """Those whose random numbers may be drawn."""
     return list({x.device for x in tensors if x.device.type == "cuda"})
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[list[Tensor]]:
-    buffers = list(module.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield buffers
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
 
 
 def _gradients(outputs: list[Any], leaves: list[Tensor]) -> list[Tensor | None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_qat.graph.capture.call_record import Records, Search, record_run
+from hf_qat.graph.capture.call_record import Records, Search, add_run, record_run
 from hf_qat.graph.capture.meta_device import MetaCapture, without_weights
 from hf_qat.graph.capture.modes import buffers_kept, modes_kept
 
@@ -56,9 +57,5 @@ def _rehearse(model: nn.Module, training: bool, runs: Sequence[Run], search: Sea
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False
         for ordinal, run in enumerate(runs):
-            for path, calls in record_run(model, search, lambda run=run: run(model)).items():  # type: ignore[misc]
-                if path in recorded:
-                    recorded[path].extend(calls, ordinal)
-                else:
-                    recorded[path] = calls
+            add_run(recorded, record_run(model, search, partial(run, model)), ordinal)
     return recorded

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_qat.graph.capture.clean import Extended
 from hf_qat.graph.capture.meta_device import META, without_weights
+from hf_qat.graph.capture.modes import put_into_mode
 from hf_qat.graph.captured import CapturedGraph
 
 
@@ -459,8 +460,7 @@ def known_equal(
     """
     try:
         on_meta = without_weights(module)
-        on_meta.train()  # LeViT keeps, for evaluation, biases that depend on parameters
-        on_meta.train(captured.training)
+        put_into_mode(on_meta, captured.training)
         extended = Extended(on_meta, constants)
 
         def run_module(inputs: list[Tensor]) -> Any:

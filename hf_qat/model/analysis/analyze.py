@@ -16,7 +16,7 @@ from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.model.analysis.analysis import Analysis
 from hf_qat.model.analysis.findings import find
 from hf_qat.model.analysis.layer import LayerAnalysis
-from hf_qat.model.analysis.noise import Noise, bounds, float_values, measure, sqnr
+from hf_qat.model.analysis.noise import Noise, bounds, energy, measure, sqnr
 from hf_qat.model.analysis.sensitivity import Metric, Sensitivity, output_sqnr, sensitivities
 from hf_qat.model.analysis.sites import Site, find_sites
 from hf_qat.model.in_float import float_operations
@@ -60,17 +60,10 @@ def analyze(
         raise CalibrationError("analyze got no batches: pass an iterable that yields at least one.")
     in_float = _reference(model, reference, state, kept[0])
     sites = find_sites(model)
-    outputs: list[Any] = []
-
-    def values(batch: Inputs) -> Any:
-        at_sites, returned = float_values(in_float, sites, batch)
-        outputs.append(returned)
-        return at_sites, returned
-
-    measured = measure(model, values, sites, kept)
+    measured = measure(model, in_float, sites, kept)
     found: dict[str, Sensitivity] = {}
     if sensitivity and state.stage is Stage.PREPARED:
-        found = sensitivities(model, sites, metric or output_sqnr(kept, outputs))
+        found = sensitivities(model, sites, metric or output_sqnr(kept, measured.expected))
     return Analysis(
         layers=tuple(_layer(model, in_float, site, measured.sites[site.path], found.get(site.path)) for site in sites),
         output_sqnr=sqnr(measured.outputs.signal, measured.outputs.noise),
@@ -143,5 +136,4 @@ def _weight(layer: Any, in_float: Any) -> dict[str, Any]:
         rounded, bits = layer.folded(layer.device_scale())[0], layer.weight_quantizer.spec.bits
     else:
         rounded, bits = layer.weight, layer.weight_spec.bits
-    noise = (rounded.detach().double() - exact).square().sum()
-    return {"weight_sqnr": sqnr(float(exact.square().sum()), float(noise)), "weight_bits": bits}
+    return {"weight_sqnr": sqnr(energy(exact), energy(rounded.detach() - exact)), "weight_bits": bits}

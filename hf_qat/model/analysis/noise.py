@@ -66,16 +66,16 @@ class Noise:
 
     def compare(self, expected: Tensor, actual: Tensor) -> None:
         """Add a value of the float model and that of the quantized one."""
-        self.signal += _energy(expected)
-        self.noise += _energy(actual - expected)
+        self.signal += energy(expected)
+        self.noise += energy(actual - expected)
         low, high = expected.aminmax()
         self.minimum, self.maximum = min(self.minimum, float(low)), max(self.maximum, float(high))
         self.bulk = max(self.bulk, _bulk(expected))
 
     def add_rounding(self, given: Tensor, returned: Tensor, bounds: tuple[float, float]) -> None:
         """Add what a quantizer, whose codes reach from and to `bounds`, was given and returned."""
-        self.own_signal += _energy(given)
-        self.own_noise += _energy(returned - given)
+        self.own_signal += energy(given)
+        self.own_noise += energy(returned - given)
         self.outside += int(((given < bounds[0]) | (given > bounds[1])).sum())
         self.count += given.numel()
 
@@ -94,26 +94,27 @@ class Measured:
     Attributes:
         sites: by path.
         outputs: signal and noise of what the model returns, as `Noise`.
+        expected: what the float model returns, by batches.
     """
 
     sites: dict[str, Noise]
     outputs: Noise = field(default_factory=Noise)
+    expected: list[list[Tensor]] = field(default_factory=list)
 
 
-def measure(
-    model: nn.Module, reference: Callable[[Inputs], tuple[Values, list[Tensor]]], sites: Sequence[Site], batches: Any
-) -> Measured:
-    """Run `model` on each batch, and compare every site with what `reference` says of it.
+def measure(model: nn.Module, in_float: nn.Module, sites: Sequence[Site], batches: Iterable[Inputs]) -> Measured:
+    """Run both models on each batch, and compare them at every site.
 
     Args:
         model: prepared or converted, with ranges.
-        reference: batch → the values of a float model at the same sites, and its outputs.
+        in_float: prepared, and run with its quantizers off; may be `model`.
         sites: of both models.
-        batches: an iterable of `Inputs`.
+        batches: as forward takes them.
     """
     found = Measured({site.path: Noise() for site in sites})
     for batch in batches:
-        values, outputs = reference(batch)
+        values, outputs = _float_values(in_float, sites, batch)
+        found.expected.append(outputs)
         with _comparing(model, sites, values, found.sites):
             actual = run(model, batch)
         for expected, value in zip(outputs, actual, strict=True):
@@ -135,7 +136,7 @@ def run(model: nn.Module, batch: Inputs) -> list[Tensor]:
     ]
 
 
-def float_values(model: nn.Module, sites: Sequence[Site], batch: Inputs) -> tuple[Values, list[Tensor]]:
+def _float_values(model: nn.Module, sites: Sequence[Site], batch: Inputs) -> tuple[Values, list[Tensor]]:
     """The values at the sites, and the outputs, of a prepared model with its quantizers off."""
     values: Values = {site.path: [] for site in sites}
 
@@ -195,7 +196,8 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Itera
             handle.remove()
 
 
-def _energy(x: Tensor) -> float:
+def energy(x: Tensor) -> float:
+    """The sum of the squares of `x`, in double precision."""
     return float(x.double().square().sum())
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from hf_qat.graph.capture.inputs import Inputs
-from hf_qat.model.analysis.noise import Noise, run, sqnr
+from hf_qat.graph.plan import join_path
+from hf_qat.model.analysis.noise import energy, run, sqnr
 from hf_qat.model.analysis.sites import Site
+from hf_qat.model.switches import only_quantizers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 
 
@@ -35,31 +36,19 @@ def sensitivities(model: nn.Module, sites: Sequence[Site], metric: Metric) -> di
     found = {}
     for site in sites:
         own = own_quantizers(model, site)
-        with only(model, lambda quantizer, own=own: id(quantizer) in own):  # type: ignore[misc]
+        with only_quantizers(model, own):
             only_quantized = float(metric(model))
-        with only(model, lambda quantizer, own=own: id(quantizer) not in own):  # type: ignore[misc]
+        with only_quantizers(model, {*fake_quantizers(model).values()} - own):
             only_float = float(metric(model))
         found[site.path] = Sensitivity(only_quantized, only_float)
     return found
 
 
-def own_quantizers(model: nn.Module, site: Site) -> set[int]:
-    """Identities of the quantizers of a site: of its weight, and of its result."""
-    paths = [site.quantizer, None if site.layer is None else f"{site.layer}.weight_quantizer".lstrip(".")]
-    return {id(model.get_submodule(path)) for path in paths if path is not None}
-
-
-@contextmanager
-def only(model: nn.Module, wanted: Callable[[FakeQuantize], bool]) -> Iterator[None]:
-    """Inside, of the quantizers that were on those are that `wanted` says."""
-    before = [(quantizer, quantizer.enabled) for quantizer in fake_quantizers(model).values()]
-    for quantizer, enabled in before:
-        quantizer.enabled = enabled and wanted(quantizer)
-    try:
-        yield
-    finally:
-        for quantizer, enabled in before:
-            quantizer.enabled = enabled
+def own_quantizers(model: nn.Module, site: Site) -> set[FakeQuantize]:
+    """The quantizers of a site: of its weight, and of its result."""
+    paths = [site.quantizer, None if site.layer is None else join_path(site.layer, "weight_quantizer")]
+    modules = [model.get_submodule(path) for path in paths if path is not None]
+    return {module for module in modules if isinstance(module, FakeQuantize)}
 
 
 def output_sqnr(batches: Sequence[Inputs], expected: Sequence[Sequence[Tensor]]) -> Metric:
@@ -70,11 +59,12 @@ def output_sqnr(batches: Sequence[Inputs], expected: Sequence[Sequence[Tensor]])
         expected: for each batch what the float model returns.
     """
 
+    signal = sum(energy(wanted) for outputs in expected for wanted in outputs)
+
     def metric(model: nn.Module) -> float:
-        noise = Noise()
+        noise = 0.0
         for batch, outputs in zip(batches, expected, strict=True):
-            for wanted, actual in zip(outputs, run(model, batch), strict=True):
-                noise.compare(wanted, actual)
-        return sqnr(noise.signal, noise.noise)
+            noise += sum(energy(x - wanted) for wanted, x in zip(outputs, run(model, batch), strict=True))
+        return sqnr(signal, noise)
 
     return metric

@@ -2,7 +2,7 @@
 
 from hf_qat.config.observers import OBSERVERS, register_observer
 from hf_qat.quantization.collectives import synchronized_range
-from hf_qat.quantization.observers.base import Observer, make_observer
+from hf_qat.quantization.observers.base import Observer, RangeCollector, make_observer
 from hf_qat.quantization.observers.minmax import (
     AVERAGING_CONSTANT,
     MinMaxObserver,
@@ -21,6 +21,7 @@ __all__ = [
     "MovingAverageObserver",
     "Observer",
     "PercentileObserver",
+    "RangeCollector",
     "make_observer",
     "moving_average",
     "register_observer",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.quantization import collectives
 from hf_qat.quantization.scales import largest_magnitude_scales, scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
+
+
+class RangeCollector(Protocol):
+    """What a quantizer asks of whatever collects its range while it observes."""
+
+    def observe(self, x: Tensor) -> None:
+        """Take `x` into account."""
+
+    def synchronize(self) -> None:
+        """Merge the state over all ranks."""
+
+    def qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point."""
 
 
 class Observer(ABC):

@@ -10,7 +10,6 @@ import logging
 import onnx
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
@@ -19,7 +18,7 @@ from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabl
 from hf_qat.errors import CaptureError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.quantization.layers import qat_layers
-from tests.models import resnet
+from tests.models import detr, resnet
 
 
 class Auxiliary(nn.Module):
@@ -399,25 +398,8 @@ def test_a_write_that_autograd_forbids_is_seen_where_float_sees_it(kind):
 
 
 def test_a_second_input_that_a_processor_gives_is_exported_with_the_batch(tmp_path):
-    backbone = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
-    )
-    config = transformers.DetrConfig(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone=None,
-        backbone_config=backbone,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        num_queries=5,
-    )
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long)}
-    model = transformers.DetrForObjectDetection(config)
+    model = detr()
     calibrate(prepare_qat(model, example_inputs=batch), [batch])
     report = export_onnx(convert(model), tmp_path / "detr.onnx", batch)
     assert report.path.exists()

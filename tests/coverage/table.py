@@ -8,7 +8,6 @@ file to begin anew.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import multiprocessing
@@ -26,11 +25,9 @@ from typing import Any
 import torch
 import transformers
 
-from hf_qat import QATConfig, prepare_qat
-from tests.coverage.case import Case
 from tests.coverage.chain import Row, run
 from tests.coverage.models import CASES, REFUSED
-from tests.coverage.training import compare_steps, noisy
+from tests.coverage.training import EQUAL, parity_of
 
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +66,6 @@ COLUMNS = (
     "optimized",
     "1e-5",
 )
-
-#: Largest difference to the float model that counts as none: folding changes the order of sums.
-EQUAL = 2e-3
 
 #: Share of quantized layers.
 SHARE = 0.95
@@ -125,20 +119,13 @@ def measure(position: int) -> Line:
     case = CASES[position]
     line, row = Line(case.title, case.task), Row()
     try:
-        line.training = _training(case)
+        parity = parity_of(case)
+        line.training = parity.outputs, parity.gradients, parity.buffers
         run(case, case.exported, row)
     except Exception as error:
         line.broke = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
     line.row = asdict(row) if row.refusal or row.captured else None
     return line
-
-
-def _training(case: Case) -> tuple[float, float, float]:
-    float_model = noisy(case)
-    model = copy.deepcopy(float_model)
-    prepare_qat(model, QATConfig(), case.labelled(2))
-    parity = compare_steps(model, float_model, case.labelled(2, seed=7))
-    return parity.outputs, parity.gradients, parity.buffers
 
 
 def document(lines: list[Line]) -> str:

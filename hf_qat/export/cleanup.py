@@ -27,6 +27,7 @@ from hf_qat.export.onnx_graph import (
 from hf_qat.export.pairs import repeat_pairs
 from hf_qat.export.pooling import spell_out_windows
 from hf_qat.export.selection import select_directly
+from hf_qat.export.weight_codes import split_quantized_weights, transpose_quantized_weights
 from hf_qat.export.zero_points import separate_zero_points
 
 
@@ -68,40 +69,6 @@ def move_constants_to_initializers(model: ModelProto) -> None:
             tensor.CopyFrom(value)
             tensor.name = node.output[0]
     _replace(graph.node, others)
-
-
-def transpose_quantized_weights(model: ModelProto) -> None:
-    """`Transpose(DequantizeLinear(codes))` of a linear layer's weight becomes `DequantizeLinear(transposed codes)`.
-
-    Between the weight's `DequantizeLinear` and its `MatMul`, the transposition hides the pair from runtimes.
-    """
-    graph = model.graph
-    onnx_graph = OnnxGraph(graph)
-    dequantized = {
-        node.output[0]: node
-        for node in graph.node
-        if node.op_type == "DequantizeLinear" and all(onnx_graph.tensor(name) is not None for name in node.input)
-    }
-    nodes = []
-    for node in graph.node:
-        source = dequantized.get(node.input[0]) if node.op_type == "Transpose" else None
-        nodes.append(node if source is None else _transposed(graph, source, node, onnx_graph))
-    _replace(graph.node, nodes)
-
-
-def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, onnx_graph: OnnxGraph) -> NodeProto:
-    """`source`, with codes that are transposed already, in the place of `transpose`."""
-    codes = onnx_graph.constant(source.input[0])
-    assert codes is not None
-    permutation: Any = get_attribute(transpose, "perm") or list(reversed(range(codes.ndim)))
-    name = onnx_graph.fresh(f"{source.input[0]}_transposed")
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(codes.transpose(permutation)), name))
-    node = helper.make_node("DequantizeLinear", [name, *source.input[1:]], transpose.output)
-    node.metadata_props.extend(source.metadata_props)
-    axis: Any = get_attribute(source, "axis")
-    if axis is not None:
-        node.attribute.append(helper.make_attribute("axis", permutation.index(axis % codes.ndim)))
-    return node
 
 
 def quantize_constants(model: ModelProto) -> None:
@@ -228,6 +195,7 @@ def _replace(field: Any, items: list[Any]) -> None:
 #: that are repeated are named after what they follow.
 PASSES: tuple[Callable[[ModelProto], None], ...] = (
     move_constants_to_initializers,
+    split_quantized_weights,
     transpose_quantized_weights,
     quantize_constants,
     fold_constants,

@@ -22,7 +22,6 @@ from hf_qat.export.cleanup import (
     pool_globally,
     quantize_constants,
     set_metadata,
-    transpose_quantized_weights,
 )
 from hf_qat.export.opset import lower_opset
 
@@ -106,39 +105,6 @@ def test_other_reductions_stay(graph, parse):
 def test_layer_norm_leaves_as_one_node_and_gelu_as_the_sequence_around_erf(opset, stock_export):
     model = clean_up(lower_opset(stock_export(nn.Sequential(nn.LayerNorm(8), nn.GELU()), torch.randn(2, 8)), opset))
     assert operators(model) == ["LayerNormalization", "Div", "Erf", "Add", "Mul", "Mul"]
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_the_transposition_of_a_quantized_weight_moves_into_its_codes(axis, parse, run_onnx):
-    model = parse(
-        f"""g (float[5,4] x) => (float y)
-        <int8[3,4] codes = {{{", ".join(str(code) for code in range(-6, 6))}}}> {{
-            weight = DequantizeLinear <axis = {axis}> (codes, scale, zero)
-            turned = Transpose <perm = [1, 0]> (weight)
-            y = MatMul (x, turned)
-        }}"""
-    )
-    size = (3, 4)[axis]
-    scale = np.linspace(0.1, 0.5, size, dtype=np.float32)
-    model.graph.initializer.append(numpy_helper.from_array(scale, "scale"))
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros(size, np.int8), "zero"))
-    x = np.random.default_rng(0).standard_normal((5, 4), dtype=np.float32)
-    (expected,) = run_onnx(model, x)
-
-    transpose_quantized_weights(model)
-    drop_dead_nodes(model)
-
-    assert operators(model) == ["DequantizeLinear", "MatMul"]
-    np.testing.assert_array_equal(run_onnx(model, x)[0], expected)
-
-
-def test_the_transposition_of_an_activation_stays(parse):
-    model = parse("""g (int8[3,4] x) => (float y) <float s = {0.5}> {
-        real = DequantizeLinear (x, s)
-        y = Transpose (real)
-    }""")
-    transpose_quantized_weights(model)
-    assert operators(model) == ["DequantizeLinear", "Transpose"]
 
 
 @pytest.mark.parametrize(

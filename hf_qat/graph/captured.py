@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError, StageError, listed
 from hf_qat.graph.leading_axes import takes_leading_axes
-from hf_qat.graph.nodes import short_name
+from hf_qat.graph.nodes import is_floating, short_name
 from hf_qat.graph.stored_graph import restore_graph, store_graph
 from hf_qat.quantization.class_swap import MADE_BY, swap_class
 from hf_qat.quantization.layers import QATLayer, qat_layers
@@ -161,6 +161,7 @@ class CapturedGraph:
         graph: flat tensors in, a tuple of flat tensors out; its names are relative to the module.
         signature: the call that was captured.
         shapes: per input the captured sizes, `None` where any size goes.
+        real: per input whether it is of real numbers.
         result_spec, result_leaves: structure of what the module returns.
         training: the mode of the module.
         frozen: paths of the modules inside that were in the other mode.
@@ -179,11 +180,13 @@ class CapturedGraph:
     frozen: frozenset[str] = frozenset()
     doubtful_sizes: tuple[int, ...] = ()
     labelled_calls: list[tuple[list[Any], dict[str, Any]]] = field(default_factory=list)
+    real: list[bool] = field(init=False)
     run: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for node, name in zip(self.inputs(), self.signature.tensor_names(), strict=True):
             node.meta[ARGUMENT] = name
+        self.real = list(map(is_floating, self.inputs()))
         self.recompile()
 
     def recompile(self) -> None:
@@ -214,6 +217,8 @@ class CapturedGraph:
     def takes(self, module: nn.Module, call: CallSignature, tensors: Sequence[Tensor]) -> bool:
         """Whether the graph computes what `module` does in this call."""
         if not self.signature.same_constants(call) or len(tensors) != len(self.shapes):
+            return False
+        if any(real and not tensor.is_floating_point() for tensor, real in zip(tensors, self.real, strict=True)):
             return False
         if self.fits(tensors):
             return True
@@ -450,7 +455,13 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
             "model computes what its example inputs made it compute: prepare it with example_inputs= that contain "
             "this argument, or the labels that it comes of; or do not pass it."
         )
-    for tensor, shape, argument in zip(tensors, captured.shapes, captured.signature.tensor_names(), strict=True):
+    names = captured.signature.tensor_names()
+    for tensor, shape, real, argument in zip(tensors, captured.shapes, captured.real, names, strict=True):
+        if real and not tensor.is_floating_point():
+            return CaptureError(
+                f"{name} was captured for {argument} of real numbers, such as an image processor makes of pixels, and "
+                f"got {tensor.dtype}."
+            )
         if not _fits(tensor, shape):
             wanted = ", ".join("any" if n is None else str(n) for n in shape)
             return CaptureError(

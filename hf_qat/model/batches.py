@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hf_qat.errors import CalibrationError
+from hf_qat.errors import CalibrationError, CaptureError
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.graph.capture.modes import evaluating
-from hf_qat.graph.nodes import is_floating
-from hf_qat.model.state import captured_children
 from hf_qat.model.untrained import batch_statistics
 
 
@@ -25,32 +23,20 @@ def run_batches(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.M
         batches: as forward takes them.
         live: batch norms that normalise by the statistics of the batch instead of their own.
     """
-    device, tokens = device_of(model), _takes_integers_alone(model)
+    device = device_of(model)
     with evaluating(model), batch_statistics(live), torch.no_grad():
         for position, batch in enumerate(batches):
             args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(batch))
-            _check_batch(position, [*args, *kwargs.values()], tokens)
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            _check_finite(position, tensors)
             _check_call(model, position, args, kwargs)
-            model(*args, **kwargs)
+            _run(model, position, tensors, args, kwargs)
             yield batch
 
 
-def _takes_integers_alone(model: nn.Module) -> bool:
-    """Whether the part that is called first takes no real numbers: token ids, not pixels."""
-    first = next(iter(captured_children(model).values()), None)
-    return first is not None and not any(is_floating(node) for node in first.evaluation.inputs())
-
-
-def _check_batch(position: int, values: list[object], tokens: bool) -> None:
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    if tensors and not floating and not tokens:
-        raise CalibrationError(
-            f"calibration batch {position} holds {tensors[0].dtype} only: give the floats that the model is trained "
-            "on, that is the output of the image processor, not raw pixels."
-        )
-    for tensor in floating:
-        if not bool(torch.isfinite(tensor).all()):
+def _check_finite(position: int, tensors: list[Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CalibrationError(f"calibration batch {position} holds NaN or infinity: no range can come of it.")
 
 
@@ -62,4 +48,19 @@ def _check_call(model: nn.Module, position: int, args: tuple[object, ...], kwarg
         raise CalibrationError(
             f"calibration batch {position} does not fit {type(model).__name__}.forward{signature}: {error}. Give what "
             "you would pass to the model, without labels: (images for images, labels in loader)."
+        ) from error
+
+
+def _run(
+    model: nn.Module, position: int, tensors: list[Tensor], args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
+    """Raw pixels are a mistake only where a graph that was captured for real numbers says so."""
+    try:
+        model(*args, **kwargs)
+    except CaptureError as error:
+        if not tensors or any(tensor.is_floating_point() for tensor in tensors):
+            raise
+        raise CalibrationError(
+            f"calibration batch {position} holds {tensors[0].dtype} only: give the floats that the model is trained "
+            "on, that is the output of the image processor, not raw pixels."
         ) from error

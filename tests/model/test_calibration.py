@@ -202,6 +202,27 @@ def test_data_that_no_range_can_come_of_is_refused_and_nothing_changes(data, mes
     assert all(module.training for module in model.modules())
 
 
+class Normalizing(nn.Module):
+    """Takes raw pixels, and normalises them itself, outside of the part that is captured."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.net((pixel_values.float() - 127.5) / 64).logits}
+
+
+def test_raw_pixels_of_a_model_that_normalises_them_itself_are_calibrated_on():
+    torch.manual_seed(0)
+    batch = {"pixel_values": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)}
+    model = prepare_qat(Normalizing(resnet()).eval(), QATConfig(), batch)
+    with fake_quant_disabled(model):
+        expected = model(**batch)["logits"]
+    calibrate(model, [batch])
+    assert (model(**batch)["logits"] - expected).norm() < 0.1 * expected.norm()
+
+
 def test_calibrating_with_no_batches_of_many_is_refused():
     with pytest.raises(CalibrationError, match="got no batches"):
         calibrate(prepared(), batches(), num_batches=0)

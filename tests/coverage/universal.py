@@ -125,7 +125,7 @@ def _detr(family: str) -> Any:
 
 
 def _case(cls: str, make: Any, size: int, labels: Any = segments, **options: Any) -> Case:
-    return Case("Universal segmentation", cls, make, size, labels, exported=False, **options)
+    return Case("Universal segmentation", cls, make, size, labels, heavy=True, **options)
 
 
 UNIVERSAL = [

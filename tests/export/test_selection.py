@@ -5,6 +5,7 @@ import onnx
 import pytest
 
 from hf_qat.export.cleanup import drop_unused_values
+from hf_qat.export.onnx_graph import with_shapes
 from hf_qat.export.selection import select_directly
 
 
@@ -42,3 +43,16 @@ def test_the_first_of_a_sorted_row_are_selected_directly(case, parse, run_onnx):
     for got, wanted in zip(run_onnx(model, x), expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
     assert ([node.op_type for node in model.graph.node] == ["TopK"]) == direct
+
+
+def test_values_that_nobody_reads_are_as_few_as_the_places(parse, run_onnx):
+    body = "v, i = TopK<axis = 1>(x, all) z = Slice(i, zero, three, one)"
+    model = with_shapes(parse(f"g (float[2, 8] x) => (int64[2, 3] z) <{CONSTANTS}> {{ {body} }}", opset=17))
+    x = np.random.default_rng(0).standard_normal((2, 8), dtype=np.float32)
+    (expected,) = run_onnx(model, x)
+
+    select_directly(model)
+    drop_unused_values(model)
+
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run_onnx(model, x)[0], expected)

@@ -28,8 +28,8 @@ def function_of(graph: fx.Graph) -> Callable[..., Any]:
     for node in graph.nodes:
         _require_plain_node(node)
     code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, f"<graph {id(graph):x}>", "exec"), namespace)  # noqa: S102
+    namespace, compiled = dict(code.globals), compile(code.src, f"<graph {id(graph):x}>", "exec")
+    exec(compiled, namespace)  # nosec B102
     function: Callable[..., Any] = namespace["forward"]
     return function
 

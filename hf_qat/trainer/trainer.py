@@ -35,6 +35,7 @@ from hf_qat.publish.directory import CARD, save_model
 from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer import checks, distributed, preparing, publishing, saving
+from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
 from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
 from hf_qat.trainer.ddp import average_gradients
@@ -71,6 +72,7 @@ class QATTrainer(Trainer):
     | `_prepare_for_training` | several processes: loss scaled right, model made ready for DDP, or split for FSDP2 |
     | `create_optimizer`, `get_decay_parameter_names` | scales: no weight decay, a learning rate of their own |
     | `training_step` | a loss of the user's own is scaled right; several processes: gradients of scales are averaged |
+    | `_get_grad_norm` | a step with gradients of NaN or infinity is left out; many in a row end the training |
     | `compute_loss` | a teacher's distillation loss; mixed precision of a model that FSDP2 split |
     | `log` | metrics of quantization |
     | `evaluate`, `evaluation_loop` | before: calibrated if need be, ready for FSDP2; after: noted for the card |
@@ -127,7 +129,7 @@ class QATTrainer(Trainer):
         self._qat_config, self._teacher = qat_config, teacher
         self._record = Record()
         self._checkpoints = saving.CheckpointFolder()
-        self._pushes = BackgroundPush()
+        self._pushes, self._bad_steps = BackgroundPush(), BadSteps()
         self._examples: preparing.Examples | None = None
         self._constructed = self._waits = self._loss_scale_unknown = False
         self._loss_facts: distributed.LossFacts | None = None
@@ -209,7 +211,7 @@ class QATTrainer(Trainer):
         if self.args.should_save:
             put_back(str(self.args.output_dir))
         self.accelerator.wait_for_everyone()
-        self._pushes = BackgroundPush()
+        self._pushes, self._bad_steps = BackgroundPush(), BadSteps()
         self._record.accuracy.pop("qat", None)
         if self.model_init is None:
             self._prepare_if_it_waits()
@@ -275,12 +277,23 @@ class QATTrainer(Trainer):
 
         That is over processes; DDP and FSDP2 see to the weights. In one process an override need not call this.
         """
-        with scaled_as_it_turns_out(self, *args, **kwargs) if self._loss_scale_unknown else nullcontext():
+        with (
+            scaled_as_it_turns_out(self, *args, **kwargs) if self._loss_scale_unknown else nullcontext(),
+            statistics_kept_if_bad(self.model) as losses,
+        ):
             loss = super().training_step(model, inputs, *args, **kwargs)
+            losses.append(loss)
         self._loss_scale_unknown = False
         if self.accelerator.sync_gradients:
             average_gradients(scale_parameters(self.model))
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of all gradients; a step in which it is NaN or infinite is left out, as `BadSteps` says."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # that of fp16 leaves such steps out itself, to find its scale
+            self._bad_steps.leave_out_if_bad(model, float(norm), self.state.global_step)
+        return norm
 
     def compute_loss(
         self,
@@ -309,9 +322,14 @@ class QATTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; with the training loss come metrics of quantization, and the mean `qat_distillation_loss`."""
+        """Log; with the training loss come metrics of quantization, and the mean `qat_distillation_loss`.
+
+        `qat_steps_left_out`, where there are any: steps that `BadSteps` has left out.
+        """
         if "loss" in logs:
             logs.update(metrics_of_schedule(self.callback_handler.callbacks, self.model))
+            if self._bad_steps.total:
+                logs["qat_steps_left_out"] = float(self._bad_steps.total)
             if self.distillation is not None:
                 logs["qat_distillation_loss"] = self.distillation.mean_loss()
         super().log(logs, start_time)

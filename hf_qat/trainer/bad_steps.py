@@ -53,9 +53,9 @@ class BadSteps:
         self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
         if self.in_a_row >= MOST_IN_A_ROW:
             raise NonFiniteError(
-                f"the gradients of {self.in_a_row} steps in a row held NaN or infinity, up to step {step + 1}; the "
-                "weights and scales are those from before. Lower the learning rate; look for NaN and for labels out of "
-                "range in the data; in half precision, train in bf16 or float32. Then resume from the last checkpoint."
+                f"the gradients of {self.in_a_row} steps in a row held NaN or infinity, up to step {step + 1}; "
+                "weights are those from before. Lower the learning rate; look for NaN, and for labels out of range, in the "
+                "data; in half precision, train in bf16 or float32. Then resume from the last checkpoint."
             )
         logger.warning(
             f"Step {step + 1} is left out: its gradients hold NaN or infinity (norm {norm}). Look at the images and "

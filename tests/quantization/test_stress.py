@@ -111,11 +111,11 @@ def test_the_largest_half_precision_numbers_have_a_range(dtype: torch.dtype, obs
 
 MODELS = {
     "weights of 1e-20": lambda model: _scaled(model, 1e-20),
-    "weights of 1e10": lambda model: _scaled(model, 1e10),
+    "weights of 1e15": lambda model: _undone_by_batch_norm(model, 1e15),
     "weights of zero": lambda model: _scaled(model, 0.0),
     "one channel of zeros": lambda model: _channels(model, 0.0),
     "one channel of 1e-30": lambda model: _channels(model, 1e-30),
-    "one channel of 1e10": lambda model: _channels(model, 1e10),
+    "one channel of 1e4": lambda model: _channels(model, 1e4),
     "dead ReLUs": lambda model: _norms(model, "bias", -1e4),
     "batch norms of weight zero": lambda model: _norms(model, "weight", 0.0),
     "variances of zero": lambda model: _norms(model, "running_var", 0.0),
@@ -127,6 +127,15 @@ def _scaled(model: nn.Module, factor: float) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.weight.mul_(factor)
+
+
+def _undone_by_batch_norm(model: nn.Module, factor: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.mul_(factor)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.running_mean.mul_(factor)
+            module.running_var.mul_(factor**2)
 
 
 def _channels(model: nn.Module, factor: float) -> None:
@@ -141,8 +150,14 @@ def _norms(model: nn.Module, name: str, value: float) -> None:
             getattr(module, name).fill_(value)
 
 
-@pytest.mark.parametrize("target", ["int8", "TDA4VM"])
-@pytest.mark.parametrize("name", MODELS)
+#: The others take long, for what they are likely to find.
+SAMPLE = ("weights of 1e-20", "dead ReLUs")
+
+
+@pytest.mark.parametrize("target", ["int8", pytest.param("TDA4VM", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [name if name in SAMPLE else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_a_model_of_hard_numbers_is_calibrated_trained_and_converted_without_a_nan(name: str, target: str):
     model, pixels = resnet().eval(), torch.randn(1, 3, 32, 32)  # a batch of one
     with torch.no_grad():

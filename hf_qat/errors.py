@@ -56,5 +56,9 @@ class ExportError(HfQatError, RuntimeError):
     """A model or a path that cannot be exported to."""
 
 
+class InUseError(HfQatError, RuntimeError):
+    """A directory that another process writes to."""
+
+
 class PublishError(HfQatError, RuntimeError):
     """What could not be brought to the Hub; its message ends with the command to go on."""

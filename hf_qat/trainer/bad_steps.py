@@ -54,7 +54,7 @@ class BadSteps:
         if self.in_a_row >= MOST_IN_A_ROW:
             raise NonFiniteError(
                 f"the gradients of {self.in_a_row} steps in a row held NaN or infinity, up to step {step + 1}; "
-                "weights are those from before. Lower the learning rate; look for NaN, and for labels out of range, in the "
+                "weights are those from before. Lower the learning rate; look for NaN and wrong labels in the "
                 "data; in half precision, train in bf16 or float32. Then resume from the last checkpoint."
             )
         logger.warning(

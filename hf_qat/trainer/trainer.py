@@ -25,6 +25,7 @@ from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.export.verify import require_onnxruntime
 from hf_qat.files.atomic import put_back, whole_file
+from hf_qat.files.only_writer import only_writer
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.state import require_stage
@@ -207,19 +208,26 @@ class QATTrainer(Trainer):
 
         Args:
             args, kwargs: `resume_from_checkpoint` and so on, of Trainer.
+
+        Raises:
+            InUseError: another process is training in the same `output_dir`.
+            NonFiniteError: the gradients of many steps in a row held NaN or infinity.
         """
-        if self.args.should_save:
-            put_back(str(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
-        self._pushes, self._bad_steps = BackgroundPush(), BadSteps()
-        self._record.accuracy.pop("qat", None)
-        if self.model_init is None:
-            self._prepare_if_it_waits()
-        try:
-            output = super().train(*args, **kwargs)
-        finally:
-            self._record.trained |= self.state.global_step > 0
-        self._pushes.push_missing(self._destination())
+        run = str(self.args.output_dir)
+        is_trial = len(args) > 1 or kwargs.get("trial") is not None  # of a search: it has a directory of its own in it
+        with only_writer(run) if self.args.should_save and not is_trial else nullcontext():
+            if self.args.should_save:
+                put_back(run)
+            self.accelerator.wait_for_everyone()
+            self._pushes, self._bad_steps = BackgroundPush(), BadSteps()
+            self._record.accuracy.pop("qat", None)
+            if self.model_init is None:
+                self._prepare_if_it_waits()
+            try:
+                output = super().train(*args, **kwargs)
+            finally:
+                self._record.trained |= self.state.global_step > 0
+            self._pushes.push_missing(self._destination())
         return output
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -75,9 +75,8 @@ def test_one_bad_batch_changes_nothing_and_the_run_goes_on_and_says_so(
 
 def test_many_bad_batches_in_a_row_end_the_training_with_what_to_do(tmp_path: Path):
     rows = with_bad(2 * (MOST_IN_A_ROW + 4), list(range(4, 2 * (MOST_IN_A_ROW + 4))))
-    with pytest.raises(
-        NonFiniteError, match=rf"{MOST_IN_A_ROW} steps in a row .* up to step {MOST_IN_A_ROW + 2}: .*rate"
-    ):
+    words = rf"{MOST_IN_A_ROW} steps in a row .* up to step {MOST_IN_A_ROW + 2}; .*learning rate"
+    with pytest.raises(NonFiniteError, match=words):
         train(vit(), tmp_path, rows)
 
 

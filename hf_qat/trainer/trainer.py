@@ -46,6 +46,7 @@ from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush, Destination
 from hf_qat.trainer.random_state import random_state_kept
+from hf_qat.trainer.suspicions import ImageStatistics
 from hf_qat.trainer.training_facts import schedule_of
 
 
@@ -128,7 +129,7 @@ class QATTrainer(Trainer):
             checks.check_model(model, qat_config)
         checks.check_teacher(teacher, model)
         self._qat_config, self._teacher = qat_config, teacher
-        self._record = Record()
+        self._record, self._images = Record(), ImageStatistics()
         self._checkpoints = saving.CheckpointFolder()
         self._pushes, self._bad_steps = BackgroundPush(), BadSteps()
         self._examples: preparing.Examples | None = None
@@ -285,6 +286,7 @@ class QATTrainer(Trainer):
 
         That is over processes; DDP and FSDP2 see to the weights. In one process an override need not call this.
         """
+        self._images.look_at(self.model, inputs, "training")
         with (
             scaled_as_it_turns_out(self, *args, **kwargs) if self._loss_scale_unknown else nullcontext(),
             statistics_kept_if_bad(self.model) as losses,
@@ -369,6 +371,11 @@ class QATTrainer(Trainer):
             self.calibrate(preparing.data_to_calibrate_on(self, dataloader))
         distributed.make_ready_to_evaluate(self)
         return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Predict one batch; a warning says so if its images are prepared otherwise than those of training."""
+        self._images.look_at(self.model, inputs, "evaluation")
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     @property
     def measured_as(self) -> str | None:

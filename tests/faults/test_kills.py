@@ -196,7 +196,7 @@ def _apart(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nothing_that_was_complete_is_lost_wherever_a_process_is_killed(seed: int, tmp_path: Path):
-    assert in_a_process(kill_again_and_again, tmp_path, seed) == 0
+    assert in_a_process(kill_again_and_again, tmp_path, seed, limit=2900) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert Counter(entry["phase"] for entry in found) == dict.fromkeys(PHASES, KILLS // len(PHASES))
     newest = [max(entry["steps"], default=0) for entry in found]

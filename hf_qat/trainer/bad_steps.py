@@ -66,10 +66,10 @@ class BadSteps:
 @contextmanager
 def statistics_kept_if_bad(model: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, put the loss into the list; if it is not finite, batch norms get back the statistics of before."""
-    modules = list(model.modules())
-    are_frozen = all(getattr(module, "batch_norm_frozen", True) for module in modules)
-    moving = [] if are_frozen else [m for m in modules if m.training and getattr(m, STATISTICS[0], None) is not None]
-    buffers = [b for m in moving for name in STATISTICS if (b := getattr(m, name, None)) is not None]
+    modules = list(model.modules())  # by `vars`: `getattr` of what a module lacks takes long, and this is every step
+    are_frozen = all(vars(module).get("batch_norm_frozen", True) for module in modules)
+    moving = [] if are_frozen else [module for module in modules if module.training]
+    buffers = [b for module in moving for name in STATISTICS if (b := module._buffers.get(name)) is not None]
     before = [buffer.clone() for buffer in buffers]
     losses: list[Tensor] = []
     yield losses

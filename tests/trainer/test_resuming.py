@@ -188,9 +188,9 @@ def forked(work: Callable[[int], object]) -> tuple[int, int]:
     return child, reader
 
 
-def kill(child: int, reader: int) -> bool:
+def kill(child: int, reader: int, by: int = signal.SIGKILL) -> bool:
     """Whether the process was still there to be killed."""
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, by)
     os.close(reader)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 

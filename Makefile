@@ -31,10 +31,11 @@ test: $(STAMP) ## run the tests, without those that are marked slow
 test-all: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
-lint: $(STAMP) ## check style (ruff) and types (mypy)
+lint: $(STAMP) ## check style (ruff), types (mypy) and security (bandit)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive hf_qat
 
 bench: $(STAMP) ## compare the time of a QAT step with that of a float step
 	$(BIN)/python tests/benchmarks/step_ratio.py $(ARGS)

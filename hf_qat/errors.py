@@ -15,6 +15,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def printable(name: str) -> str:
+    """A name that a file holds, on one line: what a terminal would obey, such as escape sequences, becomes `?`."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
 class HfQatError(Exception):
     """Base of every error that `hf_qat` raises on purpose."""
 
@@ -49,6 +54,10 @@ class AnalysisError(HfQatError, RuntimeError):
 
 class ExportError(HfQatError, RuntimeError):
     """A model or a path that cannot be exported to."""
+
+
+class InUseError(HfQatError, RuntimeError):
+    """A directory that another process writes to."""
 
 
 class PublishError(HfQatError, RuntimeError):

@@ -24,6 +24,7 @@ from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.fingerprint import first_difference
 from hf_qat.graph.nodes import CONSTANT_PREFIX
 from hf_qat.model.conversion import swap_to_integer_modules
+from hf_qat.model.finite import require_finite
 from hf_qat.model.prepare import prepare_parts
 from hf_qat.model.saved_config import keep_names, rebuild_inputs, rebuild_labelled_calls
 from hf_qat.model.state import state_of
@@ -133,6 +134,9 @@ def restore_after_loading(model: PreTrainedModel, pending: PendingRestore) -> No
     Args:
         model: what `rebuild_before_loading` was given.
         pending: what it returned.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or infinity.
     """
     for path, value in pending.constants.items():
         owner, _, name = path.rpartition(".")
@@ -143,6 +147,7 @@ def restore_after_loading(model: PreTrainedModel, pending: PendingRestore) -> No
         restore_codes(layer)
     if pending.new_heads:
         _start_heads(model, pending.new_heads)
+    require_finite(model, "load")
     keep_names(model)
     state = state_of(model)
     if state is not None and state.stage is Stage.CONVERTED:

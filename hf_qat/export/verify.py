@@ -154,7 +154,7 @@ class Session:
     """
 
     def __init__(self, path: Path, optimized: bool) -> None:
-        self.optimized = optimized
+        self.optimized, self._path = optimized, path
         self.options: dict[str, str] = {}
         try:
             self._session = _start(path, optimized, self.options)
@@ -179,7 +179,7 @@ class Session:
         """All outputs, in order, for inputs in order, (N, …) each.
 
         Raises:
-            ExportError: the inputs do not fit the file.
+            ExportError: the inputs do not fit the file, or ONNX Runtime fails to compute it.
         """
         size = self.batch_size
         if size is None or all(len(x) == size for x in inputs):
@@ -197,7 +197,10 @@ class Session:
         names = self.inputs
         if len(names) != len(inputs):
             raise ExportError(f"the file takes {len(names)} inputs ({', '.join(names)}), the batch has {len(inputs)}.")
-        results: list[np.ndarray] = self._session.run(None, dict(zip(names, inputs, strict=True)))
+        try:
+            results: list[np.ndarray] = self._session.run(None, dict(zip(names, inputs, strict=True)))
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime cannot compute {self._path} on these inputs: {error}") from error
         return results
 
     @property

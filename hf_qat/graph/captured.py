@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError, StageError, listed
+from hf_qat.graph.generated_code import function_of
 from hf_qat.graph.leading_axes import takes_leading_axes
 from hf_qat.graph.nodes import is_floating, short_name
 from hf_qat.graph.stored_graph import restore_graph, store_graph
@@ -191,11 +192,7 @@ class CapturedGraph:
 
     def recompile(self) -> None:
         """Generate `run` anew, after a pass has changed the graph."""
-        self.graph.lint()
-        code = self.graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, f"<graph {id(self):x}>", "exec"), namespace)  # noqa: S102
-        self.run = namespace["forward"]
+        self.run = function_of(self.graph)
 
     def __getstate__(self) -> dict[str, Any]:
         """What `pickle` and `copy` keep: plain data, without the function that `recompile` makes."""

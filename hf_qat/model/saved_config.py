@@ -165,6 +165,8 @@ def rebuild_labelled_calls(description: Mapping[str, Any]) -> dict[str, list[tup
         pairs = [pair for _, calls in rebuilt[path] for pair in calls]
         if not all(isinstance(args, list) and isinstance(kwargs, dict) for args, kwargs in pairs):
             raise ConfigError(f"checkpoint['labelled_calls'][{path!r}] must hold pairs of args and kwargs.")
+        for _, kwargs in pairs:
+            _require_arguments("labelled_calls", kwargs)
     return rebuilt
 
 
@@ -195,7 +197,15 @@ def rebuild_inputs(description: list[Any]) -> dict[str, Any] | tuple[Any, ...]:
     args, kwargs = (_rebuild(part) for part in description)
     if not isinstance(args, list) or not isinstance(kwargs, dict) or bool(args) == bool(kwargs):
         raise ConfigError(f"checkpoint['inputs'] must hold either args or kwargs, not {description!r}.")
+    _require_arguments("inputs", kwargs)
     return kwargs or tuple(args)
+
+
+def _require_arguments(entry: str, kwargs: Mapping[str, Any]) -> None:
+    """Quantizers are named after arguments, and code is made with their names."""
+    for name in kwargs:
+        if not name.isidentifier():
+            raise ConfigError(f"checkpoint[{entry!r}]: {name!r} is no name of an argument.")
 
 
 def _rebuild(value: Any) -> Any:

@@ -90,6 +90,9 @@ class QATSchedule:
         model: prepared.
         total_steps: optimizer steps of the whole training, from 1.
 
+    Attributes:
+        config: the recipe of the model.
+
     Raises:
         StageError: the model is not a prepared one.
         ConfigError: `total_steps` is no whole number from 1.
@@ -104,7 +107,7 @@ class QATSchedule:
     """
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
-        self._config = require_stage(model, Stage.PREPARED, "schedule quantization-aware training").config
+        self.config = require_stage(model, Stage.PREPARED, "schedule quantization-aware training").config
         self._model = model
         self._applied: Phase | None = None
         self._freeze_bn_at = self._freezing_of_batch_norm()
@@ -115,7 +118,7 @@ class QATSchedule:
     @property
     def phase(self) -> Phase:
         """What the next optimizer step trains under: one of `PHASES`."""
-        return phase_at(self._step, self._total_steps, self._freeze_bn_at, self._config.freeze_ranges_at)
+        return phase_at(self._step, self._total_steps, self._freeze_bn_at, self.config.freeze_ranges_at)
 
     def step(self) -> None:
         """One more optimizer step is done."""
@@ -125,7 +128,7 @@ class QATSchedule:
     def state_dict(self) -> ScheduleState:
         """Where the schedule stands, to resume from."""
         state: ScheduleState = {"step": self._step, "total_steps": self._total_steps}
-        if self._freeze_bn_at != self._config.freeze_bn_at:
+        if self._freeze_bn_at != self.config.freeze_bn_at:
             state["freeze_bn_at"] = self._freeze_bn_at
         return state
 
@@ -145,10 +148,10 @@ class QATSchedule:
 
     def _freezing_of_batch_norm(self) -> float:
         """The fraction of training after which batch norm freezes; not 0 where its statistics are about to change."""
-        why = self._why_statistics_change() if self._config.freeze_bn_at == 0 else None
+        why = self._why_statistics_change() if self.config.freeze_bn_at == 0 else None
         if why is None:
-            return self._config.freeze_bn_at
-        live_until = min(LIVE_UNTIL, self._config.freeze_ranges_at)
+            return self.config.freeze_bn_at
+        live_until = min(LIVE_UNTIL, self.config.freeze_ranges_at)
         logger.warning("Batch norm follows the data for the first %.0f %% of training: %s.", 100 * live_until, why)
         return live_until
 

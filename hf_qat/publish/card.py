@@ -5,6 +5,7 @@ Metadata: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. What w
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ from hf_qat.config.qat_config import QATConfig
 from hf_qat.export import ExportReport
 from hf_qat.publish.accuracy import MEASURED_AS, Accuracy
 from hf_qat.publish.directory import Contents
+from hf_qat.publish.markdown import in_code, in_text
 from hf_qat.publish.summary import Summary
 from hf_qat.tidl.report import TidlReport
 from hf_qat.version import __version__
@@ -108,13 +110,14 @@ def render(facts: CardFacts, options: CardOptions) -> ModelCard:
         target_description=facts.config.target_spec.description,
         metrics=list(dict.fromkeys(name for values in facts.accuracy.values() for name in values)),
         accuracy=[(label, facts.accuracy[key]) for key, label in MEASURED_AS.items() if key in facts.accuracy],
-        recipe=yaml.safe_dump(_recipe(facts.config), sort_keys=False, width=100).strip(),
+        recipe=yaml.safe_dump(_recipe(facts.config), sort_keys=False, width=math.inf).strip(),
         onnx=None if facts.contents is None else facts.contents.onnx,
         session_options=None if facts.contents is None else facts.contents.onnx.session_options,
         main_input=getattr(facts.model, "main_input_name", "pixel_values"),
         verification=_verification(facts.contents.onnx) if facts.contents is not None else [],
         tidl=None if facts.contents is None else facts.contents.tidl,
-        why_no_tidl="" if facts.contents is None else facts.contents.why_no_tidl,
+        why_no_tidl="" if facts.contents is None else in_text(facts.contents.why_no_tidl),
+        in_code=in_code,
         check=_check(facts.contents.tidl) if facts.contents is not None and facts.contents.tidl is not None else "",
         versions=_versions(),
     )

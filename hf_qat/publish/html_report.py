@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hf_qat.config.qat_config import QATConfig
+from hf_qat.errors import printable
 from hf_qat.files.atomic import whole_file
 from hf_qat.model.analysis.analysis import Analysis
 from hf_qat.model.analysis.figure import require_matplotlib
@@ -94,7 +95,7 @@ def _accuracy_figure(accuracy: Mapping[str, Mapping[str, float]], name: str) -> 
     bars = panel.barh(stages, values, color=[LIGHT] + [DARK] * (len(stages) - 1))
     panel.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
     panel.invert_yaxis()
-    panel.set_xlabel(name)
+    panel.set_xlabel(printable(name), parse_math=False)
     panel.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -14,6 +14,7 @@ from hf_qat.errors import listed
 from hf_qat.model.in_float import by_reason, float_operations
 from hf_qat.model.plan import EXCLUDED
 from hf_qat.model.state import captured_children, require_stage
+from hf_qat.publish.markdown import in_code
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -152,4 +153,4 @@ def _is_below(path: str, parent: str) -> bool:
 
 
 def _named(places: Sequence[str]) -> str:
-    return listed([f"`{place}`" if place else "the model" for place in dict.fromkeys(places)])
+    return listed([in_code(place) if place else "the model" for place in dict.fromkeys(places)])

@@ -11,7 +11,7 @@ import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from hf_qat.errors import ExportError
-from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, Shape, get_attribute, opset_of
+from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, Shape, constant_value, get_attribute, opset_of
 
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -21,16 +21,39 @@ def load(path: str | Path) -> ModelProto:
     """Read an ONNX file.
 
     Raises:
-        ExportError: there is no such file, or it is not ONNX.
+        ExportError: there is no such file, it is not ONNX, or a part of it contradicts another.
     """
     try:
         model = onnx.load(path)
+        _require_sound(model)
     except Exception as error:
         raise ExportError(f"{path} cannot be read as an ONNX file: {error}") from error
     if not model.graph.node:
         raise ExportError(f"{path} holds no layers: is it an ONNX file, and was it written to the end?")
     _free_negative_sizes(model)
     return model
+
+
+def _require_sound(model: ModelProto) -> None:
+    """Raise unless tensors have the values that their sizes promise, and nodes the inputs that their operators need.
+
+    Operators that ONNX does not know are left alone: what TIDL makes of them is for the rules to say.
+    """
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version
+    context.opset_imports = {entry.domain: entry.version for entry in model.opset_import}
+    for tensor in model.graph.initializer:
+        numpy_helper.to_array(tensor)
+    for node in model.graph.node:
+        for name in (node.name, *node.input, *node.output):
+            if not isinstance(name, str):  # bytes: so protobuf hands out what it cannot decode
+                raise ValueError(f"{name!r} is no name in UTF-8")
+        domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+        if onnx.defs.has(node.op_type, domain):
+            onnx.checker.check_node(node, context)
+        value = constant_value(node)
+        if value is not None:
+            numpy_helper.to_array(value)
 
 
 def _free_negative_sizes(model: ModelProto) -> None:
@@ -202,7 +225,7 @@ class Layer:
     def text(self, name: str, default: str) -> str:
         """A string attribute."""
         value = get_attribute(self.node, name)
-        return value.decode() if isinstance(value, bytes) else default
+        return value.decode(errors="replace") if isinstance(value, bytes) else default
 
     @property
     def inputs(self) -> list[str]:

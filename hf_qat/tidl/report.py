@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_qat.errors import printable
+
 
 #: `refused`: TIDL does not compile the model, or computes something else than was trained. `arm`: the layer runs on
 #: the Arm core, in float. `warning`: it runs on the accelerator, and there is something to know.
@@ -163,6 +165,6 @@ def _described(issues: Iterable[Issue]) -> list[str]:
 
 
 def _names(issues: list[Issue]) -> str:
-    shown = ", ".join(issue.layer for issue in issues[:SHOWN])
+    shown = ", ".join(printable(issue.layer) for issue in issues[:SHOWN])
     rest = len(issues) - SHOWN
     return f"{shown} and {rest} more" if rest > 0 else shown

@@ -15,6 +15,7 @@ from hf_qat.model.schedule import PHASES, QATSchedule, ScheduleState
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.fsdp import gathered
+from hf_qat.trainer.suspicions import warn_of_few_samples
 
 
 def needs_calibration(model: nn.Module) -> bool:
@@ -61,6 +62,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         self.schedule = QATSchedule(model, state.max_steps)
         self.initial_scales = learned_scales(model)
         self._follow(self.schedule, state, _recorded(state) if state.global_step else {})
+        live_until = freezing_of_batch_norm([self], self.schedule.config)
+        warn_of_few_samples(model, self.schedule.config, live_until, args, state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Trainer
+from transformers.utils import logging
 
 from hf_qat.errors import ConfigError
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.graph.capture.modes import evaluating
 
+
+logger = logging.get_logger(__name__)
 
 #: Dimensions of logits whose axis 1 holds the classes: (N, C) of a classifier, (N, C, H, W) of a segmentation net.
 CLASS_LOGITS_DIMS = (2, 4)
@@ -61,6 +64,12 @@ class Distillation:
         Raises:
             ConfigError: a model without logits of classes.
         """
+        if self.teacher.training:
+            logger.warning(
+                "The teacher is in training mode, in which its dropout and batch norm teach noise: it is put back "
+                "into evaluation mode. Do not call train() of it, nor of a module that holds it."
+            )
+            self.teacher.eval()
         with torch.no_grad():
             taught = self.teacher(**inputs)
         logits = class_logits(outputs, "student", student)

@@ -22,6 +22,7 @@ from hf_qat.publish.directory import CARD, ONNX, TIDL, write_contents
 from hf_qat.publish.summary import summarize
 from hf_qat.tidl.artifacts import ARTIFACTS
 from hf_qat.trainer.measuring import measure
+from hf_qat.trainer.suspicions import warn_of_lost_accuracy
 
 
 #: Where `push_to_hub` exports to, below `output_dir`: beside the checkpoints to resume from, which it does not push.
@@ -76,7 +77,9 @@ def export(
     target = require_stage(model, Stage.CONVERTED, "export").config.target
     with whole_directory(directory, f"{TIDL}/{target}/{ARTIFACTS}") as made:
         contents = write_contents(model, made, trainer.processing_class, inputs)
-        accuracy = {**facts.accuracy, **measure(trainer, facts.measured_as, model, made / ONNX), **given}
+        measured = measure(trainer, facts.measured_as, model, made / ONNX)
+        warn_of_lost_accuracy(measured, facts.measured_as, facts.images)
+        accuracy = {**facts.accuracy, **measured, **given}
         summary = summarize(model, contents.onnx.float_ops)
         facts = replace(facts, accuracy=accuracy, contents=contents, summary=summary)
         render(facts, options).save(made / CARD)

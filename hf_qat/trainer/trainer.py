@@ -25,6 +25,7 @@ from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.export.verify import require_onnxruntime
 from hf_qat.files.atomic import put_back, whole_file
+from hf_qat.files.only_writer import only_writer
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.state import require_stage
@@ -35,6 +36,7 @@ from hf_qat.publish.directory import CARD, save_model
 from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer import checks, distributed, preparing, publishing, saving
+from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
 from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
 from hf_qat.trainer.ddp import average_gradients
@@ -44,6 +46,7 @@ from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush, Destination
 from hf_qat.trainer.random_state import random_state_kept
+from hf_qat.trainer.suspicions import ImageStatistics
 from hf_qat.trainer.training_facts import schedule_of
 
 
@@ -71,6 +74,7 @@ class QATTrainer(Trainer):
     | `_prepare_for_training` | several processes: loss scaled right, model made ready for DDP, or split for FSDP2 |
     | `create_optimizer`, `get_decay_parameter_names` | scales: no weight decay, a learning rate of their own |
     | `training_step` | a loss of the user's own is scaled right; several processes: gradients of scales are averaged |
+    | `_get_grad_norm` | a step with gradients of NaN or infinity is left out; many in a row end the training |
     | `compute_loss` | a teacher's distillation loss; mixed precision of a model that FSDP2 split |
     | `log` | metrics of quantization |
     | `evaluate`, `evaluation_loop` | before: calibrated if need be, ready for FSDP2; after: noted for the card |
@@ -125,9 +129,9 @@ class QATTrainer(Trainer):
             checks.check_model(model, qat_config)
         checks.check_teacher(teacher, model)
         self._qat_config, self._teacher = qat_config, teacher
-        self._record = Record()
+        self._record, self._images = Record(), ImageStatistics()
         self._checkpoints = saving.CheckpointFolder()
-        self._pushes = BackgroundPush()
+        self._pushes, self._bad_steps = BackgroundPush(), BadSteps()
         self._examples: preparing.Examples | None = None
         self._constructed = self._waits = self._loss_scale_unknown = False
         self._loss_facts: distributed.LossFacts | None = None
@@ -205,19 +209,26 @@ class QATTrainer(Trainer):
 
         Args:
             args, kwargs: `resume_from_checkpoint` and so on, of Trainer.
+
+        Raises:
+            InUseError: another process is training in the same `output_dir`.
+            NonFiniteError: the gradients of many steps in a row held NaN or infinity.
         """
-        if self.args.should_save:
-            put_back(str(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
-        self._pushes = BackgroundPush()
-        self._record.accuracy.pop("qat", None)
-        if self.model_init is None:
-            self._prepare_if_it_waits()
-        try:
-            output = super().train(*args, **kwargs)
-        finally:
-            self._record.trained |= self.state.global_step > 0
-        self._pushes.push_missing(self._destination())
+        run = str(self.args.output_dir)
+        is_trial = len(args) > 1 or kwargs.get("trial") is not None  # of a search: it has a directory of its own in it
+        with only_writer(run) if self.args.should_save and not is_trial else nullcontext():
+            if self.args.should_save:
+                put_back(run)
+            self.accelerator.wait_for_everyone()
+            self._pushes, self._bad_steps = BackgroundPush(), BadSteps()
+            self._record.accuracy.pop("qat", None)
+            if self.model_init is None:
+                self._prepare_if_it_waits()
+            try:
+                output = super().train(*args, **kwargs)
+            finally:
+                self._record.trained |= self.state.global_step > 0
+            self._pushes.push_missing(self._destination())
         return output
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -275,12 +286,24 @@ class QATTrainer(Trainer):
 
         That is over processes; DDP and FSDP2 see to the weights. In one process an override need not call this.
         """
-        with scaled_as_it_turns_out(self, *args, **kwargs) if self._loss_scale_unknown else nullcontext():
+        self._images.look_at(self.model, inputs, "training")
+        with (
+            scaled_as_it_turns_out(self, *args, **kwargs) if self._loss_scale_unknown else nullcontext(),
+            statistics_kept_if_bad(self.model) as losses,
+        ):
             loss = super().training_step(model, inputs, *args, **kwargs)
+            losses.append(loss)
         self._loss_scale_unknown = False
         if self.accelerator.sync_gradients:
             average_gradients(scale_parameters(self.model))
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of all gradients; a step in which it is NaN or infinite is left out, as `BadSteps` says."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # that of fp16 leaves such steps out itself, to find its scale
+            self._bad_steps.leave_out_if_bad(model, float(norm), self.state.global_step)
+        return norm
 
     def compute_loss(
         self,
@@ -309,9 +332,14 @@ class QATTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; with the training loss come metrics of quantization, and the mean `qat_distillation_loss`."""
+        """Log; with the training loss come metrics of quantization, and the mean `qat_distillation_loss`.
+
+        `qat_steps_left_out`, where there are any: steps that `BadSteps` has left out.
+        """
         if "loss" in logs:
             logs.update(metrics_of_schedule(self.callback_handler.callbacks, self.model))
+            if self._bad_steps.total:
+                logs["qat_steps_left_out"] = float(self._bad_steps.total)
             if self.distillation is not None:
                 logs["qat_distillation_loss"] = self.distillation.mean_loss()
         super().log(logs, start_time)
@@ -343,6 +371,11 @@ class QATTrainer(Trainer):
             self.calibrate(preparing.data_to_calibrate_on(self, dataloader))
         distributed.make_ready_to_evaluate(self)
         return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Predict one batch; a warning says so if its images are prepared otherwise than those of training."""
+        self._images.look_at(self.model, inputs, "evaluation")
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     @property
     def measured_as(self) -> str | None:

@@ -132,3 +132,13 @@ def test_calls_that_labels_make_come_back_with_their_sizes_and_structure():
 def test_what_describes_no_calls_is_refused(rows):
     with pytest.raises(ConfigError, match="checkpoint\\['labelled_calls'\\]\\['decoder'\\]"):
         rebuild_labelled_calls({"decoder": rows})
+
+
+@pytest.mark.parametrize("name", ['a"+b', "x y", "a\nimport os", "0", "", "a.b"])
+def test_what_is_no_name_of_an_argument_is_refused_because_quantizers_are_named_after_arguments(name):
+    tensor = {"tensor": [2, 3], "dtype": "float32"}
+    with pytest.raises(ConfigError, match=r"checkpoint\['inputs'\].*no name of an argument"):
+        rebuild_inputs([[], {"dict": {name: tensor}}])
+    call = [[], {"dict": {name: tensor}}]
+    with pytest.raises(ConfigError, match=r"checkpoint\['labelled_calls'\].*no name of an argument"):
+        rebuild_labelled_calls({"decoder": [[True, [call, call]]]})

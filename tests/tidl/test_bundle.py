@@ -44,6 +44,16 @@ KEYS = {
 }
 
 
+#: Class names of a config that somebody else wrote.
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "a | b ` $(touch made) ; 'x' \"y\"",
+    "key: [1, *anchor]\n- !!python/object/apply:os.system ['touch made']",
+    "\x1b]0;title\x07",
+    "${HOME} $name",
+]
+
+
 def tensors_of(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
 

@@ -17,9 +17,38 @@ from hf_qat.errors import ExportError
 from hf_qat.tidl import pack_artifacts
 from tests.models import HUGGING_FACE, LABELS
 from tests.tidl.cases import DEVICES, FRAMES, MODELS, TRANSFORMERS, scenes
+from tests.tidl.test_bundle import HOSTILE
 
 
 LEVELS = onnxruntime.GraphOptimizationLevel
+
+
+def test_hostile_class_names_are_data_in_every_file_and_do_not_move_the_terminal(
+    converted, exported_once, stand_in, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "bundle"
+    processor = ViTImageProcessorPil(size={"height": MODELS["resnet"].size, "width": MODELS["resnet"].size})
+    batches = [{"pixel_values": scenes("resnet", FRAMES, seed=1)[0]}]
+    export_tidl(converted("resnet", "AM68A"), directory, "AM68A", batches, processor, HOSTILE, frames=FRAMES)
+    assert json.loads((directory / "runtime_options.json").read_text())["labels"] == dict(
+        zip(map(str, range(5)), HOSTILE, strict=True)
+    )
+    stand_in.run(directory / "compile.py")
+    pack_artifacts(directory)
+    for name in ("dataset.yaml", "config.yaml", "param.yaml"):
+        assert yaml.safe_load((directory / name).read_text())
+    categories = yaml.safe_load((directory / "dataset.yaml").read_text())["categories"]
+    assert [category["name"] for category in categories] == HOSTILE
+    for name in ("README.md", "compile.py", "infer.py"):
+        text = (directory / name).read_text()
+        assert not any(label in text for label in HOSTILE)
+    capsys.readouterr()
+    stand_in.run(directory / "infer.py", "--out", str(tmp_path / "outputs"))
+    printed = capsys.readouterr().out
+    assert HOSTILE[0] in printed and "?]0;title?" in printed
+    assert printed.replace("\n", "").isprintable()
+    assert not list(tmp_path.rglob("made"))
 
 
 PAIRS = [(name, device, "qdq") for name in MODELS for device in DEVICES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import threading
 import time
@@ -117,6 +118,20 @@ class TestWithoutTrouble:
             checkpoint = Path(made.args.output_dir, f"checkpoint-{step}", "model.safetensors")
             assert files[f"checkpoint-{step}/model.safetensors"] == checkpoint.read_bytes()
         assert is_on_hub(made.model, repository())
+
+    def test_the_token_is_in_nothing_that_is_pushed_or_said(self, hub, trainer, repository, tmp_path, caplog, capfd):
+        token = "hf_" + "aB3xY7zQ" * 4
+        hub.users[token] = hub.users[hub.token]
+        made = trainer(hub_token=token, hub_strategy="checkpoint")
+        with caplog.at_level(logging.DEBUG, "hf_qat"):
+            hub.plant("commit", times=1, status=500)
+            made.train()
+            made.create_model_card()
+        assert repository().files()
+        assert not [name for name, content in repository().files().items() if token.encode() in content]
+        local = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "training_args.bin"]
+        assert not [path for path in local if token.encode() in path.read_bytes()]
+        assert token not in caplog.text and token not in "".join(capfd.readouterr())
 
     def test_nothing_is_pushed_before_the_end_if_so_wanted(self, trainer, repository):
         trainer(hub_strategy="end").train()

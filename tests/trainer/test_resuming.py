@@ -43,11 +43,11 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload([__name__, "tests.warmed"])
 
 
-def in_a_process(function: Callable[..., None], *values: object) -> int:
-    """The exit code of `function(*values)` in a process of its own."""
+def in_a_process(function: Callable[..., None], *values: object, limit: float = 240) -> int:
+    """The exit code of `function(*values)` in a process of its own, which may take `limit` seconds."""
     process = FORKED.Process(target=function, args=values)
     process.start()
-    process.join(240)
+    process.join(limit)
     assert process.exitcode is not None
     return process.exitcode
 
@@ -188,9 +188,9 @@ def forked(work: Callable[[int], object]) -> tuple[int, int]:
     return child, reader
 
 
-def kill(child: int, reader: int) -> bool:
+def kill(child: int, reader: int, by: int = signal.SIGKILL) -> bool:
     """Whether the process was still there to be killed."""
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, by)
     os.close(reader)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 

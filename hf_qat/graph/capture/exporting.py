@@ -26,6 +26,7 @@ from hf_qat.graph.capture.guards import doubtful_sizes
 from hf_qat.graph.capture.modes import modes_kept, put_into_mode
 from hf_qat.graph.capture.regions import has_regions
 from hf_qat.graph.captured import CallSignature, CapturedGraph, Constant, Leaf, leaf_of
+from hf_qat.graph.generated_code import require_plain_names
 
 
 EXPORTER_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
@@ -104,6 +105,7 @@ def export_call(calls: CallRecord, training: bool, constants: Constants) -> Capt
         CaptureError: it cannot become a graph; with the line of the model's code that is in the way.
     """
     name = calls.path or type(calls.module).__name__
+    require_plain_names(calls.module)
     _require_one_signature(name, calls)
     leaves = [leaf for argument in calls.signatures[0].leaves.values() for leaf in argument]
     _require_plain([leaf.value for leaf in leaves if isinstance(leaf, Constant)], f"{name} is called with")

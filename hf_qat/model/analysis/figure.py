@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_qat.errors import AnalysisError
+from hf_qat.errors import AnalysisError, printable
 from hf_qat.files.atomic import whole_file
 from hf_qat.model.analysis.layer import LayerAnalysis
 
@@ -54,7 +54,7 @@ def draw(layers: Sequence[LayerAnalysis], metric: str) -> Any:
     panels = figure.subplots(1, 2 if measured else 1, sharey=True, squeeze=False)[0]
     colours = [COLOURS[layer.severity] for layer in layers]
     _bars(panels[0], [layer.sqnr for layer in layers], colours, "SQNR of the result against float, dB")
-    panels[0].set_yticks(range(len(layers)), [layer.path for layer in layers], fontsize=7)
+    panels[0].set_yticks(range(len(layers)), [printable(layer.path) for layer in layers], fontsize=7, parse_math=False)
     panels[0].invert_yaxis()
     if measured:
         values = [layer.only_quantized or 0.0 for layer in layers]
@@ -68,7 +68,7 @@ def draw(layers: Sequence[LayerAnalysis], metric: str) -> Any:
 def _bars(panel: Any, values: list[float], colours: list[str], label: str) -> None:
     finite = [min(value, LARGEST_RATIO) if math.isfinite(value) or value > 0 else 0.0 for value in values]
     panel.barh(range(len(finite)), finite, color=colours, height=0.75)
-    panel.set_xlabel(label, fontsize=8)
+    panel.set_xlabel(printable(label), fontsize=8, parse_math=False)
     panel.tick_params(axis="x", labelsize=8)
     panel.margins(y=0.01)
     panel.spines[["top", "right"]].set_visible(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hf_qat.errors import ExportError
 from hf_qat.tidl.devices import OPERATORS_DOC_11_0, TRANSFORMERS_DOC, Device
 from hf_qat.tidl.graph import Layer
 from hf_qat.tidl.operators import (
@@ -32,11 +33,17 @@ class Window:
 
 
 def window(layer: Layer, kernel: list[int]) -> Window:
-    """The window of a convolution or pooling; one of one dimension is a window of height 1."""
+    """The window of a convolution or pooling; one of one dimension is a window of height 1.
+
+    Raises:
+        ExportError: its attributes are for another number of dimensions.
+    """
     axes = len(kernel)
     kernel = layer.attributes("kernel_shape", kernel)
     strides = layer.attributes("strides", [1] * axes)
     pads = layer.attributes("pads", [0] * 2 * axes)
+    if not (len(kernel) == len(strides) == axes and len(pads) == 2 * axes):
+        raise ExportError(f"{layer.name} is no {axes}-dimensional layer: {kernel=}, {strides=}, {pads=}.")
     if axes == 1:
         kernel, strides, pads = [1, *kernel], [strides[0], *strides], [0, pads[0], 0, pads[1]]
     return Window((kernel[0], kernel[1]), (strides[0], strides[1]), (pads[0], pads[1], pads[2], pads[3]))

@@ -118,7 +118,12 @@ def describe(here: Path, settings: dict[str, Any], names: list[str], outputs: li
     scores = outputs[0].reshape(-1)
     labels = settings["labels"]
     best = np.argsort(-scores)[:5]
-    return ", ".join(f"{labels.get(str(k), k)} {scores[k]:.3f}" for k in best)
+    return ", ".join(printable(str(labels.get(str(k), k))) + f" {scores[k]:.3f}" for k in best)
+
+
+def printable(label: str) -> str:
+    """Without escape sequences, which a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in label)
 
 
 if __name__ == "__main__":

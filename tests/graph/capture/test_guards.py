@@ -1,7 +1,10 @@
 import copy
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_qat import fake_quant_disabled, prepare_qat
@@ -77,3 +80,57 @@ def test_the_smallest_sizes_are_named_at_which_a_guard_fails_and_a_few_at_most()
         6,
     )
     assert doubtful_sizes([], at_two, at_three) == ()
+
+
+#: What is no question about sizes: it is left aside, and none of it is run.
+HOSTILE = (
+    "__import__('pathlib').Path({path!r}).touch()",
+    "(lambda: open({path!r}, 'w'))() == 1",
+    "[open({path!r}, 'w') for _ in (1,)] == 1",
+    "L.__class__.__init__.__globals__['__builtins__']['open']({path!r}, 'w')",
+    "math.floor.__self__.__loader__.load_module('builtins').open({path!r}, 'w')",
+    "L['tensors'][0].size()[0] < 9 ** 9 ** 9 ** 9",
+    "1 if L['tensors'][open({path!r}, 'w')].size()[0] else 0",
+    "max(open({path!r}, 'w'))",
+    "(" * 3000,
+    "\0",
+    "",
+)
+
+
+@pytest.mark.parametrize("guard", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_guard_is_never_run_as_python(guard, tmp_path):
+    path = tmp_path / "made"
+    assert doubtful_sizes([guard.replace("{path!r}", repr(str(path)))], [torch.empty(2)], [torch.empty(3)]) == ()
+    assert not path.exists()
+
+
+@given(
+    st.recursive(
+        st.sampled_from(["L['tensors'][0].size()[0]", "L['tensors'][1].size()[1]", "1", "2", "7", "12"]),
+        lambda inner: (
+            st.tuples(inner, st.sampled_from(["+", "-", "*", "//", "%"]), inner).map("({0[0]} {0[1]} {0[2]})".format)
+            | st.tuples(inner, inner).map("max({0[0]}, {0[1]})".format)
+            | st.tuples(inner, inner, inner).map("({0[0]} if {0[1]} > 4 else math.floor({0[2]}))".format)
+        ),
+        max_leaves=6,
+    ),
+    st.sampled_from(["==", "!=", "<", "<=", ">", ">="]),
+    st.integers(-5, 60),
+)
+def test_a_guard_on_sizes_has_the_value_that_python_gives_it(left, comparison, right):
+    class Shaped:
+        def __init__(self, *sizes: int) -> None:
+            self.size = lambda: sizes
+
+    def holds(size: int) -> bool:
+        inputs = {"tensors": [Shaped(size, 5), Shaped(3, 2 * size)]}
+        try:
+            return eval(guard, {"L": inputs, "math": math})
+        except ZeroDivisionError:
+            return True
+
+    guard = f"{left} {comparison} {right} or {left} < -3"
+    failing = [size for size in (*range(2, 65), 128, 256, 512, 1024) if not holds(size)]
+    found = doubtful_sizes([guard], [torch.empty(2, 5), torch.empty(3, 4)], [torch.empty(3, 5), torch.empty(3, 6)])
+    assert found == tuple(failing[:1])

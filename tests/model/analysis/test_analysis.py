@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -101,3 +102,13 @@ def test_each_kind_of_fault_is_one_finding(layer, word):
 
 def test_a_layer_with_good_figures_has_none():
     assert find(QUIET) == ()
+
+
+def test_a_name_that_looks_like_html_or_like_a_formula_is_drawn_and_written_as_it_is(tmp_path: Path):
+    name = "$\\frac{$(rm -rf ~)--><script>alert('x')</script>\x1b"
+    layer = replace(NOISY, path=name)
+    found = Analysis((QUIET, layer), 12.3, (FloatOperation(name, "where", name),), name)
+    text = found.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert "script" not in page.tags and "<script" not in text and "</script" not in text
+    assert name in page.text

@@ -1,0 +1,107 @@
+"""What is no error, and often a mistake that nothing else would show: each is warned of once, by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from hf_qat.config.qat_config import QATConfig
+from hf_qat.model.untrained import has_batch_norms, untrained_batch_norms
+from hf_qat.publish.accuracy import Accuracy
+
+
+logger = logging.get_logger(__name__)
+
+#: Images of a batch, and steps, from which statistics of batch norm are worth something: of fewer images, mean and
+#: variance are those of the few; after fewer steps, a tenth each (PyTorch's momentum), much is what was there before.
+FEWEST_IMAGES, FEWEST_STEPS = 4, 10
+
+#: How far the images of evaluation may be from those of training: in standard deviations, and as a ratio of these.
+#: Augmentation and a small batch stay below; pixels from 0 to 1 beside normalised ones do not.
+FAR, WIDER = 1.5, 2.5
+
+#: The largest share of a metric that ONNX Runtime may change, and how many images more: both are near-ties.
+LARGEST_CHANGE, NEAR_TIES = 0.02, 2
+
+
+class ImageStatistics:
+    """Mean and standard deviation of the first images of training and of evaluation, to see whether they are alike."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[float, float]] = {}
+
+    def look_at(self, model: nn.Module, inputs: Mapping[str, Any], where: str) -> None:
+        """Note the first batch of `where`, `"training"` or `"evaluation"`; with both, compare them, once."""
+        images = inputs.get(getattr(model, "main_input_name", "pixel_values"))
+        if where in self._seen or not isinstance(images, Tensor) or not _are_images(images):
+            return
+        values = images.detach().float()
+        mean, deviation = torch.stack([values.mean(), values.std()]).tolist()
+        self._seen[where] = (mean, deviation)
+        if len(self._seen) == 2:
+            self._compare(*self._seen["training"], *self._seen["evaluation"])
+
+    def _compare(self, mean: float, deviation: float, other_mean: float, other_deviation: float) -> None:
+        wide, narrow = max(deviation, other_deviation), min(deviation, other_deviation)
+        if abs(mean - other_mean) <= FAR * wide and wide <= WIDER * narrow:
+            return
+        logger.warning(
+            f"Images of evaluation are prepared otherwise than those of training: their mean is {other_mean:.3g} and "
+            f"their standard deviation {other_deviation:.3g}, and in training {mean:.3g} and {deviation:.3g}. "
+            "Normalise both alike: accuracy is measured on what the ranges were not made for."
+        )
+
+
+def _are_images(images: Tensor) -> bool:
+    return images.is_floating_point() and images.dim() == 4 and images.numel() > 1
+
+
+def warn_of_few_samples(
+    model: nn.Module, config: QATConfig, live_until: float, args: TrainingArguments, steps: int
+) -> None:
+    """Say so if batch norm follows the data, and there is little of them.
+
+    Args:
+        model: prepared.
+        config: its recipe.
+        live_until: fraction of training for which batch norm is live.
+        args, steps: of the training: images of a batch, and how many steps it has.
+    """
+    live_steps = int(live_until * steps)
+    if live_steps == 0 or not has_batch_norms(model):
+        return
+    images = args.per_device_train_batch_size * (args.world_size if config.sync_batch_norm else 1)
+    if images < FEWEST_IMAGES:
+        logger.warning(
+            f"Batch norm takes its statistics from batches of {images} for {live_steps} steps: too few samples, and "
+            "evaluation will differ from training. Use batches of 8 or more, freeze_bn_at=0, or sync_batch_norm=True "
+            "where there are several processes."
+        )
+    elif live_steps < FEWEST_STEPS and untrained_batch_norms(model):
+        logger.warning(
+            f"Batch norm follows the data for {live_steps} steps only: too few samples, as its statistics are those "
+            "of an untrained model. Train longer, or begin with a model that is trained."
+        )
+
+
+def warn_of_lost_accuracy(accuracy: Accuracy, stage: str, images: int) -> None:
+    """Say so if the exported file has another accuracy than the model that it was exported from.
+
+    Args:
+        accuracy: of both, on the same images.
+        stage: of the model, a key of `accuracy`.
+        images: how many there are; 0 where that is not known.
+    """
+    allowed = LARGEST_CHANGE + (NEAR_TIES / images if images else 0.0)
+    for name, value in accuracy.get(stage, {}).items():
+        exported = accuracy.get("onnxruntime", {}).get(name)
+        if exported is not None and not abs(exported - value) <= allowed * max(abs(value), abs(exported)):
+            logger.warning(
+                f"The converted model differs from the trained one: {name} is {exported:.4g} on ONNX Runtime and was "
+                f"{value:.4g} before. Look for the layer by analyze(), and compare the file by verify_onnx()."
+            )

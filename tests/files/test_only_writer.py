@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_qat.errors import InUseError
+from hf_qat.files.only_writer import only_writer
+
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the system has no such lock")
+
+OTHER = """
+import sys
+from hf_qat.files.only_writer import only_writer
+with only_writer(sys.argv[1]):
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+
+
+def other_process(directory: Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "in\n"
+    return process
+
+
+def test_two_processes_do_not_write_to_one_directory_and_a_killed_one_is_in_nobodys_way(tmp_path: Path):
+    with other_process(tmp_path / "run") as other:
+        with pytest.raises(InUseError, match="another process .* choose another output_dir"):
+            with only_writer(tmp_path / "run"):
+                pytest.fail("two at once")
+        with only_writer(tmp_path / "elsewhere"):
+            pass
+        os.kill(other.pid, signal.SIGKILL)
+    with only_writer(tmp_path / "run"):
+        assert list((tmp_path / "run").iterdir()) == []
+    with only_writer(tmp_path / "run"):
+        pass

@@ -6,14 +6,15 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
-from hf_qat.cli.session import Session, load_model, open_session, parse, parser_of
-from hf_qat.model.analysis.analyze import analyze
-from hf_qat.model.calibration import calibrate
-from hf_qat.model.prepare import prepare_qat
-from hf_qat.model.state import state_of
+from hf_qat.cli.parsing import parse, parser_of
+
+
+if TYPE_CHECKING:
+    from hf_qat.cli.session import Session
+    from hf_qat.model.analysis.analysis import Analysis
 
 
 DESCRIPTION = (
@@ -41,12 +42,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="Images at a time.")
     parser.add_argument("--num_batches", type=int, default=4, help="Batches to compare on.")
     model, data, qat, other = parse(parser, argv)
-    session = open_session(model, data, labelled=False)
-    batches = list(_batches(session, other.batch_size, max(other.num_batches, qat.calibration_batches)))
-    reference = _reference(session, model, other.reference)
-    if state_of(session.model) is None:
-        calibrate(prepare_qat(session.model.eval(), qat.config(), batches[0]), batches, qat.calibration_batches)
-    found = analyze(session.model, batches, reference, num_batches=other.num_batches)
+    found = _analyze(model, data, qat, other)
     print(found)
     if other.html is not None:
         print(f"Written: {found.to_html(other.html)}")
@@ -54,8 +50,27 @@ def main(argv: Sequence[str]) -> None:
         print(f"Written: {found.plot(other.plot)}")
 
 
+def _analyze(model: ModelArguments, data: DataArguments, qat: QATArguments, other: Any) -> Analysis:
+    """Load, calibrate what is float, and compare."""
+    from hf_qat.cli.session import open_session  # so that --help need not wait for PyTorch
+    from hf_qat.model.analysis.analyze import analyze
+    from hf_qat.model.calibration import calibrate
+    from hf_qat.model.prepare import prepare_qat
+    from hf_qat.model.state import state_of
+
+    session = open_session(model, data, labelled=False)
+    batches = list(_batches(session, other.batch_size, max(other.num_batches, qat.calibration_batches)))
+    reference = _reference(session, model, other.reference)
+    if state_of(session.model) is None:
+        calibrate(prepare_qat(session.model.eval(), qat.to_config(), batches[0]), batches, qat.calibration_batches)
+    return analyze(session.model, batches, reference, num_batches=other.num_batches)
+
+
 def _reference(session: Session, model: ModelArguments, name: str | None) -> Any:
     """The float model to compare with; of an int8 checkpoint without one, its own codes as float numbers."""
+    from hf_qat.cli.session import load_model
+    from hf_qat.model.state import state_of
+
     if name is not None:
         return load_model(replace(model, model_name_or_path=name), session.task)
     if state_of(session.model) is None:

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
-from hf_qat.cli.session import open_session, parse, parser_of, training_arguments
-from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.cli.parsing import parse, parser_of
 
 
 DESCRIPTION = (
@@ -31,7 +30,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="The directory to write.")
     parser.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
     model, data, qat, other = parse(parser, argv)
-    config = qat.config()
+    from hf_qat.cli.session import open_session, training_arguments  # so that --help need not wait for PyTorch
+    from hf_qat.model.switches import fake_quant_disabled
+
+    config = qat.to_config()
     session = open_session(model, data, labelled=False)
     args = training_arguments(
         str(other.output_dir),

@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
 from hf_qat.cli.evaluate import measure
-from hf_qat.cli.session import Session, open_session, parse, parser_of
+from hf_qat.cli.parsing import parse, parser_of
+from hf_qat.cli.session import Session, open_session
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError
 from hf_qat.model.analysis.analyze import analyze
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     parser = parser_of("train", DESCRIPTION, ModelArguments, DataArguments, QATArguments, TrainingArguments)
     parser.add_argument("--dry_run", action="store_true", help="Say what would be done, and stop.")
     model, data, qat, args, other = parse(parser, argv)
-    config = qat.config()
+    config = qat.to_config()
     args.remove_unused_columns = False  # images become pixels only when a batch is read
     session = open_session(model, data)
     if other.dry_run:

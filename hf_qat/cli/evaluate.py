@@ -22,9 +22,6 @@ DESCRIPTION = (
     "Runtime. For example: hf-qat evaluate --model_name_or_path out/export/onnx/model.onnx --dataset_name photos/"
 )
 
-#: What Trainer adds of its own.
-NO_MEASURE = ("epoch", "model_preparation_time")
-
 
 def main(argv: Sequence[str]) -> None:
     """Evaluate, and print the metrics as JSON.
@@ -40,13 +37,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
     model, data, other = parse(parser, argv)
     from hf_qat.cli.session import open_session  # so that --help need not wait for PyTorch
+    from hf_qat.publish.accuracy import quality
 
     file = Path(model.model_name_or_path) if model.model_name_or_path.endswith(".onnx") else None
     if file is not None:
         model = replace(model, model_name_or_path=str(checkpoint_of(file)))
     metrics = measure(open_session(model, data), file, other.batch_size)
-    plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    print(json.dumps({name: value for name, value in plain.items() if name not in NO_MEASURE}, indent=2))
+    print(json.dumps(quality(metrics), indent=2))
 
 
 def measure(session: Session, file: Path | None, batch_size: int) -> dict[str, float]:

@@ -53,7 +53,7 @@ def export(
     given: Accuracy,
     inputs: Sequence[Mapping[str, Any]],
     directory: Path,
-) -> None:
+) -> CardFacts:
     """Write model, ONNX file, TIDL bundle and card to a directory, which appears as a whole or not at all.
 
     All processes take part, and the main one writes.
@@ -66,13 +66,16 @@ def export(
         inputs: real ones, without labels, to verify the file on; in the main process.
         directory: absent, empty, or an earlier export without compiled artifacts.
 
+    Returns:
+        The facts with what was measured and written; in other processes than the main one as they were.
+
     Raises:
         ExportError: the model cannot be expressed as ONNX; the directory holds something else.
     """
     model = facts.model
     if not trainer.is_world_process_zero():
         measure(trainer, facts.measured_as, model, None)
-        return
+        return facts
     target = require_stage(model, Stage.CONVERTED, "export").config.target
     with whole_directory(directory, f"{TIDL}/{target}/{ARTIFACTS}") as made:
         contents = write_contents(model, made, trainer.processing_class, inputs)
@@ -81,6 +84,7 @@ def export(
         facts = replace(facts, accuracy=accuracy, contents=contents, summary=summary)
         render(facts, options).save(made / CARD)
         write_manifest(made)
+    return facts
 
 
 def card_options(given: Mapping[str, Any]) -> CardOptions:

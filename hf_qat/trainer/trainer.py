@@ -110,6 +110,7 @@ class QATTrainer(Trainer):
     model: nn.Module  # from the constructor on, never None
     hub_model_id: Any
     push_in_progress: Any
+    exported: CardFacts | None = None  # what the latest `export` has measured and written, in the main process
 
     def __init__(
         self,
@@ -455,7 +456,7 @@ class QATTrainer(Trainer):
         facts = self._facts(self.convert(), directory.name)
         inputs = first_inputs(self, self.model, publishing.VERIFIED_INPUTS)
         with self._bars():
-            publishing.export(self, facts, options, given, inputs, directory)
+            self.exported = publishing.export(self, facts, options, given, inputs, directory)
         self.accelerator.wait_for_everyone()
         return directory
 

@@ -132,6 +132,8 @@ def test_calibrate_needs_no_labels(folder, tmp_path, capsys):
     assert main(["calibrate", *map(str, arguments), "--output_dir", str(tmp_path / "int8")]) == 0
     assert "accuracy" not in capsys.readouterr().out
     assert (tmp_path / "int8" / "onnx" / "model.onnx").is_file()
+    sums = (tmp_path / "int8" / "SHA256SUMS").read_text().splitlines()
+    assert any(line.endswith("  report.html") for line in sums)
 
 
 def test_options_come_from_a_file_and_what_is_typed_wins(model, tmp_path, capsys):

@@ -60,6 +60,7 @@ _HOME = {
     "QATSchedule": "model.schedule",
     "QATTrainer": "trainer.trainer",
     "analyze": "model.analysis.analyze",
+    "analyze_onnx": "export.onnx_analysis",
     "calibrate": "model.calibration",
     "check_tidl": "tidl.check",
     "convert": "model.conversion",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from hf_qat.cli.arguments import QATArguments as QATArguments
     from hf_qat.config.qat_config import QATConfig as QATConfig
     from hf_qat.export.onnx import export_onnx as export_onnx
+    from hf_qat.export.onnx_analysis import analyze_onnx as analyze_onnx
     from hf_qat.export.verify import verify_onnx as verify_onnx
     from hf_qat.model.analysis.analyze import analyze as analyze
     from hf_qat.model.calibration import calibrate as calibrate

@@ -14,7 +14,7 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import CalibrationError, StageError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.model.analysis.analysis import Analysis
-from hf_qat.model.analysis.findings import find
+from hf_qat.model.analysis.findings import with_findings
 from hf_qat.model.analysis.histogram import count, histogram, in_codes
 from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.noise import Noise, bounds, energy, measure, sqnr
@@ -128,7 +128,7 @@ def _layer(
         layer = replace(layer, channels=dead.numel(), dead_channels=int(dead.sum()))
     if sensitivity is not None:
         layer = replace(layer, only_quantized=sensitivity.only_quantized, only_float=sensitivity.only_float)
-    return replace(layer, findings=find(layer))
+    return with_findings(layer)
 
 
 def _weight(layer: Any, in_float: Any) -> dict[str, Any]:

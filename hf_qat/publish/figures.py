@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from hf_qat.model.analysis.figure import require_matplotlib
@@ -39,6 +41,23 @@ def accuracy_figure(accuracy: Mapping[str, Mapping[str, float]], metric: str) ->
     panel.invert_yaxis()
     panel.set_xlabel(metric)
     return figure
+
+
+def save_accuracy(accuracy: Mapping[str, Mapping[str, float]], path: Path) -> bool:
+    """Draw the first metric by stage into a PNG file, as far as there are two stages, and matplotlib is installed.
+
+    Args:
+        accuracy: what a card calls a stage → name of a metric → its value.
+        path: of the file.
+
+    Returns:
+        Whether there is a figure.
+    """
+    metrics = [name for values in accuracy.values() for name in values]
+    if not metrics or len(accuracy) < 2 or find_spec("matplotlib") is None:
+        return False
+    accuracy_figure(accuracy, metrics[0]).savefig(path, format="png", dpi=100)
+    return True
 
 
 def figures(value: float) -> str:

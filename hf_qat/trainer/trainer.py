@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -456,6 +457,7 @@ class QATTrainer(Trainer):
         facts = self._facts(self.convert(), directory.name)
         inputs = first_inputs(self, self.model, publishing.VERIFIED_INPUTS)
         with self._bars():
+            facts = replace(facts, analysis=publishing.analysis_for_card(self, inputs))
             self.exported = publishing.export(self, facts, options, given, inputs, directory)
         self.accelerator.wait_for_everyone()
         return directory

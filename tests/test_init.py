@@ -45,12 +45,30 @@ def test_importing_the_package_loads_no_model_code_and_nothing_that_only_some_ne
     assert run(f"import sys, hf_qat; print([name for name in {heavy} if name in sys.modules])") == "[]"
 
 
-def test_importing_the_package_registers_it_with_transformers():
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hf_qat; from transformers.quantizers.auto import *",
+        "from transformers.quantizers.auto import *; import hf_qat",
+        "import hf_qat; from transformers import PreTrainedModel; from transformers.quantizers.auto import *",
+    ],
+)
+def test_importing_the_package_registers_it_with_transformers(imports):
     program = (
-        "import hf_qat; from transformers.quantizers.auto import *; "
+        f"{imports}; "
         "print(AUTO_QUANTIZER_MAPPING['hf_qat'].__module__, AUTO_QUANTIZATION_CONFIG_MAPPING['hf_qat'].__name__)"
     )
     assert run(program) == "hf_qat.checkpoints.hf_quantizer QATConfig"
+
+
+@pytest.mark.parametrize("imports", ["from hf_qat.config.qat_config import QATConfig", "from hf_qat import QATConfig"])
+def test_a_recipe_knows_our_observers_wherever_it_is_imported_from(imports):
+    program = f"{imports}; print(QATConfig(activations={{'observer': 'percentile'}}).activation_scheme.observer)"
+    assert run(program) == "percentile"
+
+
+def test_importing_the_package_loads_neither_pytorch_nor_transformers():
+    assert run("import sys, hf_qat; print({'torch', 'transformers'} & sys.modules.keys())") == "set()"
 
 
 def test_the_config_loads_neither_onnx_nor_datasets():

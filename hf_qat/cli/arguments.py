@@ -4,14 +4,17 @@ Named as those of transformers' example scripts. A script of one's own can parse
 
     parser = HfArgumentParser((QATArguments, TrainingArguments))
     qat, args = parser.parse_args_into_dataclasses()
-    trainer = QATTrainer(model, args, qat_config=qat.config(), train_dataset=train)
+    trainer = QATTrainer(model, args, qat_config=qat.to_config(), train_dataset=train)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from hf_qat.config.qat_config import QATConfig
+
+if TYPE_CHECKING:
+    from hf_qat.config.qat_config import QATConfig
 
 
 @dataclass
@@ -64,12 +67,14 @@ class QATArguments:
     )
     freeze_ranges_at: float = field(default=0.9, metadata={"help": "Share of training after which no scale changes."})
 
-    def config(self) -> QATConfig:
+    def to_config(self) -> QATConfig:
         """The recipe.
 
         Raises:
             ConfigError: an unknown target, or a value that is impossible.
         """
+        from hf_qat.config.qat_config import QATConfig  # loads PyTorch, for which --help need not wait
+
         return QATConfig(
             self.target,
             weights=None if self.weight_bits is None else {"bits": self.weight_bits},

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
-from hf_qat.cli.session import open_session, parse, parser_of, training_arguments
-from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.cli.parsing import parse, parser_of
+from hf_qat.files.manifest import write_manifest
 
 
 DESCRIPTION = (
@@ -31,7 +31,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="The directory to write.")
     parser.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
     model, data, qat, other = parse(parser, argv)
-    config = qat.config()
+    from hf_qat.cli.results import REPORT, stages_of, summary, write_report
+    from hf_qat.cli.session import open_session, training_arguments  # so that --help need not wait for PyTorch
+    from hf_qat.model.switches import fake_quant_disabled
+
+    config = qat.to_config()
     session = open_session(model, data, labelled=False)
     args = training_arguments(
         str(other.output_dir),
@@ -40,17 +44,15 @@ def main(argv: Sequence[str]) -> None:
         save_strategy="no",
     )
     trainer = session.trainer(args, config)
+    evaluated: dict[str, dict[str, float]] = {}
     if session.evaluation is not None:
         with fake_quant_disabled(trainer.model):
-            _print("float", trainer.evaluate())
+            evaluated["float"] = trainer.evaluate()
     trainer.calibrate()
     if session.evaluation is not None:
-        _print("calibrated", trainer.evaluate())
-    print(f"Written: {trainer.export(other.output_dir)}")
-    print(f"Next:    hf-qat push {other.output_dir} USER/MODEL")
-
-
-def _print(measured_as: str, metrics: dict[str, float]) -> None:
-    plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    shown = [name for name in plain if not name.endswith(("runtime", "_per_second", "_time", "epoch"))]
-    print(f"{measured_as + ':':<12}" + ", ".join(f"{name} {plain[name]:.4g}" for name in shown))
+        evaluated["calibrated"] = trainer.evaluate()
+    exported = trainer.export(other.output_dir)
+    stages = stages_of(evaluated, trainer)
+    report = write_report(trainer, model.model_name_or_path, stages, exported, exported / REPORT)
+    write_manifest(exported)
+    print(summary(stages, [exported, *([] if report is None else [report])], exported, data))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_qat.files.atomic import whole_file
-from hf_qat.tidl.devices import DEVICES
 
 
 #: Exit status where TIDL refuses the file, apart from that of a wrong call, 2.
@@ -45,8 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         "Exits with 1 if the file is refused.",
         allow_abbrev=False,
     )
-    names = ", ".join(device.name for device in DEVICES)
     parser.add_argument("file", type=Path, help="the ONNX file")
-    parser.add_argument("--target", required=True, help=f"the device: {names}, or TI's part number")
+    parser.add_argument(
+        "--target",
+        required=True,
+        help="the device, such as AM68A, or TI's part number, such as J721S2; all are listed where one is not known",
+    )
     parser.add_argument("--json", type=Path, help="also write the whole report, with every layer, to this file")
     return parser

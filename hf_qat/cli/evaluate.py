@@ -6,23 +6,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from transformers import Trainer
+from typing import TYPE_CHECKING, Any
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments
-from hf_qat.cli.session import Session, open_session, parse, parser_of, training_arguments
+from hf_qat.cli.parsing import parse, parser_of
 from hf_qat.errors import ConfigError
-from hf_qat.export.runtime_model import RuntimeModel
+
+
+if TYPE_CHECKING:
+    from hf_qat.cli.session import Session
 
 
 DESCRIPTION = (
     "Measure a model on images with labels: a float or int8 checkpoint in torch, or an ONNX file of ours on ONNX "
     "Runtime. For example: hf-qat evaluate --model_name_or_path out/export/onnx/model.onnx --dataset_name photos/"
 )
-
-#: What Trainer adds of its own.
-NO_MEASURE = ("epoch", "model_preparation_time")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,16 +36,23 @@ def main(argv: Sequence[str]) -> None:
     parser = parser_of("evaluate", DESCRIPTION, ModelArguments, DataArguments)
     parser.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
     model, data, other = parse(parser, argv)
+    from hf_qat.cli.session import open_session  # so that --help need not wait for PyTorch
+    from hf_qat.publish.accuracy import quality
+
     file = Path(model.model_name_or_path) if model.model_name_or_path.endswith(".onnx") else None
     if file is not None:
         model = replace(model, model_name_or_path=str(checkpoint_of(file)))
     metrics = measure(open_session(model, data), file, other.batch_size)
-    plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    print(json.dumps({name: value for name, value in plain.items() if name not in NO_MEASURE}, indent=2))
+    print(json.dumps(quality(metrics), indent=2))
 
 
 def measure(session: Session, file: Path | None, batch_size: int) -> dict[str, float]:
     """What Trainer's evaluation says of the model of a session, or of the file that it was exported to."""
+    from transformers import Trainer
+
+    from hf_qat.cli.session import training_arguments
+    from hf_qat.export.runtime_model import RuntimeModel
+
     evaluated: Any = session.model if file is None else RuntimeModel(session.model, file)
     args = training_arguments("unused", label_names=["labels"], per_device_eval_batch_size=batch_size)
     metrics: dict[str, float] = Trainer(evaluated.eval(), args, **session.trainer_arguments()).evaluate()

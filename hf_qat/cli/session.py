@@ -1,18 +1,17 @@
-"""What the commands have in common: options of several dataclasses, a model with its processor, and a trainer."""
+"""What the commands have in common: a model with its processor and its images, and a trainer of it all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments
 from hf_qat.cli.images import Images, encoder, load_images
-from hf_qat.cli.options_file import words_with_config
 from hf_qat.cli.tasks import Task, find_task
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError
@@ -57,29 +56,6 @@ class Session:
             "compute_metrics": self.task.metrics,
             "processing_class": self.processor,
         }
-
-
-def parser_of(command: str, description: str, *dataclasses: Any) -> HfArgumentParser:
-    """A parser for the fields of `dataclasses`, with a `--config`."""
-    parser = HfArgumentParser(
-        dataclasses, prog=f"hf-qat {command}", description=description, allow_abbrev=False, conflict_handler="resolve"
-    )
-    parser.add_argument("--config", type=Path, help="A YAML file with options, such as `learning_rate: 1.0e-4`.")
-    return parser
-
-
-def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
-    """The dataclasses, and a namespace with the other options, of what is typed and of the file of `--config`.
-
-    Raises:
-        ConfigError: a value that a dataclass refuses, or the file is no YAML mapping.
-        SystemExit: wrong options, or `--help`.
-    """
-    words = words_with_config(argv, spell_out=True)
-    try:
-        return tuple(parser.parse_args_into_dataclasses(args=words, look_for_args_file=False))
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def training_arguments(output_dir: str, **more: Any) -> TrainingArguments:

@@ -30,6 +30,7 @@ from hf_qat.export.translations import translations
 from hf_qat.export.verify import describe, require_agreement, require_onnxruntime, verify_onnx
 from hf_qat.files.atomic import whole_file
 from hf_qat.graph.capture.inputs import Inputs, device_of
+from hf_qat.graph.progress import progress
 from hf_qat.model.finite import require_finite
 from hf_qat.model.state import require_stage, state_of
 from hf_qat.version import __version__
@@ -71,14 +72,16 @@ def export_onnx(
     require_finite(model, "export")
     _require_tools(opset_version, verify)
     path = Path(path)
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, progress(f"Exporting {path.name}", 2, "step") as bar:
         inputs = example_of(model) if example_inputs is None else example_inputs
         exported = _on_cpu(model)
         file = _to_proto(exported, export_call(exported, inputs, dynamic_batch), config, opset_version)
         set_metadata(file, _metadata(config))
         _check(file, opset_version)
         temporary.write_bytes(file.SerializeToString())
+        bar.update()
         report = verify_onnx(model, temporary, [inputs]) if verify else describe(model, temporary, file)
+        bar.update()
         require_agreement(report)
     return replace(report, path=path)
 

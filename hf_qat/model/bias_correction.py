@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_qat.errors import listed
 from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.graph.progress import progress
 from hf_qat.model.batches import run_batches
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks, min_over_ranks
@@ -43,8 +44,7 @@ def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
         means[path].append(channel_mean(output, layer))
 
     with fake_quant_disabled(model), _hooked(layers, record):
-        for _ in run_batches(model, batches):
-            pass
+        _run(model, batches, "Correcting biases: in float")
     expected = {path: iter(of_calls) for path, of_calls in means.items()}
     shifts: dict[str, Tensor] = {}
 
@@ -54,10 +54,15 @@ def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
         return output + _along_output(shift, output, layer)
 
     with _hooked(layers, correct):
-        for _ in run_batches(model, batches):
-            pass
+        _run(model, batches, "Correcting biases: quantized")
     for path, shift in shifts.items():
         layers[path].shift_bias(shift)
+
+
+def _run(model: nn.Module, batches: list[Inputs], what: str) -> None:
+    with progress(what, len(batches), "batch") as bar:
+        for _ in run_batches(model, batches):
+            bar.update()
 
 
 def _without_frozen_biases(layers: dict[str, QATLayer]) -> dict[str, QATLayer]:

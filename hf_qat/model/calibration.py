@@ -14,6 +14,7 @@ from torch import nn
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.graph.progress import Bar, length_of, progress
 from hf_qat.model.batches import run_batches
 from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, correct_biases
 from hf_qat.model.state import require_stage
@@ -53,13 +54,14 @@ def calibrate(
         CalibrationError: no batch, or integers, NaN or infinities in one.
     """
     require_stage(model, Stage.PREPARED, "calibrate")
-    kept = _observe(model, islice(batches, num_batches), live_batch_norms)
+    with progress("Calibrating", length_of(batches, num_batches), "batch") as bar:
+        kept = _observe(model, islice(batches, num_batches), live_batch_norms, bar)
     if bias_correction and not live_batch_norms:
         correct_biases(model, kept)
     return model
 
 
-def _observe(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module]) -> list[Inputs]:
+def _observe(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module], bar: Bar) -> list[Inputs]:
     """One pass in float that collects every range; returns the first batches for whoever needs them again."""
     quantizers = fake_quantizers(model)
     layers = qat_layers(model)
@@ -68,7 +70,7 @@ def _observe(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Modu
     for quantizer in activations.values():
         quantizer.start_observing()
     try:
-        kept = _run_all(model, batches, live)
+        kept = _run_all(model, batches, live, bar)
         for path, quantizer in activations.items():
             quantizer.finish_observing(path)
     finally:
@@ -81,13 +83,14 @@ def _observe(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Modu
     return kept
 
 
-def _run_all(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module]) -> list[Inputs]:
+def _run_all(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module], bar: Bar) -> list[Inputs]:
     """Forward all batches in float; returns the first ones. Fails in all processes if it does in one: none waits."""
     kept: list[Inputs] = []
     failure: CalibrationError | None = None
     try:
         with fake_quant_disabled(model):
             for batch in run_batches(model, batches, live):
+                bar.update()
                 if len(kept) < BIAS_CORRECTION_BATCHES:
                     kept.append(batch)
         if not kept:

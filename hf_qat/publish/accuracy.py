@@ -21,24 +21,29 @@ MEASURED_AS = {
 PREFIX = "eval_"
 
 #: What Trainer adds to the metrics of the user: how long it took, not how good the model is.
-NO_QUALITY = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 #: Measured as → name of a metric → its value.
 Accuracy = dict[str, dict[str, float]]
 
 
-def user_metrics(evaluated: Mapping[str, object]) -> dict[str, float]:
-    """The user's own metrics among what `Trainer.evaluate` returns, without its prefix.
+def quality(evaluated: Mapping[str, object]) -> dict[str, float]:
+    """What `Trainer.evaluate` returns without its prefix, and without times: the loss, and the user's own metrics.
 
     Args:
-        evaluated: from `evaluate`, or metrics by their plain names. Losses are left out: ONNX Runtime computes none.
+        evaluated: from `evaluate`, or metrics by their plain names.
     """
     plain = {name.removeprefix(PREFIX): value for name, value in evaluated.items()}
     return {
         name: float(value)
         for name, value in plain.items()
-        if isinstance(value, (int, float)) and name != "epoch" and not name.endswith(NO_QUALITY)
+        if isinstance(value, (int, float)) and name != "epoch" and not name.endswith(TIMES)
     }
+
+
+def user_metrics(evaluated: Mapping[str, object]) -> dict[str, float]:
+    """`quality` without losses: ONNX Runtime computes none."""
+    return {name: value for name, value in quality(evaluated).items() if not name.endswith("loss")}
 
 
 def given_accuracy(metrics: Mapping[str, Mapping[str, object]] | None) -> Accuracy:

@@ -21,8 +21,11 @@ from torch import nn
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.export import ExportReport
+from hf_qat.model.analysis.analysis import Analysis
+from hf_qat.model.analysis.table import cells, decibels
 from hf_qat.publish.accuracy import MEASURED_AS, Accuracy
-from hf_qat.publish.directory import Contents
+from hf_qat.publish.directory import PLOT, Contents
+from hf_qat.publish.figures import figures
 from hf_qat.publish.markdown import in_code, in_text
 from hf_qat.publish.summary import Summary
 from hf_qat.tidl.report import TidlReport
@@ -79,6 +82,7 @@ class CardFacts:
         accuracy: what was measured; `images`: on how many.
         dataset: its id, where the data set itself knows it.
         summary, contents: `None` for a training checkpoint, which has neither.
+        analysis: of each layer against the float model; `None` if there is none.
     """
 
     model: nn.Module
@@ -91,6 +95,7 @@ class CardFacts:
     dataset: str | None
     summary: Summary | None = None
     contents: Contents | None = None
+    analysis: Analysis | None = None
 
 
 def render(facts: CardFacts, options: CardOptions) -> ModelCard:
@@ -110,6 +115,9 @@ def render(facts: CardFacts, options: CardOptions) -> ModelCard:
         target_description=facts.config.target_spec.description,
         metrics=list(dict.fromkeys(name for values in facts.accuracy.values() for name in values)),
         accuracy=[(label, facts.accuracy[key]) for key, label in MEASURED_AS.items() if key in facts.accuracy],
+        plot=PLOT if facts.contents is not None and facts.contents.plot else None,
+        analysis=[] if facts.analysis is None else [cells(layer)[:6] for layer in facts.analysis.layers],
+        output_sqnr="" if facts.analysis is None else decibels(facts.analysis.output_sqnr),
         recipe=yaml.safe_dump(_recipe(facts.config), sort_keys=False, width=math.inf).strip(),
         onnx=None if facts.contents is None else facts.contents.onnx,
         session_options=None if facts.contents is None else facts.contents.onnx.session_options,
@@ -142,13 +150,19 @@ def _metadata(facts: CardFacts, options: CardOptions, task: str) -> ModelCardDat
         base_model=base,
         language=options.language,
         license=options.license,
-        datasets=_listed(options.dataset_tags) or None,
+        datasets=_datasets(facts, options) or None,
         tags=list(dict.fromkeys(tags)),
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=(options.model_name or facts.repo_id.rpartition("/")[2]) if results else None,
         eval_results=results or None,
         **more,
     )
+
+
+def _datasets(facts: CardFacts, options: CardOptions) -> list[str]:
+    """Ids on the Hub: those that the user gave, or the one that the data set knows of itself."""
+    known = [facts.dataset] if facts.dataset and HUB_ID.fullmatch(facts.dataset) else []
+    return _listed(options.dataset_tags) or known
 
 
 def _tags(facts: CardFacts) -> list[str]:
@@ -173,7 +187,7 @@ def _results(facts: CardFacts, options: CardOptions, task: str) -> list[EvalResu
             dataset_args=options.dataset_args,  # type: ignore[arg-type]  # Trainer's are text, and YAML takes it
             metric_type=metric,
             metric_name=f"{metric}, {label.replace('`', '')}",
-            metric_value=value,
+            metric_value=float(figures(value)),
         )
         for key, label in MEASURED_AS.items()
         for metric, value in facts.accuracy.get(key, {}).items()

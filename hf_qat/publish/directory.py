@@ -28,7 +28,7 @@ from hf_qat.tidl.report import TidlReport
 logger = logging.getLogger(__name__)
 
 #: Where things lie in a repository.
-ONNX, TIDL, CARD = "onnx/model.onnx", "tidl", "README.md"
+ONNX, TIDL, CARD, PLOT = "onnx/model.onnx", "tidl", "README.md", "accuracy.png"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Contents:
         why_no_tidl: the reason then; empty for a target that TIDL does not run on.
         processor: whether an image processor is there.
         real_inputs: whether the comparison was on real inputs; else on random ones.
+        plot: whether there is a figure of the accuracy by stage.
     """
 
     onnx: ExportReport
@@ -48,6 +49,7 @@ class Contents:
     why_no_tidl: str
     processor: bool
     real_inputs: bool
+    plot: bool = False
 
 
 def save_model(model: nn.Module, directory: Path, processor: Any | None) -> None:

@@ -15,6 +15,7 @@ from hf_qat.model.schedule import PHASES, QATSchedule, ScheduleState
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.fsdp import gathered
+from hf_qat.trainer.histories import CodeHistory
 from hf_qat.trainer.suspicions import warn_of_few_samples
 
 
@@ -49,6 +50,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         self.schedule: QATSchedule | None = None
         self.progress: dict[str, Any] = {}
         self.initial_scales: Tensor | None = None
+        self.codes = CodeHistory()
 
     def state(self) -> dict[str, Any]:
         """The phase, the step and the number of steps, as plain data."""
@@ -61,6 +63,7 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         model: nn.Module = kwargs["model"]
         self.schedule = QATSchedule(model, state.max_steps)
         self.initial_scales = learned_scales(model)
+        self.codes = CodeHistory()
         self._follow(self.schedule, state, _recorded(state) if state.global_step else {})
         live_until = freezing_of_batch_norm([self], self.schedule.config)
         warn_of_few_samples(model, self.schedule.config, live_until, args, state.max_steps)
@@ -85,12 +88,16 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         Returns:
             `qat_phase`: 0 batch norm live, 1 batch norm frozen, 2 ranges frozen.
             `qat_clipped_weights`: share of weights that lie beyond their codes.
+            `qat_oscillating_weights`: share of weights whose code has turned back since the log before.
             `qat_scale_drift`, where scales are learned: mean |log2(scale / scale when this run began)|.
         """
         if self.schedule is None:
             return {}
         with gathered(model):
-            numbers = {"qat_clipped_weights": clipped_weights(model)}
+            numbers = {
+                "qat_clipped_weights": clipped_weights(model),
+                "qat_oscillating_weights": self.codes.share_turned(model),
+            }
         scales = learned_scales(model)
         if scales is not None and self.initial_scales is not None:
             numbers["qat_scale_drift"] = (scales - self.initial_scales).abs().mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -10,26 +11,40 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer
+from transformers.utils import logging
 
 from hf_qat.config.checkpoint_info import Stage
+from hf_qat.errors import HfQatError
 from hf_qat.files.atomic import whole_directory
 from hf_qat.files.manifest import write_manifest
+from hf_qat.model.analysis.analysis import Analysis
+from hf_qat.model.analysis.analyze import analyze
 from hf_qat.model.conversion import convert
 from hf_qat.model.state import require_stage
-from hf_qat.publish.accuracy import Accuracy
+from hf_qat.publish.accuracy import MEASURED_AS, Accuracy
 from hf_qat.publish.card import CardFacts, CardOptions, render
-from hf_qat.publish.directory import CARD, ONNX, TIDL, write_contents
+from hf_qat.publish.directory import CARD, ONNX, PLOT, TIDL, write_contents
+from hf_qat.publish.figures import save_accuracy
 from hf_qat.publish.summary import summarize
 from hf_qat.tidl.artifacts import ARTIFACTS
+from hf_qat.trainer.fsdp import is_sharded
 from hf_qat.trainer.measuring import measure
 from hf_qat.trainer.suspicions import warn_of_lost_accuracy
 
+
+logger = logging.get_logger(__name__)
 
 #: Where `push_to_hub` exports to, below `output_dir`: beside the checkpoints to resume from, which it does not push.
 EXPORT_DIRECTORY = "export"
 
 #: An exported file is compared with its model on at least so many inputs, or on all there are.
 VERIFIED_INPUTS = 128
+
+#: The analysis of a model card looks at so many batches.
+ANALYZED_BATCHES = 2
+
+#: Where the `datasets` library has a file of the Hub from: `hf://datasets/user/name@revision/path`.
+HUB_FILE = re.compile(r"hf://datasets/([^@]+)@")
 
 #: Names that the `datasets` library gives to what it has read from files, or made of a generator.
 FILE_KINDS = frozenset({"csv", "json", "pandas", "parquet", "text", "imagefolder", "generator"})
@@ -54,7 +69,7 @@ def export(
     given: Accuracy,
     inputs: Sequence[Mapping[str, Any]],
     directory: Path,
-) -> None:
+) -> CardFacts:
     """Write model, ONNX file, TIDL bundle and card to a directory, which appears as a whole or not at all.
 
     All processes take part, and the main one writes.
@@ -67,13 +82,16 @@ def export(
         inputs: real ones, without labels, to verify the file on; in the main process.
         directory: absent, empty, or an earlier export without compiled artifacts.
 
+    Returns:
+        The facts with what was measured and written; in other processes than the main one as they were.
+
     Raises:
         ExportError: the model cannot be expressed as ONNX; the directory holds something else.
     """
     model = facts.model
     if not trainer.is_world_process_zero():
         measure(trainer, facts.measured_as, model, None)
-        return
+        return facts
     target = require_stage(model, Stage.CONVERTED, "export").config.target
     with whole_directory(directory, f"{TIDL}/{target}/{ARTIFACTS}") as made:
         contents = write_contents(model, made, trainer.processing_class, inputs)
@@ -81,9 +99,12 @@ def export(
         warn_of_lost_accuracy(measured, facts.measured_as, facts.images)
         accuracy = {**facts.accuracy, **measured, **given}
         summary = summarize(model, contents.onnx.float_ops)
+        measured = {MEASURED_AS[stage]: accuracy[stage] for stage in MEASURED_AS if stage in accuracy}
+        contents = replace(contents, plot=save_accuracy(measured, made / PLOT))
         facts = replace(facts, accuracy=accuracy, contents=contents, summary=summary)
         render(facts, options).save(made / CARD)
         write_manifest(made)
+    return facts
 
 
 def card_options(given: Mapping[str, Any]) -> CardOptions:
@@ -100,6 +121,29 @@ def card_options(given: Mapping[str, Any]) -> CardOptions:
 
 
 def dataset_name(dataset: object) -> str | None:
-    """The name that a data set of the `datasets` library has of itself, if it is not that of a kind of file."""
+    """What a data set of the `datasets` library is called: its id on the Hub if it came from there, or its own name.
+
+    `None` if it has none, or only that of a kind of file.
+    """
+    info = getattr(dataset, "info", None)
+    for source in getattr(info, "download_checksums", None) or {}:
+        if found := HUB_FILE.match(source):
+            return found[1]
     name = getattr(dataset, "builder_name", None)
     return None if name is None or name in FILE_KINDS else str(name)
+
+
+def analysis_for_card(trainer: Trainer, inputs: Sequence[Mapping[str, Any]]) -> Analysis | None:
+    """Every layer of a trainer's model against itself in float; `None` where there are no inputs for it.
+
+    A model that FSDP2 has split is left alone. All else of an export is of use without it, so a reason why it cannot
+    be had is logged, and not raised.
+    """
+    model = trainer.model
+    if not inputs or model is None or is_sharded(model) or not trainer.is_world_process_zero():
+        return None
+    try:
+        return analyze(model, [dict(batch) for batch in inputs], num_batches=ANALYZED_BATCHES, sensitivity=False)
+    except HfQatError as error:
+        logger.warning(f"The model card has no analysis of the layers: {error}")
+        return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.export.verify import require_onnxruntime
 from hf_qat.files.atomic import put_back, whole_file
 from hf_qat.files.only_writer import only_writer
+from hf_qat.graph.progress import bars_hidden
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.state import require_stage
@@ -113,6 +115,7 @@ class QATTrainer(Trainer):
     model: nn.Module  # from the constructor on, never None
     hub_model_id: Any
     push_in_progress: Any
+    exported: CardFacts | None = None  # what the latest `export` has measured and written, in the main process
 
     def __init__(
         self,
@@ -170,7 +173,12 @@ class QATTrainer(Trainer):
             self._examples = preparing.examples_if_ready(self, model, type(self) is not QATTrainer)
         self._waits = not self._constructed and self._examples is None and preparing.can_wait(self, model)
         if not self._waits:
-            self.distillation = preparing.prepare(self, self._qat_config, self._teacher, self._examples)
+            with self._bars():
+                self.distillation = preparing.prepare(self, self._qat_config, self._teacher, self._examples)
+
+    def _bars(self) -> AbstractContextManager[None]:
+        """Inside, progress is shown where Trainer shows its own: unless `disable_tqdm`, by one process."""
+        return bars_hidden(bool(self.args.disable_tqdm) or not self.is_local_process_zero())
 
     def _prepare_if_it_waits(self, loader: Iterable[Any] | None = None) -> None:
         if self._waits:
@@ -198,7 +206,8 @@ class QATTrainer(Trainer):
             config = require_stage(self.model, Stage.PREPARED, "calibrate").config
             inputs = inputs_of(self, self.model, loader)
             live = untrained_batch_norms(self.model)
-            calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live)
+            with self._bars():
+                calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, beginning with a calibration where the model needs one.
@@ -480,7 +489,9 @@ class QATTrainer(Trainer):
         require_onnxruntime()
         facts = self._facts(self.convert(), directory.name)
         inputs = first_inputs(self, self.model, publishing.VERIFIED_INPUTS)
-        publishing.export(self, facts, options, given, inputs, directory)
+        with self._bars():
+            facts = replace(facts, analysis=publishing.analysis_for_card(self, inputs))
+            self.exported = publishing.export(self, facts, options, given, inputs, directory)
         self.accelerator.wait_for_everyone()
         return directory
 

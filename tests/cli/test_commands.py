@@ -116,6 +116,15 @@ class TestTrain:
         assert len(weights) == 7 and min(weights) > 60
         assert (tmp_path / "a.html").is_file()
 
+    def test_analyze_takes_the_file_too(self, trained, folder, capsys):
+        file = trained / "export/onnx/model.onnx"
+        assert main(["analyze", str(file), "--dataset_name", str(folder / "photos"), "--num_batches", "2"]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert sum(len(line) == 10 and line[1] == "Conv" for line in lines) == 7
+        reference = ["--reference", str(folder / "photos")]
+        assert main(["analyze", str(file), "--dataset_name", str(folder / "photos"), *reference]) == 2
+        assert "hf-qat analyze: error: cannot read" in capsys.readouterr().err
+
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(model, folder, tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path / "out"), "--dry_run", "--num_train_epochs", "2", "--use_cpu"]
@@ -132,6 +141,8 @@ def test_calibrate_needs_no_labels(folder, tmp_path, capsys):
     assert main(["calibrate", *map(str, arguments), "--output_dir", str(tmp_path / "int8")]) == 0
     assert "accuracy" not in capsys.readouterr().out
     assert (tmp_path / "int8" / "onnx" / "model.onnx").is_file()
+    sums = (tmp_path / "int8" / "SHA256SUMS").read_text().splitlines()
+    assert any(line.endswith("  report.html") for line in sums)
 
 
 def test_options_come_from_a_file_and_what_is_typed_wins(model, tmp_path, capsys):

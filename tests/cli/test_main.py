@@ -47,6 +47,25 @@ def test_version_is_that_of_the_package():
     assert (done.returncode, done.stdout) == (0, f"hf_qat {hf_qat.__version__}\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "unloaded"),
+    [
+        (["--help"], {"torch", "transformers", "numpy"}),
+        *(([name, "--help"], {"torch"}) for name in cli.COMMANDS if name != "train"),  # which has all of Trainer's
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_does_not_wait_for_pytorch(arguments, unloaded):
+    program = (
+        "import sys\n"
+        "from hf_qat.cli.main import main\n"
+        f"try: main({arguments})\n"
+        f"except SystemExit: print({unloaded} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("usage: hf-qat") and done.stdout.splitlines()[-1] == "set()"
+
+
 def test_a_bad_option_ends_with_status_2_and_one_line_that_names_it():
     done = command_line("demo", "--sead", "1")
     assert done.returncode == 2

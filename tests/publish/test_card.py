@@ -4,6 +4,7 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.publish.card import CardFacts, CardOptions, render
@@ -13,6 +14,12 @@ from tests.exported import BASE, Exported, tiny_resnet
 @pytest.fixture(scope="module")
 def card(exported: Exported) -> ModelCard:
     return ModelCard.load(exported.directory / "README.md")
+
+
+def described_with(accuracy: dict, dataset: str | None = None, **options: object) -> ModelCard:
+    """The card of a training checkpoint that was measured."""
+    facts = CardFacts(tiny_resnet(), "user/tiny", QATConfig(), {}, "qat", accuracy, 10, dataset)
+    return ModelCard(str(render(facts, CardOptions(**options))))
 
 
 def described(name_or_path: str = "", **options: object) -> ModelCard:
@@ -49,6 +56,40 @@ def test_the_table_has_the_figures_of_the_metadata(card: ModelCard):
     table = {f"accuracy, {label.replace('`', '')}": float(value) for label, value in rows}
     assert table == {result.metric_name: pytest.approx(result.metric_value, 1e-3) for result in card.data.eval_results}
     assert len(table) == 4 and "On the 50 images" in card.text
+
+
+def test_figures_are_rounded_as_a_person_would():
+    card = described_with({"qat": {"accuracy": 98.33333333333333}, "float": {"accuracy": 0.98765432}})
+    values = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert values == {
+        "accuracy, quantized, after training (QAT)": 98.33,
+        "accuracy, float, before quantization": 0.9877,
+    }
+
+
+def test_it_shows_a_plot_of_the_stages_and_a_table_of_the_layers(exported: Exported, card: ModelCard):
+    assert "![Accuracy by stage](accuracy.png)" in card.text
+    with Image.open(exported.directory / "accuracy.png") as picture:
+        assert picture.format == "PNG" and picture.width == 800
+    table = card.text.split("What rounding costs, layer by layer")[1].split("</details>")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    paths = [row[0].strip("|` ") for row in rows]
+    assert {"resnet.embedder.embedder.convolution", "classifier.1"} <= set(paths)
+    assert all(len(row) == 6 for row in rows) and all(float(row[3]) > 10 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "tags", "expected"),
+    [
+        ("ylecun/mnist", None, ["ylecun/mnist"]),
+        ("ylecun/mnist", "a/b", ["a/b"]),
+        ("beans", None, None),
+        (None, None, None),
+    ],
+)
+def test_data_sets_in_the_metadata_are_ids_of_the_hub(dataset, tags, expected):
+    card = described_with({"qat": {"accuracy": 0.5}}, dataset, dataset_tags=tags)
+    assert card.data.datasets == expected
 
 
 def test_the_code_in_it_is_python(card: ModelCard):

@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,24 @@ def test_metrics_are_logged_with_the_loss_and_nowhere_else(tmp_path: Path):
     assert all(0 < entry["qat_scale_drift"] < 0.1 for entry in with_loss)
     others = [entry for entry in trainer.state.log_history if "loss" not in entry]
     assert others and not any(key.startswith("qat_") for entry in others for key in entry)
+
+
+def test_tensorboard_has_the_metrics_of_quantization_under_one_prefix(tmp_path: Path):
+    """Read from the event file itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tensorboard's, of what it imports
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        trainer = trained(tmp_path, Watch(), max_steps=4, logging_steps=2, report_to=["tensorboard"])
+        (file,) = tmp_path.rglob("events.out.tfevents.*")
+        events = EventAccumulator(str(file)).Reload()
+    names = {"phase", "clipped_weights", "oscillating_weights", "scale_drift"}
+    assert {f"train/qat_{name}" for name in names} == {tag for tag in events.Tags()["scalars"] if "qat" in tag}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in names:
+        found = [(event.step, event.value) for event in events.Scalars(f"train/qat_{name}")]
+        assert found == [(entry["step"], pytest.approx(entry[f"qat_{name}"])) for entry in logged]
+    assert [event.value for event in events.Scalars("train/qat_phase")] == [1.0, 2.0]
 
 
 def test_scale_drift_is_the_mean_distance_in_octaves(tmp_path: Path):

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
@@ -17,6 +18,7 @@ from hf_qat.model.state import state_of
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.trainer import publishing as publisher_module
 from hf_qat.trainer.measuring import measure
+from hf_qat.trainer.publishing import dataset_name
 from hf_qat.trainer.trainer import QATTrainer
 from tests.exported import Exported, accuracy, processor, publisher, run
 from tests.models import hand_written
@@ -35,6 +37,7 @@ class TestDirectory:
         assert top == {
             "README.md",
             "SHA256SUMS",
+            "accuracy.png",
             "config.json",
             "model.safetensors",
             "onnx",
@@ -187,6 +190,23 @@ class TestFailures:
         with pytest.raises(ExportError, match="HandWritten is no Hugging Face model"):
             trainer.export(tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+class TestDatasetName:
+    def made(self, **info: object) -> Dataset:
+        dataset = Dataset.from_dict({"x": [1]})
+        for name, value in info.items():
+            setattr(dataset.info, name, value)
+        return dataset
+
+    def test_one_of_the_hub_is_called_by_its_id_there(self):
+        files = {"hf://datasets/ylecun/mnist@77f3279/mnist/test.parquet": {"num_bytes": 1, "checksum": None}}
+        assert dataset_name(self.made(builder_name="parquet", download_checksums=files)) == "ylecun/mnist"
+
+    def test_one_of_a_script_has_its_own_name_and_a_kind_of_file_is_none(self):
+        assert dataset_name(self.made(builder_name="beans")) == "beans"
+        assert dataset_name(self.made(builder_name="imagefolder")) is None
+        assert dataset_name([1, 2]) is None
 
 
 class TestTidl:

@@ -31,6 +31,7 @@ from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
 from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals, stored_way
 from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks, without_user_hooks
+from hf_qat.graph.progress import progress
 from hf_qat.quantization.class_swap import require_free_names
 
 
@@ -129,7 +130,10 @@ def _candidates(
     if _starts_whole(model, inputs, labels, parts):
         call = whole_call(model, inputs)
         try:
-            return [_try(call, [Way(False, call), Way(True, call)], parts)]
+            with progress("Capturing", 1, "part") as bar:
+                whole = _try(call, [Way(False, call), Way(True, call)], parts)
+                bar.update()
+            return [whole]
         except CaptureError as error:
             if parts.paths is not None:
                 raise
@@ -144,16 +148,7 @@ def _candidates(
         if losses and parts.paths is None:  # their own code goes on computing these
             search = Search(parts.excluded, {*search.opened, *losses})
             continue
-        failed: dict[str, CaptureError] = {}
-        for call in calls:
-            if call.path in found or call.path in errors:
-                continue
-            try:
-                found[call.path] = _try(call, seen.ways(call), parts)
-            except CaptureError as error:
-                if parts.paths is not None:
-                    raise
-                failed[call.path] = error
+        failed = _try_all([call for call in calls if call.path not in {*found, *errors}], seen, parts, found)
         errors |= failed
         search = Search(parts.excluded, {*search.opened, *failed})
         if not failed:
@@ -164,6 +159,27 @@ def _candidates(
     if errors:
         _report_float(model, errors)
     return [_with_call(found[call.path], call) for call in captured]
+
+
+def _try_all(
+    calls: list[CallRecord], seen: Rehearsals, parts: Parts, found: dict[str, _Candidate]
+) -> dict[str, CaptureError]:
+    """Add to `found`, by path, the parts that can be captured; returns why the others cannot.
+
+    Raises:
+        CaptureError: one that a checkpoint asks for cannot.
+    """
+    failed: dict[str, CaptureError] = {}
+    with progress("Capturing", len(calls), "part") as bar:
+        for call in calls:
+            try:
+                found[call.path] = _try(call, seen.ways(call), parts)
+            except CaptureError as error:
+                if parts.paths is not None:
+                    raise
+                failed[call.path] = error
+            bar.update()
+    return failed
 
 
 def _starts_whole(model: nn.Module, inputs: Inputs | TwoSizes, labels: Mapping[str, Any], parts: Parts) -> bool:

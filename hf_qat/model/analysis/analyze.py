@@ -14,7 +14,8 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import CalibrationError, StageError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.model.analysis.analysis import Analysis
-from hf_qat.model.analysis.findings import find
+from hf_qat.model.analysis.findings import with_findings
+from hf_qat.model.analysis.histogram import count, histogram, in_codes
 from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.noise import Noise, bounds, energy, measure, sqnr
 from hf_qat.model.analysis.sensitivity import Metric, Sensitivity, output_sqnr, sensitivities
@@ -118,6 +119,7 @@ def _layer(
             lower=lower,
             upper=upper,
             saturated=noise.outside / max(1, noise.count),
+            activations=None if noise.counts is None else histogram(noise.counts, (lower, upper), _codes(quantizer)),
         )
     if site.layer is not None:
         layer = replace(layer, **_weight(model.get_submodule(site.layer), in_float.get_submodule(site.layer)))
@@ -126,14 +128,25 @@ def _layer(
         layer = replace(layer, channels=dead.numel(), dead_channels=int(dead.sum()))
     if sensitivity is not None:
         layer = replace(layer, only_quantized=sensitivity.only_quantized, only_float=sensitivity.only_float)
-    return replace(layer, findings=find(layer))
+    return with_findings(layer)
 
 
 def _weight(layer: Any, in_float: Any) -> dict[str, Any]:
-    """The noise of a layer's rounded weight against the float one, batch norm folded into both."""
-    exact = in_float.float_weight().detach().double()
+    """The noise of a layer's rounded weight against the float one, batch norm folded into both; and its spread."""
+    exact = in_float.float_weight().detach()
     if isinstance(layer, QATLayer):
-        rounded, bits = layer.folded(layer.device_scale())[0], layer.weight_quantizer.spec.bits
+        scale, spec = layer.device_scale(), layer.weight_quantizer.spec
+        rounded = layer.folded(scale)[0].detach()
     else:
-        rounded, bits = layer.weight, layer.weight_spec.bits
-    return {"weight_sqnr": sqnr(energy(exact), energy(rounded.detach() - exact)), "weight_bits": bits}
+        scale, spec, rounded = layer.weight_scale, layer.weight_spec, layer.weight
+    bounds = (float(spec.qmin), float(spec.qmax))
+    counts = count(in_codes(exact, scale, layer.channel_axis), bounds)
+    return {
+        "weight_sqnr": sqnr(energy(exact), energy(rounded.double() - exact.double())),
+        "weight_bits": spec.bits,
+        "weights": histogram(counts, bounds, spec.qmax - spec.qmin + 1),
+    }
+
+
+def _codes(quantizer: Any) -> int:
+    return int(quantizer.spec.qmax - quantizer.spec.qmin + 1)

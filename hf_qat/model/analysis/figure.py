@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_qat.errors import AnalysisError, printable
 from hf_qat.files.atomic import whole_file
+from hf_qat.model.analysis.histogram import Histogram
 from hf_qat.model.analysis.layer import LayerAnalysis
 
 
@@ -20,8 +21,8 @@ LABELS = {2: "nothing conspicuous", 1: "worth a look", 0: "loses accuracy"}
 #: Ratios beyond this many dB are drawn as this many: there is nothing to see in them.
 LARGEST_RATIO = 60.0
 
-#: Inches.
-WIDTH, LINE, MARGIN = 10.0, 0.19, 1.5
+#: Inches: of a figure, of a layer in bars and in histograms, and of what stands around.
+WIDTH, LINE, HISTOGRAM, MARGIN = 10.0, 0.19, 1.6, 1.5
 
 
 def save_figure(layers: Sequence[LayerAnalysis], metric: str, path: Path) -> Path:
@@ -74,6 +75,48 @@ def _bars(panel: Any, values: list[float], colours: list[str], label: str) -> No
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="x", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
+
+
+def draw_histograms(layers: Sequence[LayerAnalysis]) -> Any:
+    """A `matplotlib.figure.Figure`: for each layer its weights and its results, over the numbers that codes stand for.
+
+    Layers without either are left out; `None` if there is no other.
+
+    Raises:
+        AnalysisError: matplotlib is missing.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    shown = [layer for layer in layers if layer.weights is not None or layer.activations is not None]
+    if not shown:
+        return None
+    figure = Figure(figsize=(WIDTH, HISTOGRAM * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 2, squeeze=False)
+    for row, layer in zip(panels, shown, strict=True):
+        _histogram(row[0], layer.weights, f"{layer.path}\nweights, in steps of the codes")
+        _histogram(row[1], layer.activations, f"{layer.path}\nresults, before they are rounded")
+    return figure
+
+
+def _histogram(panel: Any, spread: Histogram | None, title: str) -> None:
+    """Bars on a scale of logarithms, over ticks where codes are; what no code reaches is shaded."""
+    if spread is None:
+        panel.set_axis_off()
+        return
+    width = (spread.upper - spread.lower) / len(spread.counts)
+    starts = [spread.lower + k * width for k in range(len(spread.counts))]
+    panel.bar(starts, spread.counts, width=width, align="edge", color=COLOURS[2], linewidth=0)
+    panel.set_yscale("log")
+    panel.yaxis.set_minor_formatter("")
+    panel.set_ylim(bottom=0.5)
+    panel.vlines(spread.grid, 0.0, 0.08, transform=panel.get_xaxis_transform(), color="black", linewidth=0.4)
+    for start, end in ((spread.lower, spread.first), (spread.last, spread.upper)):
+        panel.axvspan(start, end, color="#dddddd", zorder=0)
+    panel.set_xlim(spread.lower, spread.upper)
+    panel.set_title(printable(title), fontsize=8, loc="left", parse_math=False)
+    panel.tick_params(labelsize=7)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def require_matplotlib() -> None:

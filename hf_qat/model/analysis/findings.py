@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hf_qat.model.analysis.layer import Finding, LayerAnalysis
 
@@ -21,6 +22,11 @@ FAIR_SQNR = 30.0
 
 #: Share of values beyond the range from which it is too narrow, and not just clipped to save steps.
 MUCH_SATURATED = 0.01
+
+
+def with_findings(layer: LayerAnalysis) -> LayerAnalysis:
+    """The same figures, with what is conspicuous about them."""
+    return replace(layer, findings=find(layer))
 
 
 def find(layer: LayerAnalysis) -> tuple[Finding, ...]:

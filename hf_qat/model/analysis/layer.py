@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_qat.model.analysis.histogram import Histogram
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -39,6 +41,8 @@ class LayerAnalysis:
         only_quantized, only_float: the metric with only this site quantized, and with only this site in float; `None`
             if that was not asked for.
         findings: what is conspicuous, the worst first.
+        weights: the float weight in steps of its codes, over all channels; `None` without one.
+        activations: what the quantizer was given; `None` without one.
     """
 
     path: str
@@ -59,6 +63,8 @@ class LayerAnalysis:
     only_quantized: float | None = None
     only_float: float | None = None
     findings: tuple[Finding, ...] = ()
+    weights: Histogram | None = None
+    activations: Histogram | None = None
 
     @property
     def added_noise(self) -> float:

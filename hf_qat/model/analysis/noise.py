@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.model.analysis.histogram import count
 from hf_qat.model.analysis.sites import Site
 from hf_qat.model.batches import run_batches
 from hf_qat.model.switches import fake_quant_disabled
@@ -48,6 +49,7 @@ class Noise:
         own_signal, own_noise: squares of what the quantizer was given, and of what its rounding changed.
         minimum, maximum: of the float values.
         bulk: largest magnitude of all but 0.1 % of the float values (the largest of the batches).
+        counts: of what the quantizer was given, as `histogram.count` gives them; `None` without a quantizer.
         outside: how many of the values that the quantizer was given lie beyond its range; `count`: of so many.
         channel_minimum, channel_maximum: of the quantized values; `None` where they have no channels.
     """
@@ -59,6 +61,7 @@ class Noise:
     minimum: float = math.inf
     maximum: float = -math.inf
     bulk: float = 0.0
+    counts: Tensor | None = None
     outside: int = 0
     count: int = 0
     channel_minimum: Tensor | None = None
@@ -76,6 +79,8 @@ class Noise:
         """Add what a quantizer, whose codes reach from and to `bounds`, was given and returned."""
         self.own_signal += energy(given)
         self.own_noise += energy(returned - given)
+        counts = count(given, bounds)
+        self.counts = counts if self.counts is None else self.counts + counts
         self.outside += int(((given < bounds[0]) | (given > bounds[1])).sum())
         self.count += given.numel()
 

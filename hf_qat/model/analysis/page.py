@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from hf_qat.model.analysis.figure import draw
+from hf_qat.model.analysis.figure import draw, draw_histograms
 from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.table import HEADER, cells, decibels
 from hf_qat.model.in_float import FloatOperation, by_reason
@@ -15,7 +15,7 @@ from hf_qat.model.in_float import FloatOperation, by_reason
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; color: #222; }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem }
 .wide { overflow-x: auto } svg { max-width: 100%; height: auto; min-width: 38rem }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
@@ -54,6 +54,7 @@ def sections(
         "about one bit.</p>",
         "<h2>What to look at first</h2>",
         *_findings(worst),
+        *_histograms(worst),
         "<h2>All layers</h2>",
         f'<div class="wide" id="figure">{as_svg(draw(layers, metric))}</div>',
         f'<div class="wide"><table id="layers">{table_row(HEADER, "th")}',
@@ -72,6 +73,17 @@ def _findings(layers: Sequence[LayerAnalysis]) -> list[str]:
         for layer, finding in found
     ]
     return ['<dl id="findings">', *entries, "</dl>"]
+
+
+def _histograms(layers: Sequence[LayerAnalysis]) -> list[str]:
+    figure = draw_histograms(layers)
+    if figure is None:
+        return []
+    return [
+        "<h3>Their numbers, and the codes for them</h3>",
+        "<p>Black ticks are the numbers that codes stand for; grey is what none reaches. Counts are logarithmic.</p>",
+        f'<div class="wide" id="histograms">{as_svg(figure)}</div>',
+    ]
 
 
 def _in_float(operations: Sequence[FloatOperation]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.plan import join_path
+from hf_qat.graph.progress import progress
 from hf_qat.model.analysis.noise import energy, run, sqnr
 from hf_qat.model.analysis.sites import Site
 from hf_qat.model.switches import only_quantizers
@@ -34,13 +35,15 @@ def sensitivities(model: nn.Module, sites: Sequence[Site], metric: Metric) -> di
         By path of the site; where a quantizer is shared by several sites, they are switched together.
     """
     found = {}
-    for site in sites:
-        own = own_quantizers(model, site)
-        with only_quantizers(model, own):
-            only_quantized = float(metric(model))
-        with only_quantizers(model, {*fake_quantizers(model).values()} - own):
-            only_float = float(metric(model))
-        found[site.path] = Sensitivity(only_quantized, only_float)
+    with progress("Sensitivity", len(sites), "layer") as bar:
+        for site in sites:
+            own = own_quantizers(model, site)
+            with only_quantizers(model, own):
+                only_quantized = float(metric(model))
+            with only_quantizers(model, {*fake_quantizers(model).values()} - own):
+                only_float = float(metric(model))
+            found[site.path] = Sensitivity(only_quantized, only_float)
+            bar.update()
     return found
 
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from hf_qat.cli.demo.shapes import IMAGE_SIZE, KINDS, shapes_dataset
 from hf_qat.cli.tasks import detection
+from tests.patches import train_patches
 
 
 SIZE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -40,12 +41,14 @@ class Detector:
         processor: its image processor.
         steps: of the float training.
         options: of its `TrainingArguments`.
+        begin: (model, rows, steps of the float training) → what is trained before, in place.
     """
 
     make: Callable[[], nn.Module]
     processor: Any
     steps: int
     options: dict[str, Any]
+    begin: Callable[[Any, list[dict[str, Any]], int], None] | None = None
 
 
 def rt_detr(**changes: Any) -> RTDetrForObjectDetection:
@@ -118,8 +121,9 @@ DETECTORS = {
     "YOLOS": Detector(
         yolos,
         YolosImageProcessorPil(size=SIZE, do_pad=False),
-        6000,
+        2500,
         {"learning_rate": 1e-3, "per_device_train_batch_size": 32},
+        begin=lambda model, rows, steps: train_patches(model, rows, -(-steps // 4)),
     ),
 }
 

@@ -106,6 +106,8 @@ class Case:
         model, made = self.detector.make(), self.directory / "float"
         if (made / "config.json").is_file():
             return type(model).from_pretrained(made).eval()
+        if self.detector.begin is not None:
+            self.detector.begin(model, self.train, steps)
         args = arguments(made, max_steps=steps, warmup_steps=min(100, steps // 10), **self.detector.options)
         Trainer(model, args, **self.trainer_arguments()).train()
         model.save_pretrained(made)

@@ -55,7 +55,7 @@ def measure(session: Session, file: Path | None, batch_size: int) -> dict[str, f
 
     evaluated: Any = session.model if file is None else RuntimeModel(session.model, file)
     args = training_arguments("unused", label_names=["labels"], per_device_eval_batch_size=batch_size)
-    metrics: dict[str, float] = Trainer(evaluated.eval(), args, **session.trainer_arguments()).evaluate()
+    metrics: dict[str, float] = Trainer(evaluated.eval(), **session.trainer_arguments(args)).evaluate()
     return metrics
 
 

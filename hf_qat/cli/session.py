@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,33 @@ class Session:
         """A `QATTrainer` of it all.
 
         Raises:
-            ConfigError: a glob of the recipe matches nothing; before the output directory is made.
+            ConfigError: a glob of the recipe matches nothing, or what measures the task is not installed; before the
+                output directory is made.
         """
         config.check_globs([path for path, _ in self.model.named_modules() if path])
-        return QATTrainer(self.model, args, qat_config=config, **self.trainer_arguments())
+        return QATTrainer(self.model, qat_config=config, **self.trainer_arguments(args))
 
     def inputs(self, rows: Iterable[int]) -> dict[str, Any]:
         """A batch of these rows of the train set, without labels."""
         batch = self.task.collate([self.train[row] for row in rows])
         return {name: value for name, value in batch.items() if name != "labels"}
 
-    def trainer_arguments(self) -> dict[str, Any]:
-        """What a Trainer takes beside model and arguments."""
+    def trainer_arguments(self, args: TrainingArguments) -> dict[str, Any]:
+        """What a Trainer takes beside the model; whether it joins batches of an evaluation is set in `args`.
+
+        Raises:
+            ConfigError: what measures the task is not installed.
+        """
+        if self.task.require is not None:
+            self.task.require()
+        args.eval_do_concat_batches = self.task.joins_batches
         return {
+            "args": args,
             "train_dataset": self.train,
             "eval_dataset": self.evaluation,
             "data_collator": self.task.collate,
-            "compute_metrics": self.task.metrics,
+            "compute_metrics": partial(self.task.metrics, self.processor),
+            "preprocess_logits_for_metrics": self.task.measured_outputs,
             "processing_class": self.processor,
         }
 

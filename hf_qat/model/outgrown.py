@@ -2,11 +2,14 @@
 
 A learned scale takes steps of a few percent, and values beyond the range pass no gradient, so a range that was found
 before training can hold a net back that has still to grow. At a few steps each range is therefore observed again, as
-calibration does, on the batch of that step; one that is far too small is set to what was seen.
+calibration does, on the batch of that step; one that is far too small is set to what was seen. As calibration does:
+without labels and in evaluation, because what only training computes (denoising queries of a detector, with boxes far
+off) reaches beyond ranges that are right for the device.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_qat.errors import CalibrationError
-from hf_qat.graph.capture.inputs import device_of
-from hf_qat.graph.capture.modes import buffers_kept
+from hf_qat.graph.capture.inputs import LABEL_NAMES, device_of
+from hf_qat.graph.capture.modes import buffers_kept, evaluating
 from hf_qat.graph.captured import without_user_hooks
 from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.model.untrained import batch_statistics
 from hf_qat.quantization.collectives import min_over_ranks, range_over_ranks
 from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.observers import Observer, make_observer
@@ -104,8 +109,9 @@ def renew_outgrown_ranges(model: nn.Module, call: Call) -> list[str]:
     Collective: all ranks see the ranges of the data of all.
 
     Args:
-        model: prepared and calibrated, in training. It is run once more, which leaves no trace.
-        call: the arguments of a forward call.
+        model: prepared and calibrated, in training. It is run once more, which leaves no trace; in evaluation, with
+            the statistics of the batch where batch norm has them in training.
+        call: the arguments of a forward call; labels go, where forward can do without them.
 
     Returns:
         Paths of the quantizers whose ranges were set. Frozen and fixed ones stay as they are, and so do those that
@@ -132,11 +138,13 @@ def _can_outgrow(quantizer: FakeQuantize) -> bool:
 def _watch(model: nn.Module, call: Call, quantizers: dict[str, FakeQuantize], watches: dict[str, _Watch]) -> bool:
     """Run a call in float, and watch what passes; false in all processes if one finds values without a range."""
     args, kwargs = call
+    inputs = {name: value for name, value in kwargs.items() if name not in _optional_labels(model)}
+    live = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     for path, quantizer in quantizers.items():
         quantizer.observer = watches[path]
     try:
-        with _unseen(model), fake_quant_disabled(model):
-            model(*args, **kwargs)
+        with _unseen(model), evaluating(model), batch_statistics(live), fake_quant_disabled(model), torch.no_grad():
+            model(*args, **inputs)
         found = True
     except CalibrationError:  # a training that diverges goes on, as it would without us
         found = False
@@ -148,6 +156,13 @@ def _watch(model: nn.Module, call: Call, quantizers: dict[str, FakeQuantize], wa
     for watch in watches.values():
         watch.synchronize()
     return True
+
+
+def _optional_labels(model: nn.Module) -> set[str]:
+    """Names of labels that forward does not insist on."""
+    parameters = inspect.signature(model.forward).parameters
+    required = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    return set(LABEL_NAMES - required)
 
 
 @contextmanager

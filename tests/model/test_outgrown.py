@@ -105,3 +105,38 @@ def test_the_latest_call_in_training_is_noted_while_it_is_listened_to():
     assert call.take() == ((), {"x": second})
     model.train()(third)
     assert call.take() is None
+
+
+class Denoising(Net):
+    """With labels it sees every input twice, the second time far off, as detectors do in training."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(x if labels is None else torch.cat([x, 20 * x]))
+
+
+def test_what_only_labels_bring_into_training_makes_no_range_wider():
+    model = Denoising()
+    model(X)
+    labels = torch.zeros(len(X), dtype=torch.int64)
+    model = calibrate(prepare_qat(model, QATConfig(), {"x": X, "labels": labels}), [X]).train()
+    before = scales(model)
+    assert renew_outgrown_ranges(model, ((), {"x": X, "labels": labels})) == []
+    assert all(torch.equal(before[path], scale) for path, scale in scales(model).items())
+    assert renew_outgrown_ranges(model, ((), {"x": 20 * X, "labels": labels}))
+    assert model.training and all(module.training for module in model.modules())
+
+
+class Supervised(Net):
+    """Cannot do without labels."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + labels
+
+
+def test_labels_that_forward_insists_on_are_given():
+    model = Supervised()
+    model(X, torch.zeros(4))
+    model = calibrate(prepare_qat(model, QATConfig(), (X, torch.zeros(16, 4))), [(X, torch.zeros(16, 4))]).train()
+    with torch.no_grad():
+        model.head.weight *= 8
+    assert "head.activation_quantizer" in renew_outgrown_ranges(model, ((), {"x": X, "labels": torch.zeros(16, 4)}))

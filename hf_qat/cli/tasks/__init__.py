@@ -21,7 +21,10 @@ class Task:
         class_names: (data set, column) → the names of the classes; empty where the data set does not say.
         encode: (processor, images, labels) → what a batch of rows becomes: inputs, and `labels` for the model.
         collate: rows as `encode` returns them → a batch.
-        metrics: what is measured, from an `EvalPrediction`; `None` for the loss alone.
+        metrics: (processor, `EvalPrediction`) → what is measured.
+        measured_outputs: (outputs of the model, labels) → those that `metrics` reads; `None` for all.
+        joins_batches: whether `metrics` gets arrays of the whole evaluation set, or lists of batches.
+        require: raises `ConfigError` where a library is missing that `metrics` calls.
     """
 
     auto_class: str
@@ -29,7 +32,10 @@ class Task:
     class_names: Callable[[Any, str], list[str]]
     encode: Callable[[Any, Sequence[Any], Sequence[Any]], dict[str, Any]]
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-    metrics: Callable[[Any], dict[str, float]] | None
+    metrics: Callable[[Any, Any], dict[str, float]]
+    measured_outputs: Callable[[Any, Any], Any] | None = None
+    joins_batches: bool = True
+    require: Callable[[], None] | None = None
 
 
 TASKS = {
@@ -55,7 +61,10 @@ TASKS = {
         detection.class_names,
         detection.encode,
         detection.collate,
-        None,
+        detection.metrics,
+        detection.scores_and_boxes,
+        joins_batches=False,
+        require=detection.require_pycocotools,
     ),
 }
 

@@ -31,7 +31,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def metrics(prediction: Any) -> dict[str, float]:
-    """Accuracy, as a share."""
+def metrics(processor: Any, prediction: Any) -> dict[str, float]:
+    """Accuracy, as a share; the processor is not needed."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     return {"accuracy": float((np.asarray(logits).argmax(-1) == np.asarray(prediction.label_ids)).mean())}

@@ -1,11 +1,21 @@
-"""Object detection: boxes and classes for each image, in COCO's form; measured by the model's own loss."""
+"""Object detection: boxes and classes for each image, in COCO's form; measured by COCO's mean average precision.
+
+Source of the measure: Lin et al., "Microsoft COCO: Common Objects in Context", 2014, as `pycocotools` computes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from hf_qat.errors import ConfigError
 
 
 def class_names(dataset: Any, column: str) -> list[str]:
@@ -49,3 +59,101 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "labels" in rows[0]:
         batch["labels"] = [dict(row["labels"]) for row in rows]
     return batch
+
+
+def require_pycocotools() -> None:
+    """Raise `ConfigError` if what measures detection is not installed."""
+    if find_spec("pycocotools") is None:
+        raise ConfigError(
+            'detection is measured by pycocotools, which is not installed: pip install "hf_qat[detection]".'
+        )
+
+
+def scores_and_boxes(outputs: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """What is measured among a detector's outputs, so that Trainer keeps no more of an evaluation set.
+
+    Args:
+        outputs: as Trainer has them: the values of the model's output without its loss. Of every detector of
+            transformers, `logits` (N, queries, classes) and `pred_boxes` (N, queries, 4) are the first tensors.
+        labels: not read.
+    """
+    logits, boxes = [value for value in outputs if isinstance(value, Tensor)][:2]
+    return logits, boxes
+
+
+def metrics(processor: Any, prediction: Any) -> dict[str, float]:
+    """Mean average precision over overlaps of 0.5, 0.55, …, 0.95 (`map`) and at 0.5 (`map_50`); from 0 to 1.
+
+    Args:
+        processor: turns scores and boxes into detections, as its model means them.
+        prediction: lists of batches: `scores_and_boxes`, and labels as `encode` gives them.
+    """
+    truth: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    image = 0
+    for (logits, boxes), labels in zip(prediction.predictions, prediction.label_ids, strict=True):
+        outputs = SimpleNamespace(logits=torch.as_tensor(logits), pred_boxes=torch.as_tensor(boxes))
+        sizes = torch.stack([torch.as_tensor(label["orig_size"]) for label in labels])
+        detections = processor.post_process_object_detection(outputs, threshold=0.0, target_sizes=sizes)
+        for detected, label, (height, width) in zip(detections, labels, sizes.tolist(), strict=True):
+            image += 1
+            found += [{"image_id": image, **one} for one in _as_coco(detected)]
+            truth += [{"image_id": image, **one} for one in _labelled(label, height, width)]
+    return mean_average_precision(truth, found, image)
+
+
+def _as_coco(detected: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Detections of one image, whose boxes are corners: x, y, x, y."""
+    corners = detected["boxes"].double()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+    classes, scores = detected["labels"].tolist(), detected["scores"].tolist()
+    return [
+        {"category_id": number, "bbox": box, "score": score}
+        for number, box, score in zip(classes, boxes, scores, strict=True)
+    ]
+
+
+def _labelled(label: dict[str, Any], height: float, width: float) -> list[dict[str, Any]]:
+    """Objects of one image, whose boxes are centre, width and height in shares of the image."""
+    boxes = torch.as_tensor(label["boxes"]).double() * torch.tensor([width, height, width, height]).double()
+    boxes[:, :2] -= boxes[:, 2:] / 2
+    classes = torch.as_tensor(label["class_labels"]).tolist()
+    return [
+        {"category_id": number, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for number, box in zip(classes, boxes.tolist(), strict=True)
+    ]
+
+
+def mean_average_precision(
+    truth: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], images: int
+) -> dict[str, float]:
+    """`map` and `map_50` of detections in COCO's form, by `pycocotools`.
+
+    Args:
+        truth: objects: `image_id`, `category_id`, `bbox` (x, y, width, height), `area`, `iscrowd`.
+        found: detections: `image_id`, `category_id`, `bbox`, `score`.
+        images: their number; they are counted from 1.
+
+    Raises:
+        ConfigError: `pycocotools` is not installed.
+    """
+    require_pycocotools()
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    if not found:
+        return {"map": 0.0, "map_50": 0.0}
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": [{"id": number} for number in range(1, images + 1)],
+        "categories": [{"id": number} for number in sorted({one["category_id"] for one in [*truth, *found]})],
+        "annotations": [{"id": number, **one} for number, one in enumerate(truth, 1)],  # 0 means "not matched" there
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes([*found]), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {"map": float(evaluation.stats[0]), "map_50": float(evaluation.stats[1])}

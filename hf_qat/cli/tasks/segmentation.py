@@ -34,8 +34,11 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 
-def metrics(prediction: Any) -> dict[str, float]:
-    """Mean intersection over union of the classes that occur, and the share of pixels that are right."""
+def metrics(processor: Any, prediction: Any) -> dict[str, float]:
+    """Mean intersection over union of the classes that occur, and the share of pixels that are right.
+
+    The processor is not needed.
+    """
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     logits, labels = torch.as_tensor(logits), torch.as_tensor(prediction.label_ids)
     resized = torch.nn.functional.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)

@@ -80,6 +80,9 @@ class QATConfig(QuantizationConfigMixin):
         scale_lr_multiplier: learning rate of learned scales, relative to that of the weights.
         sync_batch_norm: while batch norm follows the data, take the statistics over the batches of all processes of a
             distributed training, not of each alone: for small batches per GPU.
+        save_memory: in training, keep quantized activations as codes until the backward pass, a byte each, and of what
+            is quantized another byte each: less than half of the memory, for a little time. Weights get the same
+            gradients to the last bit, learned scales nearly the same.
         quant_method: always `"hf_qat"`; transformers finds the class by it.
         hf_qat_version: the version that wrote a saved config; `to_dict` puts it there.
         checkpoint: what `save_pretrained` adds to rebuild the model, a `CheckpointInfo` as a dict; no part of the
@@ -118,6 +121,7 @@ class QATConfig(QuantizationConfigMixin):
         distillation_temperature: float = 2.0,
         scale_lr_multiplier: float = 10.0,
         sync_batch_norm: bool = False,
+        save_memory: bool = False,
         quant_method: str = QUANT_METHOD,
         hf_qat_version: str | None = None,
         checkpoint: Mapping[str, Any] | None = None,
@@ -143,6 +147,7 @@ class QATConfig(QuantizationConfigMixin):
         self.distillation_temperature = positive("distillation_temperature", distillation_temperature)
         self.scale_lr_multiplier = positive("scale_lr_multiplier", scale_lr_multiplier)
         self.sync_batch_norm = flag("sync_batch_norm", sync_batch_norm)
+        self.save_memory = flag("save_memory", save_memory)
         self.quant_method = quant_method
         self.checkpoint = None if checkpoint is None else CheckpointInfo.from_dict(checkpoint).to_dict()
         refuse_unknown("QATConfig", unknown, vars(self), hf_qat_version)
@@ -234,6 +239,8 @@ class QATConfig(QuantizationConfigMixin):
             del data["layer_restrictions"], data["symmetric_input"]  # as files were before there were restrictions
         elif self.symmetric_input:
             del data["symmetric_input"]
+        if not self.save_memory:
+            del data["save_memory"]  # so are these
         return {**data, "hf_qat_version": __version__}
 
     def with_checkpoint(self, checkpoint: Mapping[str, Any] | None) -> QATConfig:

@@ -29,6 +29,7 @@ from hf_qat.graph.stored_graph import restore_graph, store_graph
 from hf_qat.quantization.class_swap import MADE_BY, swap_class
 from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+from hf_qat.quantization.saved_codes import codes_for_backward
 
 
 logger = logging.getLogger(__name__)
@@ -260,6 +261,7 @@ class CapturedModule(nn.Module):
         incoming_quantizer: input position → (child, path) of the quantizer that the input carries already.
         output_quantizers: a path below the child per output, `None` where none is carried.
         float_operations: what stays float, and why.
+        saves_memory: keep the codes of quantized tensors for backward, not the tensors.
         places: where each module inside is registered; a graph calls, and reads the parameters of, these very ones.
     """
 
@@ -269,6 +271,7 @@ class CapturedModule(nn.Module):
     output_quantizers: list[str | None]
     float_operations: list[tuple[str, str, str]]
     places: list[Place]
+    saves_memory: bool = False
     _python_signature: inspect.Signature
     _warned_of: set[str]
 
@@ -307,9 +310,11 @@ class CapturedModule(nn.Module):
         """Take the tensors out of the call, run the graph, and rebuild the result of the original forward."""
         call, tensors = flatten_call(self._python_signature, args, kwargs)
         captured = self._graph_for(call, tensors)
-        if not torch.compiler.is_compiling():
-            self._check_places(captured)
-        return captured.compute(self, tensors)
+        if torch.compiler.is_compiling():
+            return captured.compute(self, tensors)
+        self._check_places(captured)
+        with codes_for_backward(self.saves_memory):
+            return captured.compute(self, tensors)
 
     def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
         of_mode = [captured for captured in self.graphs if captured.training == self.training] or self.graphs[:1]

@@ -138,6 +138,7 @@ def _prepare(
     _freeze_quantizers_of_frozen_parts(model)
     for module in captured.values():
         module.remember_places()
+        module.saves_memory = config.save_memory
     initialize_weight_scales(model)
     install_hooks(model)
     object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured), in_python))

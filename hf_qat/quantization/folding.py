@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_qat.quantization.fake_quantize import along, pass_between
+from hf_qat.quantization.saved_codes import BYTE, keep_codes, keeps_codes
 
 
 #: Elements that a CPU works on together. More than a few megabytes of new memory come from the system, page by page,
@@ -39,7 +40,7 @@ def fold_fake_quantize(
 
 
 class _FoldFakeQuantize(torch.autograd.Function):
-    """Saves the weight, which is kept anyway, and the output, which the convolution after it saves, too."""
+    """Saves the weight, which is kept anyway, and the output (or its codes), as the convolution after it does."""
 
     @staticmethod
     def forward(
@@ -47,11 +48,17 @@ class _FoldFakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         size = along(step, weight, axis)
         out = torch.div(weight, size) if multiplier is None else torch.mul(weight, along(multiplier, weight, axis))
+        codes = None
         if torch.compiler.is_compiling():  # see `round_to_codes`
             out = out.round().clamp(qmin, qmax) * size
         else:
-            out.round_().clamp_(qmin, qmax).mul_(size)
-        ctx.save_for_backward(weight, out if step.requires_grad else None, multiplier, step)
+            out.round_().clamp_(qmin, qmax)
+            codes = out.to(torch.int8) if keeps_codes() and qmax - qmin < BYTE else None
+            out.mul_(size)
+        if codes is not None:
+            keep_codes(out, codes, 0, size)
+        kept = out if codes is None else codes
+        ctx.save_for_backward(weight, kept if step.requires_grad else None, multiplier, step)
         ctx.low, ctx.high, ctx.axis = float(qmin), float(qmax), axis
         return out
 
@@ -62,6 +69,8 @@ class _FoldFakeQuantize(torch.autograd.Function):
         channels = torch.ones(weight.shape[ctx.axis], device=weight.device)
         size = along(step * channels, weight, ctx.axis)
         factor = None if multiplier is None else along(multiplier * channels, weight, ctx.axis)
+        if out is not None and out.dtype == torch.int8:
+            out = out.float().mul_(size)
         gradients = _by_formula if torch.compiler.is_compiling() else _in_blocks
         bounds = ctx.low, ctx.high
         dweight, passed, rounded = gradients(weight, grad, out, factor, size, bounds, ctx.axis, by_multiplier)

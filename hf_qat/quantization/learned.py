@@ -75,7 +75,7 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, offset = ctx.saved_tensors
-        scale, unlimited_scale, low, high, span = ctx.values
+        scale, unlimited_scale, low, high, _ = ctx.values
         x, grad = saved.float(), grad.float()
         dx = pass_inside(grad, x, scale, low, high)
         dlog2 = doffset = None
@@ -86,7 +86,12 @@ class _Learned(torch.autograd.Function):
             if unlimited_scale is not scale:
                 dlog2 *= unlimited_scale / scale
         if offset is not None and ctx.needs_input_grad[2]:
-            doffset = (dx.sum() - grad.sum()) * scale * span
-            away = (offset - offset.clamp(0.0, 1.0)) * doffset < 0  # a step goes against the gradient
-            doffset = doffset.masked_fill_(away, 0.0)
+            doffset = offset_gradient(dx.sum() - grad.sum(), offset, ctx.values)
         return (dx.to(saved.dtype) if ctx.needs_input_grad[0] else None), dlog2, doffset, None
+
+
+def offset_gradient(passed: Tensor, offset: Tensor, values: QuantizerValues) -> Tensor:
+    """Gradient of the offset; `passed` is the sum of the gradients that pass, less that of all."""
+    gradient = passed * values.scale * values.span
+    away = (offset - offset.clamp(0.0, 1.0)) * gradient < 0  # a step goes against the gradient
+    return gradient.masked_fill_(away, 0.0)

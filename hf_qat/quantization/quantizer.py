@@ -18,6 +18,8 @@ from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.kernels.operators import traced_fake_quantize
 from hf_qat.quantization.learned import QuantizerValues, learned_fake_quantize, levels
 from hf_qat.quantization.observers import AVERAGING_CONSTANT, RangeCollector, make_observer, synchronized_range
+from hf_qat.quantization.residuals import compact_fake_quantize
+from hf_qat.quantization.saved_codes import BYTE, keep_codes_found, keeps_codes
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -159,6 +161,8 @@ class FakeQuantize(nn.Module):
             x = ACTIVATIONS[activation](x)
         if self.training and not self.frozen and self.tracks_range:
             self._follow(x.detach())
+        if keeps_codes() and 1 < self.spec.qmax - self.spec.qmin < BYTE:
+            return self._compact(x)
         if fuses(x):
             return self._fused(x)
         if self.learned and not self.frozen and torch.is_grad_enabled():
@@ -167,6 +171,18 @@ class FakeQuantize(nn.Module):
                 return traced_fake_quantize(x, self.log2_scale, offset, self._levels(), self._codes())
             return learned_fake_quantize(x, self.log2_scale, offset, self._levels())
         return fake_quantize(x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
+
+    def _compact(self, x: Tensor) -> Tensor:
+        """The same, with codes, and less kept for backward."""
+        if self.spec.fixed_scale is not None:  # softmax and sigmoid keep what they put out
+            out = fake_quantize(x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
+            values = self._levels()
+            keep_codes_found(out, values.scale, values.low, values.span)
+            return out
+        offset = None if self.spec.symmetric else self.offset
+        if not self.learned or self.frozen:
+            return compact_fake_quantize(x, self.log2_scale.detach(), None, self._levels())
+        return compact_fake_quantize(x, self.log2_scale, offset, self._levels())
 
     def _fused(self, x: Tensor) -> Tensor:
         """The same as one kernel each way, which takes the parameters themselves."""

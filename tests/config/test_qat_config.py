@@ -37,7 +37,7 @@ def test_the_defaults_are_the_recipe_of_the_design():
     assert (config.calibration_batches, config.bias_correction) == (32, True)
     assert (config.distillation_weight, config.distillation_temperature) == (0.5, 2.0)
     assert config.scale_lr_multiplier == 10.0
-    assert config.sync_batch_norm is False
+    assert config.sync_batch_norm is False and config.save_memory is False
     assert config.exclude == []
     assert config.overrides == {}
 
@@ -330,6 +330,7 @@ configs = st.builds(
     distillation_temperature=st.floats(0.1, 10),
     scale_lr_multiplier=st.floats(0.01, 100),
     sync_batch_norm=st.booleans(),
+    save_memory=st.booleans(),
 )
 
 

@@ -51,13 +51,13 @@ def fold_constants(model: ModelProto) -> None:
     wanted = [found for name in _in_order(names_read(others), makers) if (found := _folded(name, makers, onnx_graph))]
     values = _evaluate(model, fixed, [one.name for one in wanted if one.name not in outputs])
     room = max(LARGEST_GROWTH, int(LARGEST_SHARE * model.ByteSize()))
-    by_output = {node.output[0]: node for node in graph.node}
+    by_output = {name: node for node in graph.node for name in node.output}
     for one in sorted((one for one in wanted if one.name in values), key=lambda one: values[one.name].nbytes):
         constant = values[one.name] if one.pair is None else _codes(values[one.name], one.pair, onnx_graph)
         room -= constant.nbytes
         if room < 0:
             break
-        name = _in_place_of(by_output[makers[one.name].output[0]], one, onnx_graph)
+        name = _in_place_of(by_output[one.name], one, onnx_graph)
         graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(constant), name))
 
 

@@ -31,6 +31,7 @@ class Case:
         labels: makes the labels; without one there is no loss, and training is on the mean square of the outputs.
         name: to tell several configs of one class apart.
         inputs: what goes in, where that is more than pixels.
+        loss_in_evaluation: whether the class itself takes labels in evaluation.
         exported: whether the chain goes on to ONNX.
         heavy: exported for the table only, not in every test run: it takes long, or is much like another one.
     """
@@ -42,6 +43,7 @@ class Case:
     labels: Labels | None = None
     name: str = ""
     inputs: Callable[[Tensor], dict[str, Any]] = field(default=lambda pixels: {"pixel_values": pixels})
+    loss_in_evaluation: bool = True
     exported: bool = True
     heavy: bool = False
 

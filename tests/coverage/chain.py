@@ -157,7 +157,7 @@ def _compare_captured(row: Row, case: Case, model: nn.Module, reference: nn.Modu
     model.eval()
     differences, losses = [], []
     for batch in (1, 2, 5):
-        inputs = case.labelled(batch, seed=batch)
+        inputs = case.labelled(batch, batch) if case.loss_in_evaluation else case.batch(batch, batch)
         ours, theirs = (_seeded(candidate, inputs) for candidate in (model, reference))
         pairs = zip(tensors(ours), tensors(theirs), strict=True)
         differences += [float((a - b).abs().max()) for a, b in pairs]

@@ -54,6 +54,20 @@ def test_what_constants_decide_is_a_constant_and_codes_stay_codes(case, parse, r
     assert model.SerializeToString() == before
 
 
+def test_both_parts_of_what_is_split_become_constants(parse, run_onnx):
+    body = "a = Add(d, b) p, r = Split<axis = 1>(a) y = Add(x, p) w = Mul(x, r) z = Concat<axis = 0>(y, w)"
+    model = parse(f"{QUERIES} d = DequantizeLinear(c, s, o) {body} }}".replace("[1, 4] x", "[1, 2] x"), opset=17)
+    x = np.array([[1.25, -2]], np.float32)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 2
+    (expected,) = run_onnx(model, x)
+
+    fold_constants(model)
+    drop_dead_nodes(model)
+
+    assert [node.op_type for node in model.graph.node] == ["Add", "Mul", "Concat"]
+    np.testing.assert_array_equal(run_onnx(model, x)[0], expected)
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -52,7 +52,7 @@ def test_train_save_load_and_export(mode: str, tmp_path: Path):
         flags = [word for entry in ("error", *OF_LIBRARIES) for word in ("-W", entry)]
     else:
         flags = ["-O"]
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path), mode]
+    command = [sys.executable, *flags, "-c", SCRIPT, str(tmp_path), mode]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.endswith("done\n")
@@ -60,6 +60,6 @@ def test_train_save_load_and_export(mode: str, tmp_path: Path):
 
 def test_every_public_name_is_imported_without_a_warning():
     code = "import hf_qat; [getattr(hf_qat, name) for name in hf_qat.__all__]; print('done')"
-    result = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "done\n"

@@ -19,6 +19,10 @@ LABELS = 5
 Labels = Callable[[int, int], dict[str, Any]]
 
 
+#: Why a class is not exported.
+SIZES_FROM_DATA = "PyTorch exports the float net neither: shapes depend on values"
+
+
 @dataclass(frozen=True)
 class Case:
     """A tiny model.
@@ -32,7 +36,8 @@ class Case:
         name: to tell several configs of one class apart.
         inputs: what goes in, where that is more than pixels.
         loss_in_evaluation: whether the class itself takes labels in evaluation.
-        exported: whether the chain goes on to ONNX.
+        not_exported: why the chain does not go on to ONNX; empty where it does.
+        images: how many the exported file is compared on.
         heavy: exported for the table only, not in every test run: it takes long, or is much like another one.
     """
 
@@ -44,7 +49,8 @@ class Case:
     name: str = ""
     inputs: Callable[[Tensor], dict[str, Any]] = field(default=lambda pixels: {"pixel_values": pixels})
     loss_in_evaluation: bool = True
-    exported: bool = True
+    not_exported: str = ""
+    images: int = 16
     heavy: bool = False
 
     @property

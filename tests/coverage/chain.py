@@ -35,9 +35,6 @@ from hf_qat.quantization.quantizer import fake_quantizers
 from tests.coverage.case import Case
 
 
-#: Images that the exported file is compared on.
-IMAGES = 16
-
 #: Relative size of the perturbation that an unstable net is measured by.
 PERTURBATION = 1e-5
 
@@ -238,7 +235,7 @@ def _called_batch_norms(case: Case, model: nn.Module) -> list[str]:
 
 
 def _export(row: Row, case: Case, model: nn.Module) -> None:
-    batch = case.batch(IMAGES, seed=3)
+    batch = case.batch(case.images, seed=3)
     expected = outputs(model, batch)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
@@ -278,7 +275,7 @@ def _run_file(path: Path, batch: dict[str, Any], optimizations: Any = PLAIN) -> 
     parts = [
         session.run(None, dict(zip(names, (x[k : k + 1] for x in arrays), strict=True))) for k in range(len(arrays[0]))
     ]
-    return [torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)]
+    return [torch.from_numpy(np.concatenate(list(map(np.atleast_1d, part)))) for part in zip(*parts, strict=True)]
 
 
 def _perturbed(batch: dict[str, Any]) -> dict[str, Any]:

@@ -111,9 +111,8 @@ def _vitpose(**options: Any) -> Any:
     return make
 
 
-def _case(task: str, cls: str, make: Any, size: int = 32, inputs: Any = None, exported: bool = True) -> Case:
-    options = {} if inputs is None else {"inputs": inputs}
-    return Case(task, cls, make, size, heavy=True, exported=exported, **options)
+def _case(task: str, cls: str, make: Any, size: int = 32, **options: Any) -> Case:
+    return Case(task, cls, make, size, heavy=True, **options)
 
 
 DENSE = [
@@ -122,6 +121,7 @@ DENSE = [
         "Key points",
         "SuperPointForKeypointDetection",
         config("SuperPoint", encoder_hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, descriptor_decoder_dim=16),
+        images=1,
     ),
     _case("Key points", "Sapiens2ForPoseEstimation", config("Sapiens2", **SAPIENS2, num_labels=LABELS)),
     _case("Dense prediction", "Sapiens2ForNormalEstimation", config("Sapiens2", **SAPIENS2)),
@@ -138,7 +138,7 @@ DENSE = [
         config("Swin2SR", **{**SWIN, "patch_size": 1, "depths": [1, 1], "window_size": 8}),
     ),
     _case("Segment anything", "SamVisionModel", config("SamVision", **SAM_VISION), 64),
-    _case("Segment anything", "SamModel", _sam("Sam"), 64, _points),
+    _case("Segment anything", "SamModel", _sam("Sam"), 64, inputs=_points),
     _case("Segment anything", "SamHQVisionModel", config("SamHQVision", **SAM_VISION), 64),
     _case("Segment anything", "Sam2HieraDetModel", config("Sam2HieraDet", **HIERA_SAM2), 64),
     _case("Segment anything", "Sam2VisionModel", _sam2_vision, 64),
@@ -158,6 +158,6 @@ DENSE = [
             decoder_num_hidden_layers=1,
             decoder_intermediate_size=32,
         ),
-        exported=False,  # it draws what it hides
+        not_exported="it draws what it hides",
     ),
 ]

@@ -45,5 +45,5 @@ TOWERS = [
         inputs=_patch_sequence,
         heavy=True,
     ),
-    tower("ViTMAEModel", "ViTMAE", **VIT),
+    Case("Vision towers", "ViTMAEModel", config("ViTMAE", **VIT), heavy=True, not_exported="it draws what it hides"),
 ]

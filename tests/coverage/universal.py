@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.coverage.case import LABELS, Case, boxes
+from tests.coverage.case import LABELS, SIZES_FROM_DATA, Case, boxes
 from tests.coverage.classification import SWIN, VIT
 from tests.coverage.detection import DETR, resnet, rf_detr
 from tests.coverage.segmentation import RESNET4, STAGES
@@ -134,8 +134,8 @@ UNIVERSAL = [
     _case("OneFormerForUniversalSegmentation", _oneformer(False), 64, None, inputs=_task),
     _case("OneFormerForUniversalSegmentation", _oneformer(True), 64, inputs=_task_and_texts, name="training"),
     _case("OneFormerModel", _oneformer(False), 64, None, inputs=_task),
-    _case("EomtForUniversalSegmentation", _eomt("Eomt"), 32),
-    _case("EomtDinov3ForUniversalSegmentation", _eomt("EomtDinov3"), 32),
+    _case("EomtForUniversalSegmentation", _eomt("Eomt"), 32, not_exported=SIZES_FROM_DATA),
+    _case("EomtDinov3ForUniversalSegmentation", _eomt("EomtDinov3"), 32, not_exported=SIZES_FROM_DATA),
     _case("DetrForSegmentation", _detr("Detr"), 64, masked_boxes),
     _case("ConditionalDetrForSegmentation", _detr("ConditionalDetr"), 64, masked_boxes),
     _case("RfDetrForInstanceSegmentation", rf_detr, 32, masked_boxes, loss_in_evaluation=False),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.coverage.case import LABELS, Case, Labels, classes
+from tests.coverage.case import LABELS, SIZES_FROM_DATA, Case, Labels, classes
 from tests.coverage.classification import VIT, config
 
 
@@ -67,6 +67,7 @@ VIDEO = [
         ),
         32,
         inputs=_hidden,
+        not_exported=SIZES_FROM_DATA,
         heavy=True,
     ),
     _case("VivitForVideoClassification", "Vivit", classes, **VIVIT),

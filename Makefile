@@ -9,10 +9,10 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := test,quality,plots
+EXTRAS := test,quality,docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test test-all lint bench clean
+.PHONY: help install demo notebook test test-all lint bench docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,8 +22,8 @@ install: $(STAMP) ## make .venv and install everything that the other targets ne
 demo: $(STAMP) ## train, quantize, export and verify a small net on real images
 	@$(BIN)/python -m hf_qat demo $(ARGS)
 
-notebook: $(STAMP) ## run the notebook on a local Hub and keep its outputs
-	$(BIN)/python -W ignore -m tests.notebook
+notebook: $(STAMP) ## run the notebooks on a local Hub and keep their outputs; ARGS=NAME for one
+	$(BIN)/python -W ignore -m tests.notebook $(ARGS)
 
 test: $(STAMP) ## run the tests, without those that are marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
@@ -39,6 +39,13 @@ lint: $(STAMP) ## check style (ruff), types (mypy) and security (bandit)
 
 bench: $(STAMP) ## compare the time of a QAT step with that of a float step
 	$(BIN)/python tests/benchmarks/step_ratio.py $(ARGS)
+
+docs: $(STAMP) ## write the API reference, from the docstrings, into build/docs
+	$(BIN)/python -m tests.reference build/docs
+
+dist: $(STAMP) ## build wheel and sdist into dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -c "import setuptools.build_meta as build; print(build.build_sdist('dist'))"
 
 clean: ## remove .venv, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from hf_qat import QATConfig, QATTrainer
 from hf_qat.cli.demo.digits import LABELS, Task, make_processor, make_task
 from hf_qat.cli.demo.run import quiet
 from hf_qat.cli.demo.training import LEARNING_RATE, arguments, compute_metrics, make_model
+from hf_qat.publish.directory import CARD, PLOT
 
 
 HERE = Path(__file__).parent
@@ -52,7 +53,9 @@ def render(name: str, model: PreTrainedModel, target: str, task: Task, work: Pat
     exported = trainer.export(
         work / "exported" / name, metrics={"float": measured}, dataset="Handwritten digits (scikit-learn)"
     )
-    shutil.copy(exported / "README.md", HERE / f"{name}.md")
+    card = (exported / CARD).read_text(encoding="utf-8").replace(f"]({PLOT})", f"]({name}.png)")
+    (HERE / f"{name}.md").write_text(card, encoding="utf-8")
+    shutil.copy(exported / PLOT, HERE / f"{name}.png")
 
 
 def main() -> None:

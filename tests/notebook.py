@@ -1,11 +1,12 @@
-"""Run the notebook from a clean kernel on a Hub of its own, and keep its real outputs.
+"""Run notebooks from a clean kernel on a Hub of their own, and keep their real outputs.
 
-python -m tests.notebook
+python -m tests.notebook [NAME…]
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,22 +18,23 @@ from tests.hub.server import HubServer
 
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "qat_digits_to_hub.ipynb"
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
 
-#: Of the whole notebook.
+#: Of a whole notebook.
 SECONDS = 280
 
 
-def execute(directory: Path) -> tuple[NotebookNode, HubServer]:
+def execute(name: str, directory: Path) -> tuple[NotebookNode, HubServer]:
     """Run all cells, top to bottom.
 
     Args:
+        name: of the notebook, a key of `NOTEBOOKS`.
         directory: where the kernel works.
 
     Returns:
         The notebook with what the cells printed, and the Hub as the notebook left it.
     """
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with HubServer() as hub:
         environment = {**os.environ, **hub.environment(directory / "home"), "PYTHONPATH": python_path}
@@ -41,15 +43,16 @@ def execute(directory: Path) -> tuple[NotebookNode, HubServer]:
     return notebook, hub
 
 
-def main() -> None:
-    """Write the outputs into the notebook."""
-    with tempfile.TemporaryDirectory() as directory:
-        notebook, _ = execute(Path(directory))
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)  # times of day
-    notebook.metadata.pop("language_info", None)
-    nbformat.write(notebook, NOTEBOOK)
+def main(names: list[str]) -> None:
+    """Write the outputs into the notebooks; into all without a name."""
+    for name in names or NOTEBOOKS:
+        with tempfile.TemporaryDirectory() as directory:
+            notebook, _ = execute(name, Path(directory))
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # times of day
+        notebook.metadata.pop("language_info", None)
+        nbformat.write(notebook, NOTEBOOKS[name])
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -49,8 +49,11 @@ def test_importing_the_package_loads_no_model_code_and_nothing_that_only_some_ne
     "imports",
     [
         "import hf_qat; from transformers.quantizers.auto import *",
-        "from transformers.quantizers.auto import *; import hf_qat",
-        "import hf_qat; from transformers import PreTrainedModel; from transformers.quantizers.auto import *",
+        pytest.param("from transformers.quantizers.auto import *; import hf_qat", marks=pytest.mark.slow),
+        pytest.param(
+            "import hf_qat; from transformers import PreTrainedModel; from transformers.quantizers.auto import *",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_importing_the_package_registers_it_with_transformers(imports):
@@ -61,7 +64,13 @@ def test_importing_the_package_registers_it_with_transformers(imports):
     assert run(program) == "hf_qat.checkpoints.hf_quantizer QATConfig"
 
 
-@pytest.mark.parametrize("imports", ["from hf_qat.config.qat_config import QATConfig", "from hf_qat import QATConfig"])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from hf_qat.config.qat_config import QATConfig",
+        pytest.param("from hf_qat import QATConfig", marks=pytest.mark.slow),
+    ],
+)
 def test_a_recipe_knows_our_observers_wherever_it_is_imported_from(imports):
     program = f"{imports}; print(QATConfig(activations={{'observer': 'percentile'}}).activation_scheme.observer)"
     assert run(program) == "percentile"

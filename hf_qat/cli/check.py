@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_qat.cli.options_file import parse_with_config
 from hf_qat.files.atomic import whole_file
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
         HfQatError: no such device, the file is no ONNX, or the JSON file cannot be written.
         SystemExit: 1 if TIDL refuses the file; 2 for wrong options; 0 after `--help`.
     """
-    options = _parser().parse_args(argv)
+    options = parse_with_config(_parser(), argv)
     from hf_qat.tidl.check import check_tidl  # so that --help need not wait for its imports
 
     report = check_tidl(options.file, options.target)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_qat.cli.options_file import parse_with_config
+
 
 def main(argv: Sequence[str]) -> None:
     """Export, verify on ONNX Runtime, and print the report.
@@ -17,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
         HfQatError: no int8 checkpoint, or it cannot be expressed as ONNX.
         SystemExit: wrong options, or `--help`.
     """
-    options = _parser().parse_args(argv)
+    options = parse_with_config(_parser(), argv)
     from hf_qat.cli.arguments import ModelArguments  # so that --help need not wait for its imports
     from hf_qat.cli.session import load_model
     from hf_qat.cli.tasks import find_task

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from hf_qat.cli.options_file import parse_with_config
 from hf_qat.errors import HfQatError
 
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         OSError: the output cannot be written.
         SystemExit: wrong options, or `--help`.
     """
-    options = _parser().parse_args(argv)
+    options = parse_with_config(_parser(), argv)
     missing = [package for module, package in REQUIREMENTS.items() if find_spec(module) is None]
     if missing:
         raise HfQatError(f'the demo needs {", ".join(missing)}, not installed here: pip install "hf_qat[demo]"')

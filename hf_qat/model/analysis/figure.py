@@ -122,4 +122,4 @@ def _histogram(panel: Any, spread: Histogram | None, title: str) -> None:
 def require_matplotlib() -> None:
     """Raise `AnalysisError` if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        raise AnalysisError('figures are drawn by matplotlib, which is not installed: pip install "hf_qat[plots]".')
+        raise AnalysisError('figures are drawn by matplotlib, which is not installed: pip install "hf_qat[report]".')

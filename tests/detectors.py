@@ -39,6 +39,7 @@ class Detector:
     Attributes:
         make: a new one.
         processor: its image processor.
+        images: so many it learns from.
         steps: of the float training.
         options: of its `TrainingArguments`.
         begin: (model, rows, steps of the float training) → what is trained before, in place.
@@ -46,6 +47,7 @@ class Detector:
 
     make: Callable[[], nn.Module]
     processor: Any
+    images: int
     steps: int
     options: dict[str, Any]
     begin: Callable[[Any, list[dict[str, Any]], int], None] | None = None
@@ -115,12 +117,14 @@ DETECTORS = {
     "RT-DETR": Detector(
         rt_detr,
         RTDetrImageProcessorPil(size=SIZE),
+        2400,
         1200,
         {"learning_rate": 1e-3, "max_grad_norm": 0.1, "per_device_train_batch_size": 16},
     ),
     "YOLOS": Detector(
         yolos,
         YolosImageProcessorPil(size=SIZE, do_pad=False),
+        2400,
         2500,
         {"learning_rate": 1e-3, "per_device_train_batch_size": 32},
         begin=lambda model, rows, steps: train_patches(model, rows, -(-steps // 4)),

@@ -50,6 +50,9 @@ DRAWN_SCORE = 0.5
 #: So many images are drawn, twice as large.
 DRAWN, SCALE = 8, 2
 
+#: So many images go into a bundle, to calibrate by.
+FRAMES = 8
+
 
 @dataclass(frozen=True)
 class Row:
@@ -144,11 +147,11 @@ def quantized(case: Case, target: str) -> Iterator[Row]:
         file = directory / f"{stage}.onnx"
         converted = trainer.convert()
         export_onnx(converted, file, example)
+        if stage == "QAT" and target != "int8":
+            frames = [{"pixel_values": row["pixel_values"][None]} for row in case.train[:FRAMES]]
+            export_tidl(converted, directory / "bundle", target, frames, case.detector.processor)
+            (directory / "tidl.txt").write_text(str(check_tidl(file, target)), encoding="utf-8")
         yield case.row(target, stage, trainer.evaluate(), file)
-    if target != "int8":
-        frames = [{"pixel_values": row["pixel_values"][None]} for row in case.train[:DRAWN]]
-        export_tidl(converted, directory / "bundle", target, frames, case.detector.processor)
-        (directory / "tidl.txt").write_text(str(check_tidl(file, target)), encoding="utf-8")
 
 
 def run(cases: Sequence[Case], steps: int | None, results: Path) -> list[Row]:
@@ -251,9 +254,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("detection"), help="where to; default: detection")
     parser.add_argument("--detectors", nargs="+", default=list(DETECTORS), choices=list(DETECTORS))
-    parser.add_argument("--train_images", type=int, default=2400)
+    parser.add_argument("--train_images", type=int, help="instead of the detector's own number")
     parser.add_argument("--test_images", type=int, default=400)
-    parser.add_argument("--steps", type=int, help="of the float training")
+    parser.add_argument("--steps", type=int, help="of the float training, instead of the detector's own")
     parser.add_argument("--qat_steps", type=int, default=300)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -261,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Case(
             name,
             DETECTORS[name],
-            encoded(DETECTORS[name].processor, options.train_images, TRAIN_SEED),
+            encoded(DETECTORS[name].processor, options.train_images or DETECTORS[name].images, TRAIN_SEED),
             encoded(DETECTORS[name].processor, options.test_images, TEST_SEED),
             options.directory / name,
             options.qat_steps,

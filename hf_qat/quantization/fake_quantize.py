@@ -113,13 +113,22 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
-    """`grad` where `low * step < x < high * step`, else 0, as a new tensor; one pass where the bounds are numbers."""
+def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, spent: Tensor | None = None) -> Tensor:
+    """`grad` where `low * step < x < high * step`, else 0; one pass where the bounds are numbers.
+
+    It is a new tensor, or written into `spent`, which has the sizes of `x`: a CPU takes longer to get new memory from
+    the system than to write it.
+    """
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return _where_between(grad, torch.div(x, step), low, high)
     if _is_cheap(step):
         unit = float(step)
-        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, low * unit, high * unit)
+        bounds = low * unit, high * unit
+        passed: Tensor
+        if spent is None:
+            passed = torch.ops.aten.hardtanh_backward(grad, x, *bounds)
+        else:
+            passed = torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=spent)
         return passed
     return pass_between(grad, torch.div(x, step), low, high)
 

@@ -5,14 +5,13 @@ Folding: Krishnamoorthi 2018, §3.2.2. Learned scales: LSQ, Esser et al. 2020, e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_qat.quantization.fake_quantize import along, pass_between
-from hf_qat.quantization.saved_codes import BYTE, keep_codes, keeps_codes
+from hf_qat.quantization.saved_codes import fits_byte, keep_codes, keeps_codes
 
 
 #: Elements that a CPU works on together. More than a few megabytes of new memory come from the system, page by page,
@@ -53,7 +52,7 @@ class _FoldFakeQuantize(torch.autograd.Function):
             out = out.round().clamp(qmin, qmax) * size
         else:
             out.round_().clamp_(qmin, qmax)
-            codes = out.to(torch.int8) if keeps_codes() and qmax - qmin < BYTE else None
+            codes = out.to(torch.int8) if keeps_codes() and fits_byte(qmin, qmax) else None
             out.mul_(size)
         if codes is not None:
             keep_codes(out, codes, 0, size)
@@ -66,9 +65,8 @@ class _FoldFakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, out, multiplier, step = ctx.saved_tensors
         by_multiplier = ctx.needs_input_grad[1]
-        channels = torch.ones(weight.shape[ctx.axis], device=weight.device)
-        size = along(step * channels, weight, ctx.axis)
-        factor = None if multiplier is None else along(multiplier * channels, weight, ctx.axis)
+        size = _of_channels(step, weight, ctx.axis)
+        factor = None if multiplier is None else _of_channels(multiplier, weight, ctx.axis)
         if out is not None and out.dtype == torch.int8:
             out = out.float().mul_(size)
         gradients = _by_formula if torch.compiler.is_compiling() else _in_blocks
@@ -112,26 +110,61 @@ def _in_blocks(
     by_multiplier: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of the weight, and sums per channel for the multiplier and, where there is an `out`, for the step."""
-    low, high = bounds
-    dweight = torch.empty_like(weight)
+    blocks = _blocks(weight, axis)
+    if len(blocks) == 1:
+        return _in_one_block(weight, grad, out, factor, size, bounds, axis, by_multiplier)
+    dweight, products = torch.empty_like(weight), None
     passed, rounded = [], []
-    for rows in _blocks(weight, axis):
-        w, g, dy = weight[rows], grad[rows], dweight[rows]
-        torch.div(w, size[rows], out=dy) if factor is None else torch.mul(w, factor[rows], out=dy)
-        products = torch.empty_like(dy)
-        if (
-            out is not None and factor is None
-        ):  # one sum of what rounding does: the difference of two sums would cancel
-            pass_between(w, products.copy_(dy), low, high)
-            rounded.append(_sum_to(torch.sub(out[rows], products, out=products).mul_(g), axis))
-        pass_between(g, dy, low, high)
-        if by_multiplier:
-            passed.append(_sum_to(torch.mul(dy, w, out=products), axis))
-        if out is not None and factor is not None:
-            rounded.append(_sum_to(torch.mul(g, out[rows], out=products), axis))
-        if factor is not None:
-            dy.mul_(factor[rows] * size[rows])
-    return dweight, torch.cat(passed) if passed else None, torch.cat(rounded) if rounded else None
+    for rows in blocks:
+        w, dy = weight[rows], dweight[rows]
+        products = torch.empty_like(dy) if products is None else products[: len(dy)]
+        per_channel = None if factor is None else factor[rows], size[rows]
+        part = None if out is None else out[rows]
+        _, p, r = _in_one_block(w, grad[rows], part, *per_channel, bounds, axis, by_multiplier, (dy, products))
+        passed.append(p)
+        rounded.append(r)
+    return dweight, _joined(passed), _joined(rounded)
+
+
+def _joined(sums: list[Tensor | None]) -> Tensor | None:
+    found = [part for part in sums if part is not None]
+    return torch.cat(found) if found else None
+
+
+def _in_one_block(
+    weight: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    factor: Tensor | None,
+    size: Tensor,
+    bounds: tuple[float, float],
+    axis: int,
+    by_multiplier: bool,
+    memory: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same of some of the channels; the gradient and intermediate products are written into `memory`, if given."""
+    low, high = bounds
+    dy, products = memory
+    passed = rounded = None
+    if factor is None:
+        dy = torch.div(weight, size, out=dy)
+        if out is not None:  # one sum of what rounding does: the difference of two sums would cancel
+            products = dy.clone() if products is None else products.copy_(dy)
+            pass_between(weight, products, low, high)
+            rounded = _sum_to(torch.sub(out, products, out=products).mul_(grad), axis)
+        return pass_between(grad, dy, low, high), None, rounded
+    dy = pass_between(grad, torch.mul(weight, factor, out=dy), low, high)
+    if by_multiplier:
+        products = torch.mul(dy, weight, out=products)
+        passed = _sum_to(products, axis)
+    if out is not None:
+        rounded = _sum_to(torch.mul(grad, out, out=products), axis)
+    return dy.mul_(factor * size), passed, rounded
+
+
+def _of_channels(parameter: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """One value for each channel, () or (C,), to broadcast with the weight along all other axes."""
+    return along(parameter if parameter.dim() else parameter.expand(weight.shape[axis]), weight, axis)
 
 
 def _shaped(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -146,9 +179,9 @@ def _sum_to(x: Tensor, axis: int) -> Tensor:
     return x.sum(others) if others else x.clone()
 
 
-def _blocks(weight: Tensor, axis: int) -> Iterator[slice]:
+def _blocks(weight: Tensor, axis: int) -> list[slice]:
     """Parts of a weight along its first axis; one part on a GPU, and where the channels are another axis."""
     count = weight.shape[0]
     together = axis == 0 and weight.device.type == "cpu"
     rows = max(1, BLOCK * count // weight.numel()) if together else count
-    return (slice(start, start + rows) for start in range(0, count, rows))
+    return [slice(start, start + rows) for start in range(0, count, rows)]

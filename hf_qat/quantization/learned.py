@@ -77,14 +77,16 @@ class _Learned(torch.autograd.Function):
         saved, offset = ctx.saved_tensors
         scale, unlimited_scale, low, high, _ = ctx.values
         x, grad = saved.float(), grad.float()
-        dx = pass_inside(grad, x, scale, low, high)
-        dlog2 = doffset = None
+        spent = dlog2 = doffset = None
         if ctx.needs_input_grad[1]:
             # One sum of what rounding does to each value: the difference of two sums would cancel.
-            change = round_to_codes(x, scale, low, high).sub_(pass_inside(x, x, scale, low, high))
+            spent = pass_inside(x, x, scale, low, high)
+            change = round_to_codes(x, scale, low, high).sub_(spent)
             dlog2 = torch.dot(grad.reshape(-1), change.reshape(-1)) * math.log(2.0)
             if unlimited_scale is not scale:
                 dlog2 *= unlimited_scale / scale
+        alike = spent is not None and spent.stride() == grad.stride()
+        dx = pass_inside(grad, x, scale, low, high, spent if alike else None)
         if offset is not None and ctx.needs_input_grad[2]:
             doffset = offset_gradient(dx.sum() - grad.sum(), offset, ctx.values)
         return (dx.to(saved.dtype) if ctx.needs_input_grad[0] else None), dlog2, doffset, None

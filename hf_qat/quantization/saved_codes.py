@@ -91,6 +91,11 @@ def keep_codes(out: Tensor, codes: Tensor, shift: float | Tensor, step: Tensor) 
     setattr(out.untyped_storage(), _CODES, Codes(codes, shift, step, out.dtype, out._version))
 
 
+def fits_byte(qmin: int, qmax: int) -> bool:
+    """Whether these codes are int8 as they are."""
+    return -BYTE // 2 <= qmin and qmax < BYTE // 2
+
+
 def byte_shift(low: float | Tensor, span: int) -> float | Tensor:
     """What codes of which the lowest is `low`, and the highest `span` above it, are moved by into an int8."""
     return low + (span + 1) // 2

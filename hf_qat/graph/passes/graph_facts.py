@@ -28,6 +28,12 @@ from hf_qat.graph.rules import (
 from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer
 
 
+#: Operations whose second argument says where the first one is read: of 256 steps, one is a tenth of a pixel and more.
+TAKES_A_GRID = ("grid_sampler", "grid_sampler_2d")
+
+#: Operations that add.
+SUMS = ("add", "sub")
+
 LAYER = Rule(Kind.LAYER, "layer")
 NORM = Rule(Kind.COMPUTE, "batch_norm")
 
@@ -54,6 +60,8 @@ class GraphFacts:
         self.rules |= dict.fromkeys(self._error_amplifying, FLOAT)
         self._epsilon_guards = self._epsilon_guard_nodes()
         self.rules |= dict.fromkeys(self._epsilon_guards, FLOAT)
+        self._after_logarithm = self._after_logarithm_nodes()
+        self.rules |= dict.fromkeys(self._after_logarithm, FLOAT)
         self.prelude = find_preludes(self.nodes, self.rules, self.static)
         self._returned = long_results(self.nodes, self.rules)
         self._masks = masks_alone(self.nodes, self.prelude, self.rules, self.static)
@@ -157,9 +165,11 @@ class GraphFacts:
         if node in self._returned:
             return "many probabilities, which are returned"
         if node in self._error_amplifying:
-            return "belongs to the logarithm, root, power or sine after it"
+            return "belongs to the logarithm, root, power, sine or sampling grid after it"
         if node in self._epsilon_guards:
             return "keeps a divisor away from 0"
+        if node in self._after_logarithm:
+            return "belongs to the logarithm before it"
         plan = self._owner_plan(node)
         return plan.why if plan.excluded else FLOAT_REASONS.get(operation_name(node), "no rule")
 
@@ -188,10 +198,10 @@ class GraphFacts:
         return static
 
     def _error_amplifying_nodes(self) -> set[fx.Node]:
-        """Nodes that feed nothing but logarithms, roots and powers, through simple arithmetic."""
+        """Nodes that feed nothing but logarithms, roots, powers and sampling grids, through simple arithmetic."""
         amplified: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            after = amplified | {user for user in node.users if operation_name(user) in ERROR_AMPLIFYING}
+            after = amplified | {user for user in node.users if _amplifies(user, node)}
             feeds = bool(node.users) and all(user in after for user in node.users)
             if feeds and (self.rules[node].name in BEFORE_ERROR_AMPLIFYING or self.rules[node].kind is Kind.PASS):
                 amplified.add(node)
@@ -210,6 +220,22 @@ class GraphFacts:
                     guards.add(divisor)
         return guards
 
+    def _after_logarithm_nodes(self) -> set[fx.Node]:
+        """Sums with a logarithm, the sigmoid of them, and what joins nothing else: how detectors refine boxes.
+
+        Logarithms of what is near 0 make the range so wide that one of 256 steps moves a box by two percent of the
+        image.
+        """
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            sources = {self.source(given) for given in node.all_input_nodes}
+            sums = {source for source in sources & found if self.rules[source].name in SUMS}
+            wide = sums or any(operation_name(source) == "log" for source in sources)
+            refines = bool(wide) and self.rules[node].name in (*SUMS, "sigmoid") and self.is_quantized(node)
+            if refines or (self.rules[node].kind is Kind.JOIN and sources <= found):
+                found.add(node)
+        return found
+
     def _fuses_into_division(self, node: fx.Node) -> bool:
         """Whether an epsilon is added to a divisor on the way into the division."""
         alone = node in self._epsilon_guards and len(node.users) == 1 and len(node.all_input_nodes) == 1
@@ -225,6 +251,12 @@ class GraphFacts:
             if rule.non_negative or (inherited and all(number >= 0 for number in _operands(node, rule))):
                 known.add(node)
         return known
+
+
+def _amplifies(user: fx.Node, node: fx.Node) -> bool:
+    """Whether a small error of `node` is a large one of what `user` makes of it."""
+    name = operation_name(user)
+    return name in ERROR_AMPLIFYING or (name in TAKES_A_GRID and node is user.args[1] and node is not user.args[0])
 
 
 def _makes_numbers(node: fx.Node) -> bool:

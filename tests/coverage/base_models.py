@@ -34,6 +34,9 @@ FAMILIES = (
     "PPDocLayoutV3",
 )
 
+#: Families whose base model is not exported, and why.
+NOT_EXPORTED = {"MaskFormerSwin": "refused: it returns sizes beside tensors"}
+
 #: Families that predict hidden patches.
 MASKED = ("Beit", "DeiT", "FocalNet", "Swin", "Swinv2", "ViT")
 
@@ -58,7 +61,10 @@ def first_of(family: str, cases: Iterable[Case]) -> Case:
 
 
 def _base(case: Case, family: str) -> Case:
-    return Case("Base models", f"{family}Model", case.config, case.size, inputs=case.inputs, heavy=True)
+    why = NOT_EXPORTED.get(family, "")
+    return Case(
+        "Base models", f"{family}Model", case.config, case.size, inputs=case.inputs, not_exported=why, heavy=True
+    )
 
 
 def _masked(case: Case, family: str) -> Case:

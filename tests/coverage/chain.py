@@ -236,7 +236,7 @@ def _called_batch_norms(case: Case, model: nn.Module) -> list[str]:
 
 def _export(row: Row, case: Case, model: nn.Module) -> None:
     batch = case.batch(case.images, seed=3)
-    expected = outputs(model, batch)
+    expected = _one_by_one(model, batch)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         with warnings.catch_warnings():
@@ -251,14 +251,14 @@ def _export(row: Row, case: Case, model: nn.Module) -> None:
     results = [found[k] for k in chosen]
     row.rms = relative_rms(results, expected)
     row.optimized = relative_rms([fused[k] for k in chosen], expected)
-    row.sensitivity = relative_rms(outputs(model, _perturbed(batch)), expected)
+    row.sensitivity = relative_rms(_one_by_one(model, _perturbed(batch)), expected)
     differences = [float((a - b).abs().max()) for a, b in zip(results, expected, strict=True)]
     row.lsb = max((round(d / steps[k]) for d, k in zip(differences, chosen, strict=True) if steps[k]), default=None)
 
 
 def _predictions(names: list[str], values: list[Tensor]) -> list[int]:
     """Positions of the outputs that `tensors` picks from the model's."""
-    floating = [k for k, value in enumerate(values) if value.is_floating_point()]
+    floating = [k for k, value in enumerate(values) if value.is_floating_point() and not names[k].startswith("loss")]
     chosen = [k for k in floating if any(names[k] == p or names[k].startswith(f"{p}_") for p in PREDICTIONS)]
     return chosen or floating
 
@@ -270,12 +270,27 @@ def _run_file(path: Path, batch: dict[str, Any], optimizations: Any = PLAIN) -> 
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    arrays = [leaf.numpy() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     names = [value.name for value in session.get_inputs()]
-    parts = [
-        session.run(None, dict(zip(names, (x[k : k + 1] for x in arrays), strict=True))) for k in range(len(arrays[0]))
+    parts = []
+    for image in _images(batch):
+        arrays = [leaf.numpy() for leaf in pytree.tree_leaves(image) if isinstance(leaf, Tensor)]
+        parts.append(map(torch.from_numpy, map(np.asarray, session.run(None, dict(zip(names, arrays, strict=True))))))
+    return [torch.cat(list(map(torch.atleast_1d, part))) for part in zip(*parts, strict=True)]
+
+
+def _one_by_one(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    """What `outputs` gives of each image, one after the other, as `_run_file` puts them together."""
+    parts = [outputs(model, image) for image in _images(batch)]
+    return [torch.cat(list(map(torch.atleast_1d, part))) for part in zip(*parts, strict=True)]
+
+
+def _images(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Batches of one."""
+    size = next(len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+    return [
+        pytree.tree_map(lambda leaf, k=k: leaf[k : k + 1] if isinstance(leaf, Tensor) else leaf, batch)
+        for k in range(size)
     ]
-    return [torch.from_numpy(np.concatenate(list(map(np.atleast_1d, part)))) for part in zip(*parts, strict=True)]
 
 
 def _perturbed(batch: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,10 @@ from pathlib import Path
 from hf_qat.model.in_float import FloatOperation, by_reason
 
 
+#: A relative change of inputs that nobody sees: what a model makes of it, it may make of another order of sums.
+PERTURBATION = 1e-5
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How far ONNX Runtime, in one setting, agrees with torch.
@@ -42,6 +46,8 @@ class ExportReport:
         samples: number of inputs that were compared; 0 without verification.
         plain: agreement with ONNX Runtime's optimizations off: nothing but the order of float sums may differ.
         optimized: agreement with all of them on, which is how most people run the file.
+        sensitivity: the `Agreement.relative_error` of the model in torch against itself, its inputs changed by
+            `PERTURBATION`; 0 where nothing asked for it.
         session_options: entries for `SessionOptions.add_session_config_entry` without which ONNX Runtime does not load
             the file with optimizations on.
     """
@@ -55,6 +61,7 @@ class ExportReport:
     samples: int = 0
     plain: Agreement | None = None
     optimized: Agreement | None = None
+    sensitivity: float = 0.0
     session_options: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -85,6 +92,10 @@ class ExportReport:
         lines.append(f"  ONNX Runtime against torch on {self.samples} inputs:")
         for label, agreement in (("optimizations off", self.plain), ("optimizations on", self.optimized)):
             lines.append(f"    {label + ':':<19} {_describe(agreement)}")
+        if self.sensitivity:
+            lines.append(
+                f"    torch against itself, inputs {PERTURBATION:g} off: {self.sensitivity:.0%} of the outputs"
+            )
         for key, value in self.session_options.items():
             lines.append(f"    loads with optimizations only after add_session_config_entry({key!r}, {value!r})")
         return "\n".join(lines)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import nn
+from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat, verify_onnx
 from hf_qat.errors import ExportError, StageError
+from hf_qat.export.comparison import Comparison
 from hf_qat.export.float_operators import output_steps
 from hf_qat.export.report import Agreement, ExportReport
-from hf_qat.export.verify import SIGNED_CODES_BUG, _Comparison, require_agreement
+from hf_qat.export.verify import SIGNED_CODES_BUG, require_agreement
 from tests.models import HUGGING_FACE, HandWritten, hand_written
 
 
@@ -134,7 +136,7 @@ def test_a_symmetric_model_verifies_at_opset_21(converted, tmp_path):
 
 
 def figures(wanted: np.ndarray, got: np.ndarray, step: float | None = None) -> Agreement:
-    comparison = _Comparison([step])
+    comparison = Comparison([step])
     comparison.add([("logits", wanted)], [got])
     return comparison.result()
 
@@ -170,6 +172,28 @@ def test_outputs_that_differ_by_more_than_half_of_their_size_fail():
     require_agreement(report_of(Agreement(1.0, 1, 0.1, 0.5)))
     with pytest.raises(ExportError, match=r"optimizations off.* by 51% of their size, at most 50%"):
         require_agreement(report_of(Agreement(1.0, 1, 0.1, 0.51)))
+
+
+class Picks(nn.Module):
+    """Gives back the larger of two values, or what is behind the other: equal but for what nobody sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = (x[:, :1] > x[:, 1:2]).float()
+        return torch.cat([first, 1 - first], 1)
+
+
+def test_a_model_that_does_so_by_itself_may_differ_from_its_file_and_another_may_not(monkeypatch):
+    from hf_qat.export import verify
+
+    monkeypatch.setattr(verify, "_run_torch", lambda model, x: ([x.numpy()], [("y", model(x).numpy())]))
+    near, far = torch.tensor([[1.0, 1.0 + 1e-7]]), torch.tensor([[1.0, 2.0]])
+    assert verify.sensitivity(Picks(), near, [None]) == pytest.approx(math.sqrt(2.0))
+    assert verify.sensitivity(Picks(), far, [None]) == 0.0
+
+    swapped = figures(np.array([[0.0, 1.0]], np.float32), np.array([[1.0, 0.0]], np.float32))
+    require_agreement(replace(report_of(swapped), sensitivity=verify.sensitivity(Picks(), near, [None])))
+    with pytest.raises(ExportError, match="by 141% of their size"):
+        require_agreement(replace(report_of(swapped), sensitivity=verify.sensitivity(Picks(), far, [None])))
 
 
 class Summed(nn.Module):

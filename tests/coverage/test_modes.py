@@ -25,6 +25,7 @@ def pair(title: str) -> tuple[nn.Module, nn.Module]:
     return model, copy.deepcopy(model)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_vision_transformer_with_interpolated_positions_takes_a_larger_image():
     model, twin = pair("ViTForImageClassification")
@@ -34,6 +35,7 @@ def test_a_vision_transformer_with_interpolated_positions_takes_a_larger_image()
         torch.testing.assert_close(model(**inputs).logits, twin(**inputs).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_detector_learns_with_a_pixel_mask():
     model, twin = pair("DetrForObjectDetection")

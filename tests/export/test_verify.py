@@ -71,6 +71,7 @@ def test_a_file_of_another_model_is_found_out(own_file, tmp_path):
     assert report.top1_agreement < 0.5
 
 
+@pytest.mark.slow
 def test_top1_of_a_segmentation_model_counts_pixels(exported):
     case = HUGGING_FACE["segformer"]
     model, report = exported("segformer")
@@ -128,6 +129,7 @@ def test_the_session_option_that_signed_codes_may_need_is_reported(own_file, mon
     assert report.max_output_lsb <= 1
 
 
+@pytest.mark.slow
 def test_a_symmetric_model_verifies_at_opset_21(converted, tmp_path):
     model, case = converted("swin", "int8-symmetric"), HUGGING_FACE["swin"]
     batch = {"pixel_values": case.pixels(8, seed=1)}

@@ -92,6 +92,7 @@ WRITES: dict[str, Write] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [pytest.param(0, marks=pytest.mark.slow), 20_000])
 @pytest.mark.parametrize("name", ["export", pytest.param("bundle", marks=pytest.mark.slow)])
 def test_what_was_exported_before_stays_where_the_new_one_does_not_fit(

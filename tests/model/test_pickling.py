@@ -67,7 +67,9 @@ def trained(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", ["plain", "one layer", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("MobileNetV2", "ViT"))]
+)
 def test_a_prepared_model_and_what_is_loaded_of_it_compute_train_and_convert_alike(kind, tmp_path):
     model, x = prepared(kind)
     model.eval()
@@ -118,6 +120,7 @@ assert torch.equal(saved["model"](saved["x"]).logits, saved["expected"])
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_that_knows_nothing_of_the_package_computes_the_same_bits(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     model = calibrate(prepare_qat(resnet(), None, x), [x]).eval()

@@ -123,7 +123,7 @@ def test_a_change_of_phase_compiles_once_and_a_return_not_at_all():
     assert counts == [(1, 0), (2, 0), (3, 0), (3, 0)]
 
 
-@pytest.mark.parametrize("case", ["resnet", "vit"])
+@pytest.mark.parametrize("case", ["resnet", pytest.param("vit", marks=pytest.mark.slow)])
 def test_a_task_model_with_its_loss_is_one_graph(case: str):
     case = HUGGING_FACE[case]
     model = case.make()

@@ -288,6 +288,7 @@ def test_an_earlier_bundle_is_replaced_as_a_whole(converted, copied, exported_on
     assert [path.name for path in directory.parent.iterdir()] == ["copy"]
 
 
+@pytest.mark.slow
 def test_labels_that_a_processor_shifts_are_named_as_the_data_name_them(converted, exported_once, tmp_path):
     processor = SegformerImageProcessorPil(size={"height": 64, "width": 64}, do_reduce_labels=True)
     batch = [scenes("segformer", 2, seed=1)[0]]

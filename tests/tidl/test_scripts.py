@@ -51,7 +51,11 @@ def test_hostile_class_names_are_data_in_every_file_and_do_not_move_the_terminal
     assert not list(tmp_path.rglob("made"))
 
 
-PAIRS = [(name, device, "qdq") for name in MODELS for device in DEVICES]
+PAIRS = [
+    pytest.param(name, device, "qdq", marks=[] if name == "resnet" else pytest.mark.slow)
+    for name in MODELS
+    for device in DEVICES
+]
 
 
 @pytest.mark.parametrize(("name", "device", "ranges"), [*PAIRS, ("resnet", "TDA4VM", "clip")])

@@ -146,6 +146,7 @@ def test_an_attribute_that_is_set_after_the_constructor_may_be_missing_in_it(tmp
     assert trainer.state.global_step == 4
 
 
+@pytest.mark.slow
 def test_a_detector_that_makes_queries_of_its_labels_trains(tmp_path: Path):
     """One graph for each call of its parts is there before the optimizer, whatever the first batch shows."""
     rows = [{"pixel_values": torch.randn(6, 8), "labels": boxes(k % 4)[0]} for k in range(8)]

@@ -53,12 +53,14 @@ def trained(directory: Path, watch: Watch, resume: object = None, **changes: obj
     [
         ({"max_steps": 8}, "LLLLFFRR"),
         ({"max_steps": 1}, "L"),
-        ({"max_steps": 2}, "LF"),
-        ({"max_steps": 3}, "LLF"),
-        ({"max_steps": -1, "num_train_epochs": 1}, "LLFR"),
-        ({"max_steps": -1, "num_train_epochs": 2}, "LLLLFFRR"),
-        ({"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}, "LLFR"),
-        ({"max_steps": 4, "gradient_accumulation_steps": 2}, "LLFR"),
+        pytest.param({"max_steps": 2}, "LF", marks=pytest.mark.slow),
+        pytest.param({"max_steps": 3}, "LLF", marks=pytest.mark.slow),
+        pytest.param({"max_steps": -1, "num_train_epochs": 1}, "LLFR", marks=pytest.mark.slow),
+        pytest.param({"max_steps": -1, "num_train_epochs": 2}, "LLLLFFRR", marks=pytest.mark.slow),
+        pytest.param(
+            {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}, "LLFR", marks=pytest.mark.slow
+        ),
+        pytest.param({"max_steps": 4, "gradient_accumulation_steps": 2}, "LLFR", marks=pytest.mark.slow),
         ({"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3}, "LF"),  # 3 batches and 1
         ({"max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}, "LLLLFFRR"),
         ({"max_steps": 4, "qat": {"freeze_bn_at": None}}, "FFFR"),
@@ -79,6 +81,7 @@ def test_resuming_goes_on_with_the_phase_of_the_step(tmp_path: Path):
         assert watch.phases == rest
 
 
+@pytest.mark.slow
 def test_resuming_with_more_steps_goes_by_the_new_number(tmp_path: Path):
     trained(tmp_path, Watch(), max_steps=4, save_strategy="steps", save_steps=4)
     watch = Watch()
@@ -110,6 +113,7 @@ def test_batch_norm_statistics_move_until_they_freeze(tmp_path: Path):
     assert moved == [True, True, False, False, False]
 
 
+@pytest.mark.slow
 def test_a_second_training_starts_from_the_first_phase(tmp_path: Path):
     watch = Watch()
     trainer = trained(tmp_path, watch, max_steps=4)
@@ -158,6 +162,7 @@ def quantizers(model: nn.Module) -> list:
     return [quantizer for quantizer in fake_quantizers(model).values() if quantizer.learned]
 
 
+@pytest.mark.slow
 def test_without_learned_scales_there_is_no_drift_to_log(tmp_path: Path):
     trainer = trained(tmp_path, Watch(), max_steps=1, qat=FOLLOWED)
     assert "qat_scale_drift" not in trainer.state.log_history[0]
@@ -182,6 +187,7 @@ def test_a_model_needs_calibration_until_it_has_been_calibrated():
     assert not needs_calibration(model)
 
 
+@pytest.mark.slow
 def test_the_callbacks_can_be_used_with_the_plain_trainer(tmp_path: Path):
     model = prepare_qat(resnet(), recipe(), torch.randn(2, 3, 32, 32))
     calibrate(model, [torch.randn(4, 3, 32, 32)])

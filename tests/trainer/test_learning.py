@@ -114,6 +114,7 @@ class TestDistillation:
         assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert logged["qat_distillation_loss"] == pytest.approx(9 * soft.item(), rel=1e-4)
 
+    @pytest.mark.slow
     def test_pixels_are_taught_too(self, tmp_path: Path):
         masks = (torch.arange(8 * 32 * 32) % LABELS).view(8, 32, 32)
         rows = [{"pixel_values": p, "labels": m} for p, m in zip(images(8)["pixel_values"][:], masks, strict=True)]
@@ -121,6 +122,7 @@ class TestDistillation:
         trainer.train()
         assert trainer.state.log_history[0]["qat_distillation_loss"] > 0
 
+    @pytest.mark.slow
     def test_the_float_model_teaches_as_it_was_given(self, tmp_path: Path):
         trainer = trainer_of(vit(), tmp_path, teacher="float")
         teacher = trainer.distillation.teacher
@@ -128,6 +130,7 @@ class TestDistillation:
         trainer.train()
         assert differing(values(teacher), values(vit())) == []
 
+    @pytest.mark.slow
     def test_the_teacher_is_in_no_checkpoint(self, tmp_path: Path):
         trainer = trainer_of(vit(), tmp_path, teacher="float", save_strategy="steps", save_steps=2)
         trainer.train()

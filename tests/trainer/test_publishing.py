@@ -210,6 +210,7 @@ class TestDatasetName:
 
 
 class TestTidl:
+    @pytest.mark.slow
     def test_a_target_that_tidl_does_not_run_on_has_no_word_of_it(self, tmp_path: Path):
         trainer = publisher(tmp_path, "int8", qat={"exclude": "classifier"}, compute_metrics=None)
         trainer.calibrate()

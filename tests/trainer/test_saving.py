@@ -82,6 +82,7 @@ class TestCheckpoints:
             )
         assert differing(values(trainer.model), values_in(tmp_path / "checkpoint-2")) == []
 
+    @pytest.mark.slow
     def test_another_training_in_the_same_directory_replaces_them(self, tmp_path: Path):
         changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
         trainer_of(vit(), tmp_path, **changes).train()

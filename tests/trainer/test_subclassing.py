@@ -104,7 +104,11 @@ def changed_optimizer(base: type[Trainer]) -> type[Trainer]:
 HOOKS = [own_loss, changed_loss, own_step, changed_step, own_optimizer, changed_optimizer]
 
 
-@pytest.mark.parametrize("subclass", HOOKS, ids=lambda subclass: subclass.__name__)
+@pytest.mark.parametrize(
+    "subclass",
+    [pytest.param(hook, marks=[] if hook in (own_loss, changed_step) else pytest.mark.slow) for hook in HOOKS],
+    ids=lambda subclass: subclass.__name__,
+)
 @pytest.mark.parametrize("accumulated", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_subclass_trains_as_one_of_trainer_does(tmp_path: Path, subclass: Subclass, accumulated: int):
     args = arguments(tmp_path, gradient_accumulation_steps=accumulated, per_device_train_batch_size=2)

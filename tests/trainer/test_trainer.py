@@ -259,6 +259,7 @@ class TestCalibration:
         trainer.calibrate()
         assert differing(values(trainer.model), values(expected)) == []
 
+    @pytest.mark.slow
     def test_training_after_calibrate_does_not_calibrate_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         calls = []
         monkeypatch.setattr("hf_qat.trainer.trainer.calibrate", lambda *args: calls.append(args) or calibrate(*args))

@@ -238,7 +238,9 @@ def test_gradients_flow_exactly_where_forward_enables_them():
 
 def test_a_model_that_accelerate_has_wrapped_is_prepared():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of a trainer's test before this one
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     float_model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 8)
     wrapped = accelerator.prepare(copy.deepcopy(float_model))
@@ -247,6 +249,7 @@ def test_a_model_that_accelerate_has_wrapped_is_prepared():
     assert len(qat_layers(model)) == 2
     with fake_quant_disabled(model):
         assert torch.equal(model(x), expected)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @dataclasses.dataclass
@@ -397,6 +400,7 @@ def test_a_write_that_autograd_forbids_is_seen_where_float_sees_it(kind):
         torch.testing.assert_close(model(x), float_model(x))
 
 
+@pytest.mark.slow
 def test_a_second_input_that_a_processor_gives_is_exported_with_the_batch(tmp_path):
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "pixel_mask": torch.ones(2, 32, 32, dtype=torch.long)}
     model = detr()

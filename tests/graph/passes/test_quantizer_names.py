@@ -54,6 +54,7 @@ def test_the_quantizers_around_the_blocks_of_a_resnet():
     }
 
 
+@pytest.mark.slow
 def test_the_quantizers_of_a_mobilenet_inverted_residual():
     assert below(mobilenet_v2, "mobilenet_v2.layer.1.") == {
         "expand_1x1.convolution.weight_quantizer",

@@ -120,6 +120,11 @@ def segformer() -> nn.Module:
 
 def yolos() -> nn.Module:
     """Five detection tokens."""
+    return spread(tiny_yolos(5, LABELS))
+
+
+def tiny_yolos(tokens: int, classes: int) -> transformers.YolosForObjectDetection:
+    """For 32 pixels, with the weights that its class gives it."""
     config = transformers.YolosConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -127,10 +132,10 @@ def yolos() -> nn.Module:
         intermediate_size=32,
         image_size=[32, 32],
         patch_size=8,
-        num_detection_tokens=5,
-        num_labels=LABELS,
+        num_detection_tokens=tokens,
+        num_labels=classes,
     )
-    return spread(transformers.YolosForObjectDetection(config))
+    return transformers.YolosForObjectDetection(config)
 
 
 def detr() -> nn.Module:

@@ -57,7 +57,8 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
     path = Path(path)
     file = _load(path)
     sessions = [Session(path, optimized=False), Session(path, optimized=True)]
-    comparisons = [Comparison(output_steps(file)) for _ in sessions]
+    steps = output_steps(file)
+    comparisons = [Comparison(steps) for _ in sessions]
     samples, first = 0, None
     for batch in batches:
         first = batch if first is None else first
@@ -76,7 +77,7 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
     plain, optimized = (comparison.result() for comparison in comparisons)
     report = replace(describe(model, path, file), samples=samples, plain=plain, optimized=optimized)
     if first is not None and not max(plain.relative_error, optimized.relative_error) <= LARGEST_ERROR:
-        report = replace(report, sensitivity=sensitivity(model, first, output_steps(file)))
+        report = replace(report, sensitivity=sensitivity(model, first, steps))
     return replace(report, session_options=sessions[1].options)
 
 
@@ -118,7 +119,7 @@ def sensitivity(model: nn.Module, batch: Inputs, steps: Sequence[float | None]) 
         _, found = _run_torch(model, torch.utils._pytree.tree_map_only(torch.Tensor, changed, batch))
         comparison.add(expected, [values for _, values in found])
         errors.append(comparison.result().relative_error)
-    return max(error for error in errors if math.isfinite(error)) if any(map(math.isfinite, errors)) else 0.0
+    return max(filter(math.isfinite, errors), default=0.0)
 
 
 def describe(model: nn.Module, path: Path, file: onnx.ModelProto) -> ExportReport:

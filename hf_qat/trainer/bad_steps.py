@@ -5,6 +5,7 @@ One damaged image is enough for a NaN, and the optimizer would carry it into eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,7 +47,7 @@ class BadSteps:
         Raises:
             NonFiniteError: the last `MOST_IN_A_ROW` were bad, too.
         """
-        if torch.tensor(norm).isfinite():
+        if math.isfinite(norm):
             self.in_a_row = 0
             return
         model.zero_grad(set_to_none=True)

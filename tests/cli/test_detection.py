@@ -18,6 +18,7 @@ from PIL import Image
 from hf_qat.cli.main import main
 from hf_qat.cli.tasks import detection
 from hf_qat.cli.tasks.detection import mean_average_precision, metrics
+from tests.models import tiny_yolos
 
 
 def truth(image: int, box: tuple, category: int = 0) -> dict:
@@ -103,17 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         lines.append({"file_name": f"{number}.png", "objects": {"bbox": [[8, 8, 16, 16]], "category": [number % 2]}})
     (root / "photos" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     torch.manual_seed(0)
-    config = transformers.YolosConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=[32, 32],
-        patch_size=8,
-        num_detection_tokens=2,
-        num_labels=2,
-    )
-    model = transformers.YolosForObjectDetection(config)
+    model = tiny_yolos(2, 2)
     for last, bias in (
         (model.class_labels_classifier.layers[-1], [4.0, -4.0, -4.0]),
         (model.bbox_predictor.layers[-1], [0.0, 0.0, 0.0, 0.0]),

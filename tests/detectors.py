@@ -124,8 +124,8 @@ DETECTORS = {
     "YOLOS": Detector(
         yolos,
         YolosImageProcessorPil(size=SIZE, do_pad=False),
-        2400,
-        2500,
+        6000,
+        8000,
         {"learning_rate": 1e-3, "per_device_train_batch_size": 32},
         begin=lambda model, rows, steps: train_patches(model, rows, -(-steps // 4)),
     ),

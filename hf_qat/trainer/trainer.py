@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -94,9 +94,10 @@ class QATTrainer(Trainer):
             there is none yet, or a hook cannot run yet, the model is prepared at its first use.
         qat_config: the recipe; `QATConfig()` if left out, or that of the prepared model.
         teacher: a float model to learn from beside the labels (`distillation_weight` and `distillation_temperature` of
-            the config), or `"float"` for a copy of `model` as it is given; for models whose `logits` are scores of
-            classes. It moves to the training device; it is neither trained nor saved. Losses of `evaluate()` are the
-            task's alone.
+            the config); `"float"` for a copy of `model` as it is given; or a directory or Hub id, read as one of
+            `model`'s class. It teaches classes of images or pixels, labels, numbers, boxes and masks query by query,
+            and depths. It moves to the training device; it is neither trained nor saved. Losses of `evaluate()` are
+            the task's alone.
 
     Raises:
         ConfigError: arguments or a teacher that cannot be honoured.
@@ -123,7 +124,7 @@ class QATTrainer(Trainer):
         args: TrainingArguments | None = None,
         *trainer_positional: Any,
         qat_config: QATConfig | None = None,
-        teacher: nn.Module | Literal["float"] | None = None,
+        teacher: nn.Module | str | None = None,
         **trainer_arguments: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args  # Trainer's own default

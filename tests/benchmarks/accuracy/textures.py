@@ -18,10 +18,10 @@ CLASSES = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES
 BACKGROUND = len(CLASSES)
 
 #: Standard deviation of the noise on every pixel, of 255.
-NOISE = 16.0
+NOISE = 12.0
 
 #: How much a texture brightens and darkens its shape, at least and at most, of 255.
-CONTRASTS = (26.0, 60.0)
+CONTRASTS = (32.0, 64.0)
 
 #: The length of a texture's period, at least and at most, in pixels.
 PERIODS = (4.0, 9.0)

@@ -48,6 +48,7 @@ from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush, Destination
 from hf_qat.trainer.random_state import random_state_kept
+from hf_qat.trainer.streams import keep_what_is_looked_at
 from hf_qat.trainer.suspicions import ImageStatistics
 from hf_qat.trainer.training_facts import schedule_of
 
@@ -90,8 +91,9 @@ class QATTrainer(Trainer):
             `model_init` instead, every `train()` prepares and calibrates a new one.
         args: as for Trainer.
         trainer_positional, trainer_arguments: everything else that Trainer takes, in its order or by keyword. A train
-            set is read for the shape of the images; a one-pass stream loses that batch, and those of calibration. If
-            there is none yet, or a hook cannot run yet, the model is prepared at its first use.
+            set is read for the shape of the images, and to calibrate; of a stream that can be read once, what was read
+            comes first in training. If there is none yet, or a hook cannot run yet, the model is prepared at its
+            first use.
         qat_config: the recipe; `QATConfig()` if left out, or that of the prepared model.
         teacher: a float model to learn from beside the labels (`distillation_weight` and `distillation_temperature` of
             the config); `"float"` for a copy of `model` as it is given; or a directory or Hub id, read as one of
@@ -144,6 +146,7 @@ class QATTrainer(Trainer):
         super().__init__(model, args, *trainer_positional, **trainer_arguments)
         checks.check_train_set(self.train_dataset)
         checks.check_distribution(self)
+        keep_what_is_looked_at(self)
         self._prepare_model(self.model)
         self._constructed = True
         self.add_callback(CalibrationCallback(self.calibrate))

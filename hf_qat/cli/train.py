@@ -86,8 +86,8 @@ def _outlook(session: Session, config: QATConfig, args: TrainingArguments) -> st
         f"{type(session.model).__name__}, {everything / 1e6:.2f} million parameters, for {config.target}",
         f"  {len(layers)} layers with quantized weights, {weights / 1e6:.2f} MB of codes",
         *(f"  in float, {reason}: {_named(found)}" for reason, found in by_reason(float_operations(model)).items()),
-        f"  {len(session.train)} images to train on, {len(session.evaluation)} to evaluate on, "
-        f"{len(session.classes)} classes",
+        f"  {len(session.train)} images to train on, {len(session.evaluation)} to evaluate on"
+        + (f", {len(session.classes)} classes" if session.classes else ""),
         f"  about {steps:.0f} steps of {args.train_batch_size} images"
         if args.max_steps < 0
         else f"  {args.max_steps} steps",

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     exported = trainer.export(output / EXPORT)
     stages = stages_of(evaluated, trainer)
     report = write_report(trainer, model.model_name_or_path, stages, exported, output / REPORT, history)
-    print(summary(stages, [exported, *([] if report is None else [report])], exported, data))
+    print(summary(stages, [exported, *report], exported, data))
 
 
 def _measure_and_train(trainer: QATTrainer) -> dict[str, dict[str, float]]:

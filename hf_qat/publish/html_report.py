@@ -148,13 +148,12 @@ def _accuracy(accuracy: Mapping[str, Mapping[str, float]], drawn: Mapping[str, A
 def _cost(cost: RuntimeCost | None, drawn: Mapping[str, Any]) -> list[str]:
     if cost is None:
         return []
+    size, speed = cost.bytes / cost.float_bytes, cost.ms / cost.float_ms
     rows = [
         table_row(["", "MB", "ms for an image"], "th"),
         table_row(["float", figures(cost.float_bytes / 1e6), figures(cost.float_ms)], "td"),
         table_row(["quantized", figures(cost.bytes / 1e6), figures(cost.ms)], "td"),
-        table_row(
-            ["quantized / float", f"{cost.bytes / cost.float_bytes:.2f}", f"{cost.ms / cost.float_ms:.2f}"], "td"
-        ),
+        table_row(["quantized / float", f"{size:.2f}", f"{speed:.2f}"], "td"),
     ]
     return [
         "<h2>Size and speed</h2>",

@@ -59,7 +59,7 @@ def sections(
         *_findings(worst),
         *_histograms(figures.get("histograms")),
         "<h2>All layers</h2>",
-        f'<div class="wide" id="figure">' + as_svg(figures["layers"]) + "</div>",
+        '<div class="wide" id="figure">' + as_svg(figures["layers"]) + "</div>",
         f'<div class="wide"><table id="layers">{table_row(HEADER, "th")}',
         *(table_row(cells(layer), "td") for layer in layers),
         "</table></div>",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hf_qat.graph.progress import bars_hidden
 from hf_qat.model.analysis.analyze import analyze
 from hf_qat.model.state import require_stage
 from hf_qat.publish.accuracy import MEASURED_AS, Accuracy, quality
-from hf_qat.publish.directory import ONNX, Contents
+from hf_qat.publish.directory import ONNX, TIDL, Contents
 from hf_qat.publish.figures import figures
 from hf_qat.publish.html_report import Results, figures_directory, save_report
 from hf_qat.publish.runtime_cost import RuntimeCost, runtime_cost
@@ -98,16 +99,24 @@ def summary(stages: Accuracy, written: Sequence[Path], exported: Path, data: Dat
     """What was measured, where it lies, and the next commands."""
     rows = [f"  {label.replace('`', ''):<42} {in_words(metrics)}" for label, metrics in stages.items()]
     measured = ["", "Measured on the evaluation set:", *rows] if rows else []
-    evaluate = f"hf-qat evaluate --model_name_or_path {exported / ONNX} --dataset_name {data.dataset_name}"
-    steps = [*([f"{evaluate} --task {data.task}"] if rows else []), f"hf-qat push {exported} USER/MODEL"]
     return "\n".join(
         [
             *measured,
             "",
             *(f"Written: {path}" for path in written),
-            *(f"{'Next:' if k == 0 else '':<8} {step}" for k, step in enumerate(steps)),
+            *(f"{'Next:' if k == 0 else '':<8} {step}" for k, step in enumerate(_next(bool(rows), exported, data))),
         ]
     )
+
+
+def _next(measured: bool, exported: Path, data: DataArguments) -> Iterator[str]:
+    """Commands to type for what was exported."""
+    if measured:
+        options = ["--model_name_or_path", str(exported / ONNX), "--dataset_name", data.dataset_name]
+        yield shlex.join(["hf-qat", "evaluate", *options, "--task", data.task])
+    for file in sorted(exported.glob(f"{TIDL}/*/model/*.onnx")):
+        yield shlex.join(["hf-qat", "check", str(file), "--target", file.parents[1].name])
+    yield shlex.join(["hf-qat", "push", str(exported), "USER/MODEL"])
 
 
 def in_words(metrics: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def runtime_cost(
     if any(value.name not in inputs or value.shape[0] not in (1, *_any_size(value.shape)) for value in wanted):
         return None
     given = {value.name: inputs[value.name] for value in wanted}
-    before, after = _medians([lambda session=session: session.run(None, given) for session in sessions])
+    before, after = _medians([partial(session.run, None, given) for session in sessions])
     return RuntimeCost(len(floating), path.stat().st_size, before, after)
 
 

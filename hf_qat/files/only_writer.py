@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hf_qat.errors import InUseError
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-#: What a system says whose locks are held by another process; others, such as some network file systems, have none.
-HELD = (errno.EWOULDBLOCK, errno.EACCES)
+from hf_qat.files.locks import Holder, locked
 
 
 @contextmanager
 def only_writer(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Inside, no other process is in here with the same directory, where the system can tell; it leaves no file.
-
-    The lock is the system's own (`flock` of the directory), and goes with the process, also if that is killed.
 
     Args:
         directory: is made if it is not there.
@@ -33,24 +22,10 @@ def only_writer(directory: str | os.PathLike[str]) -> Iterator[None]:
         InUseError: another process is.
     """
     Path(directory).mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        _lock(descriptor, directory)
-        yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a worker that was forked meanwhile has it, too
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, directory: str | os.PathLike[str]) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in HELD:
+    with locked(directory) as holder:
+        if holder is Holder.OTHERS:
             raise InUseError(
                 f"another process is training in {os.fspath(directory)}: its checkpoints would be overwritten. Wait "
                 "for it, end it, or choose another output_dir."
-            ) from error
+            )
+        yield

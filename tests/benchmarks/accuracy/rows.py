@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -42,7 +41,7 @@ class Method:
     """
 
     epochs: float
-    config: Mapping[str, Any] = MappingProxyType({})
+    config: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
     distil: bool = False
 

@@ -18,16 +18,16 @@ CLASSES = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES
 BACKGROUND = len(CLASSES)
 
 #: Standard deviation of the noise on every pixel, of 255.
-NOISE = 12.0
+NOISE = 8.0
 
 #: How much a texture brightens and darkens its shape, at least and at most, of 255.
-CONTRASTS = (32.0, 64.0)
+CONTRASTS = (40.0, 70.0)
 
 #: The length of a texture's period, at least and at most, in pixels.
-PERIODS = (4.0, 9.0)
+PERIODS = (5.0, 10.0)
 
 #: From a shape's centre to its edge or corner, at least and at most, in pixels.
-RADII = (13.0, 24.0)
+RADII = (15.0, 25.0)
 
 
 @dataclass(frozen=True)

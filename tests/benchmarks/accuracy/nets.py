@@ -14,17 +14,15 @@ from transformers import PretrainedConfig, Trainer, TrainingArguments
 from tests.benchmarks.accuracy.textures import CLASSES, SIDE, Images
 
 
-BATCH = 32
-
-
 @dataclass(frozen=True)
 class Net:
     """A net of the table.
 
     Attributes:
         make: a new one, with random weights.
-        learning_rate: of AdamW with a cosine schedule and batches of 32, from scratch.
+        learning_rate: of AdamW with a cosine schedule, from scratch.
         epochs: of the float training.
+        batch: of all trainings.
         kind: of recipe: "cnn", "depthwise" or "transformer".
         dense: it says of each pixel what it is, not of the whole image.
         teacher: the net whose answers it learns with the labels, as transformers need on few images
@@ -35,6 +33,7 @@ class Net:
     learning_rate: float
     epochs: int
     kind: str
+    batch: int = 32
     dense: bool = False
     teacher: str | None = None
 
@@ -71,8 +70,9 @@ NETS = {
             classifier_dropout_prob=0.1,
         ),
         learning_rate=5e-3,
-        epochs=8,
+        epochs=16,
         kind="depthwise",
+        batch=64,
     ),
     "ResNet": Net(
         _of(
@@ -113,8 +113,9 @@ NETS = {
             drop_connect_rate=0.05,
         ),
         learning_rate=5e-3,
-        epochs=8,
+        epochs=16,
         kind="depthwise",
+        batch=64,
     ),
     "ConvNeXt": Net(
         _of(
@@ -195,7 +196,9 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": self.images.pixels[row], "labels": labels[row]}
 
 
-def arguments(directory: str, seed: int, learning_rate: float, epochs: float, **more: Any) -> TrainingArguments:
+def arguments(
+    directory: str, net: Net, seed: int, learning_rate: float, epochs: float, **more: Any
+) -> TrainingArguments:
     """What all trainings have in common, and `more`."""
     return TrainingArguments(
         directory,
@@ -203,7 +206,7 @@ def arguments(directory: str, seed: int, learning_rate: float, epochs: float, **
         learning_rate=learning_rate,
         num_train_epochs=epochs,
         lr_scheduler_type="cosine",
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=net.batch,
         per_device_eval_batch_size=100,
         remove_unused_columns=False,
         save_strategy="no",
@@ -237,7 +240,7 @@ def train_float(net: Net, train: Images, directory: str, seed: int, teacher: nn.
     torch.manual_seed(seed)
     model = net.make()
     options = arguments(
-        directory, seed, net.learning_rate, net.epochs, warmup_steps=0.05, weight_decay=0.05, max_grad_norm=1.0
+        directory, net, seed, net.learning_rate, net.epochs, warmup_steps=0.05, weight_decay=0.05, max_grad_norm=1.0
     )
     kind = Trainer if teacher is None else TaughtTrainer
     trainer = kind(model, options, train_dataset=Rows(train, net.dense))

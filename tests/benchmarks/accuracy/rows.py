@@ -129,7 +129,7 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
     model = bench.float_model(name, seed)
     before = points(list(_answers(model, bench.test)), bench.test, net.dense)
     directory = bench.directory / "quantized"
-    options = arguments(str(directory), seed, net.learning_rate * SHARES[target] * how.share, max(how.epochs, 1))
+    options = arguments(str(directory), net, seed, net.learning_rate * SHARES[target] * how.share, max(how.epochs, 1))
     trainer = QATTrainer(
         copy.deepcopy(model),
         options,

@@ -105,6 +105,7 @@ def accuracies(
             num_train_epochs=epochs,
             learning_rate=lr,
             seed=seed,
+            logging_steps=100,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=128,
         )

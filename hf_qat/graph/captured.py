@@ -416,7 +416,7 @@ def _warn_of_mode(owner: CapturedModule, place: Place) -> None:
 
 def _rounds(module: nn.Module) -> bool:
     """Whether it is a quantizer that rounds by its range, instead of collecting one."""
-    return isinstance(module, FakeQuantize) and module.enabled and module.observer is None
+    return isinstance(module, FakeQuantize) and module.rounds and module.observer is None
 
 
 def _warn_of_ranges(owner: CapturedModule) -> None:

@@ -120,7 +120,7 @@ def _with_tensors_of(model: nn.Module, twin: nn.Module) -> nn.Module:
             ours = modules[path]
             module.training = ours.training
             for mine, theirs in ((module._parameters, ours._parameters), (module._buffers, ours._buffers)):
-                mine.update({name: theirs[name] for name in mine if name in theirs})  # type: ignore[call-overload]
+                mine.update({name: theirs[name] for name in mine if name in theirs})
     return twin
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -139,6 +139,35 @@ def renew_outgrown_ranges(model: nn.Module, call: Call) -> list[str]:
     return renewed + [f"{path}.weight_quantizer" for path, layer in layers.items() if _renew_weight(layer)]
 
 
+@torch.no_grad()
+def set_ranges_anew(model: nn.Module, call: Call) -> None:
+    """Set all ranges, of activations and weights, as calibration does, by what one call shows; frozen ones stay.
+
+    Collective. Where the call finds values without a range, all ranges stay.
+
+    Args:
+        model: prepared and calibrated, in training; as in `renew_outgrown_ranges`.
+        call: the arguments of a forward call.
+    """
+    layers = qat_layers(model)
+    of_weights = {id(layer.weight_quantizer) for layer in layers.values()}
+    quantizers = {
+        path: quantizer
+        for path, quantizer in fake_quantizers(model).items()
+        if id(quantizer) not in of_weights and not isinstance(quantizer, WeightQuantizer) and quantizer.wants_range()
+    }
+    watches = {path: _Watch(quantizer) for path, quantizer in quantizers.items() if quantizer.spec.fixed_scale is None}
+    if not _watch(model, call, quantizers, watches):
+        return
+    for path, watch in watches.items():
+        quantizers[path].observer = watch
+        with suppress(CalibrationError):  # this call did not come here
+            quantizers[path].finish_observing(path)
+    for layer in layers.values():
+        if layer.weight_quantizer.wants_range() and not isinstance(layer.weight, DTensor):  # FSDP2 has split it
+            layer.initialize_scale()
+
+
 def _can_outgrow(quantizer: FakeQuantize) -> bool:
     return quantizer.enabled and quantizer.learned and not quantizer.frozen and quantizer.log2_scale.requires_grad
 
@@ -148,8 +177,8 @@ def _watch(model: nn.Module, call: Call, quantizers: dict[str, FakeQuantize], wa
     args, kwargs = call
     inputs = {name: value for name, value in kwargs.items() if name not in _optional_labels(model)}
     live = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    for path, quantizer in quantizers.items():
-        quantizer.observer = watches[path]
+    for path, watch in watches.items():
+        quantizers[path].observer = watch
     try:
         with _unseen(model), evaluating(model), batch_statistics(live), fake_quant_disabled(model), torch.no_grad():
             model(*args, **inputs)

@@ -117,7 +117,7 @@ class QATLayer(nn.Module):
     def _rounded_bias(self, bias: Tensor, weight_scale: Tensor) -> Tensor:
         """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training."""
         source = self.quantizer_of_input
-        if source is None or not (source.enabled and self.weight_quantizer.enabled):
+        if source is None or not (source.rounds and self.weight_quantizer.rounds):
             return bias
         scale = bias_scale(source.scale.detach(), weight_scale.detach())
         return (quantize_bias(bias, scale).to(torch.float32) * scale).to(bias.dtype)
@@ -133,7 +133,7 @@ class QATLayer(nn.Module):
     def _unfolded_weight(self) -> Tensor:
         """q(w * f) / f, for a live batch norm; the factor itself gets no gradient: the batch norm cancels it."""
         quantizer = self.weight_quantizer
-        if not quantizer.enabled:
+        if not quantizer.rounds:
             return self.weight
         if self._fuses():
             return self._fused_fold(live=True)[0]
@@ -149,7 +149,7 @@ class QATLayer(nn.Module):
         )
 
     def _fuses(self) -> bool:
-        return self.weight_quantizer.enabled and fuses(self.weight)
+        return self.weight_quantizer.rounds and fuses(self.weight)
 
     def _fused_fold(self, live: bool) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the operation in training, by one kernel each way, in the type that autocast wants."""
@@ -175,10 +175,10 @@ class QATLayer(nn.Module):
         quantizer, factor = self.weight_quantizer, self.fold_factor()
         qmin, qmax, axis = quantizer.spec.qmin, quantizer.spec.qmax, self.channel_axis
         if factor is None:
-            if not quantizer.enabled:
+            if not quantizer.rounds:
                 return self.weight, self.bias
             return fold_fake_quantize(self.weight, None, scale, qmin, qmax, axis), self.bias
-        if quantizer.enabled:
+        if quantizer.rounds:
             weight = fold_fake_quantize(self.weight, factor / scale, scale, qmin, qmax, axis)
         else:
             weight = self.weight * self._along_channels(factor)

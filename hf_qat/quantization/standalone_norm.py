@@ -55,7 +55,7 @@ class QATStandaloneBatchNorm(QATLayer):
     def folded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The weight, (C, 1, …), quantized at `scale` if enabled, and the bias, (C,)."""
         weight, spec = self.fold_factor(), self.weight_quantizer.spec
-        if self.weight_quantizer.enabled:
+        if self.weight_quantizer.rounds:
             weight = fold_fake_quantize(weight, None, scale, spec.qmin, spec.qmax, 0)
         return weight.view(self.weight_shape), self.float_bias()
 

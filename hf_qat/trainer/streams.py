@@ -84,8 +84,9 @@ def keep_what_is_looked_at(trainer: Trainer) -> None:
     `datasets` begins anew each time.
     """
     stream = trainer.train_dataset
-    is_plain = isinstance(stream, IterableDataset) and not type(stream).__module__.startswith("datasets.")
-    if not is_plain or trainer.args.dataloader_num_workers > 0:
+    if not isinstance(stream, IterableDataset) or trainer.args.dataloader_num_workers > 0:
+        return
+    if type(stream).__module__.startswith("datasets."):
         return
     with random_state_kept(trainer.args.device):
         readings = (iter(stream), iter(stream))

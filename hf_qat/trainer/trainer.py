@@ -39,7 +39,7 @@ from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer import checks, distributed, preparing, publishing, saving
 from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
-from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, without_labels
+from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, of_first_size, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
 from hf_qat.trainer.ddp import average_gradients
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
@@ -492,7 +492,7 @@ class QATTrainer(Trainer):
         directory, options, given = Path(directory), publishing.card_options(card), given_accuracy(metrics)
         require_onnxruntime()
         facts = self._facts(self.convert(), directory.name)
-        inputs = first_inputs(self, self.model, publishing.VERIFIED_INPUTS)
+        inputs = of_first_size(first_inputs(self, self.model, publishing.VERIFIED_INPUTS))
         with self._bars():
             facts = replace(facts, analysis=publishing.analysis_for_card(self, inputs))
             self.exported = publishing.export(self, facts, options, given, inputs, directory)

@@ -39,7 +39,7 @@ lint: $(STAMP) ## check style (ruff), types (mypy) and security (bandit)
 
 audit: $(STAMP) ## look for known holes in the pinned libraries (pip-audit; needs a connection)
 	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip $(ARGS)
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip $(ARGS)
 
 mutants: $(STAMP) ## change the code in small ways, and print what no test sees; takes an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.mutation $(ARGS)

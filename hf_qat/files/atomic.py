@@ -20,6 +20,7 @@ from pathlib import Path
 from hf_qat.errors import ExportError
 from hf_qat.files.aside import REPLACED, beside, put_one_back, settle
 from hf_qat.files.manifest import MANIFEST
+from hf_qat.files.only_writer import only_process
 
 
 #: Where models and checkpoints lie until they are complete. The underscore keeps it out of what
@@ -85,21 +86,25 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
 
     Args:
         directory: is made if it is not there.
+
+    Raises:
+        InUseError: another process is writing to it.
     """
     target = Path(directory)
     aside = target / INCOMPLETE
-    discard(aside)
-    written = aside / WRITTEN
-    written.mkdir(parents=True)
-    try:
-        yield written
-        sync(written)
-        _set_aside(target, _files_in(written))
-        os.rename(written, aside / COMPLETE)
-        _move_in(target)
-        sync_directory(target)
-    finally:
+    with only_process(target):
         discard(aside)
+        written = aside / WRITTEN
+        written.mkdir(parents=True)
+        try:
+            yield written
+            sync(written)
+            _set_aside(target, _files_in(written))
+            os.rename(written, aside / COMPLETE)
+            _move_in(target)
+            sync_directory(target)
+        finally:
+            discard(aside)
 
 
 def put_in_place(source: str | Path, target: str | Path) -> None:

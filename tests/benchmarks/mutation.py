@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import importlib.abc
 import importlib.util
+import itertools
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -58,6 +59,13 @@ TARGETS = {
     "checkpoints/dequantization.py": (),
     "checkpoints/rebuild.py": ("tests/checkpoints/test_hf_quantizer.py",),
 }
+
+#: Seconds to wait for a second of a core: others may use it, too.
+PATIENCE = 20
+
+#: Of pytest. Its plugins are imported already, by libraries.
+OPTIONS = ["-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "-o", "timeout=0"]
+OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
 #: What an operator becomes.
 OPERATORS: dict[type, type] = {
@@ -141,22 +149,28 @@ def is_code(node: ast.AST, parents: dict[ast.AST, tuple[ast.AST, str]]) -> bool:
     return True
 
 
-def mutants_of(name: str) -> list[Mutant]:
-    """All that there are of a file."""
-    source = (PACKAGE / name).read_text(encoding="utf-8")
-    tree, found = ast.parse(source), []
+def places_in(name: str) -> list[tuple[str, int]]:
+    """All mutants that there are of a file, by number."""
+    tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
+    return [(name, number) for number, _ in enumerate(_changes_of(tree))]
+
+
+def mutant_of(name: str, number: int) -> Mutant:
+    """One of them."""
+    tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
+    node, other, parent, field = next(itertools.islice(_changes_of(tree), number, None))
+    before, after = (ast.unparse(x).splitlines()[0] for x in (node, other))
+    _replace(parent, field, node, ast.copy_location(other, node))
+    code = compile(ast.fix_missing_locations(tree), str(PACKAGE / name), "exec")
+    return Mutant(name, getattr(node, "lineno", 0), f"{before}  →  {after}", code)
+
+
+def _changes_of(tree: ast.AST) -> Iterator[tuple[ast.AST, ast.AST, ast.AST, str]]:
+    """A node, what may stand in its place, its parent, and the field of that."""
     parents = {child: (parent, field) for parent in ast.walk(tree) for child, field in _children(parent)}
     for node in [node for node in ast.walk(tree) if node in parents and is_code(node, parents)]:
-        parent, field = parents[node]
         for other in mutated(node):
-            before, after = (ast.unparse(x).splitlines()[0] for x in (node, other))
-            ast.copy_location(other, node)
-            _replace(parent, field, node, other)
-            changed = ast.fix_missing_locations(deepcopy(tree))
-            _replace(parent, field, other, node)
-            code = compile(changed, str(PACKAGE / name), "exec")
-            found.append(Mutant(name, getattr(node, "lineno", 0), f"{before}  →  {after}", code))
-    return found
+            yield node, other, *parents[node]
 
 
 def _children(node: ast.AST) -> Iterator[tuple[ast.AST, str]]:
@@ -200,45 +214,46 @@ def tests_of(name: str) -> list[str]:
     return ([str(own)] if own.exists() else []) + [str(PACKAGE.parent / other) for other in others]
 
 
-def is_killed(mutant: Mutant | None, tests: Sequence[str], limit: float) -> bool:
-    """Whether any test fails, or does not end in time."""
+def fate(mutant: Mutant | None, tests: Sequence[str], limit: int) -> str:
+    """`"killed"`: a test fails; `"timed out"`: they take more than `limit` seconds of a core; or `"survived"`."""
     child = os.fork()
     if child == 0:
-        _run_tests(mutant, tests)
-    end = time.monotonic() + limit
+        _run_tests(mutant, tests, limit)
+    end = time.monotonic() + PATIENCE * limit
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return status != 0
+            code = os.waitstatus_to_exitcode(status)
+            return "timed out" if code == -signal.SIGXCPU else "killed" if code else "survived"
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return True
+    return "timed out"
 
 
-def _run_tests(mutant: Mutant | None, tests: Sequence[str]) -> None:
+def _run_tests(mutant: Mutant | None, tests: Sequence[str], limit: int) -> None:
     """In a group of processes of its own, which ends here."""
+    import pytest
+
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
     status = 3
     try:
-        import pytest
-
         if mutant is not None:
             sys.meta_path.insert(0, Changed(mutant))
-        options = ["-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "--no-header"]
-        status = int(pytest.main([*options, *tests]))
+        status = int(pytest.main([*OPTIONS, *tests]))
     finally:
         os._exit(status)
 
 
 def drawn(count: int, seed: int, only: str) -> list[Mutant]:
     """So many mutants at random, of files whose name holds `only`."""
-    every = [mutant for name in TARGETS if only in name for mutant in mutants_of(name)]
+    every = [place for name in TARGETS if only in name for place in places_in(name)]
     print(f"{len(every)} mutants, of which {min(count, len(every))} are tried (seed {seed})", flush=True)
-    return random.Random(seed).sample(every, min(count, len(every)))
+    return [mutant_of(*place) for place in random.Random(seed).sample(every, min(count, len(every)))]
 
 
 def main() -> None:
@@ -247,18 +262,20 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=90)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="part of the names of the files")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for the tests of one mutant")
+    parser.add_argument("--limit", type=int, default=150, help="seconds of a core for the tests of one mutant")
     options = parser.parse_args()
-    for heavy in ("torch", "transformers", "onnx", "onnxruntime", "datasets", "hypothesis", "torch.export"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(heavy)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # as in tests/conftest.py
+    for heavy in ("torch.export", "transformers", "onnx", "onnxruntime", "datasets", "hypothesis"):
+        importlib.import_module(heavy)
     tried: Counter[str] = Counter()
     killed: Counter[str] = Counter()
     for mutant in drawn(options.mutants, options.seed, options.only):
-        dead = is_killed(mutant, tests_of(mutant.name), options.limit)
+        if mutant.name not in tried and fate(None, tests_of(mutant.name), options.limit) != "survived":
+            sys.exit(f"the tests of {mutant.name} fail without a mutant: {' '.join(tests_of(mutant.name))}")
+        end = fate(mutant, tests_of(mutant.name), options.limit)
         tried[mutant.name] += 1
-        killed[mutant.name] += dead
-        print(f"{'killed  ' if dead else 'SURVIVED'} {mutant.name}:{mutant.line}  {mutant.change}", flush=True)
+        killed[mutant.name] += end != "survived"
+        print(f"{end:9} {mutant.name}:{mutant.line}  {mutant.change}", flush=True)
     for name in sorted(tried):
         print(f"{name:40} {killed[name]:3} of {tried[name]:3}")
     print(f"{'all':40} {killed.total():3} of {tried.total():3}: {killed.total() / max(1, tried.total()):.0%}")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageClassification, set_seed
 
 from hf_qat import convert, export_onnx, export_tidl
+from hf_qat.files.atomic import INCOMPLETE
 from hf_qat.trainer.trainer import QATTrainer
 from tests.faults.test_kills import is_whole_bundle, is_whole_onnx, whole_checkpoints
 from tests.models import resnet
@@ -41,6 +42,9 @@ pytestmark = [
 ]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+#: What a training ends with.
+NEWEST = "checkpoint-2/model.safetensors"
 
 #: Path of a file, and the SHA-256 of its content.
 Tree = dict[str, str]
@@ -174,27 +178,44 @@ def interrupt_at_every_rename(kind: str, directory: Path) -> None:
         assert os.waitstatus_to_exitcode(status) == (0 if by == signal.SIGINT else -by), (call, after, by)
         found.append(verdict(kind, place, trees, by))
         assert in_a_fork(lambda pipe, place=place: work(place, "new"))[0] == 0
-        assert tree(place) == trees["new"] and on_their_way(place) == []
+        assert_completed(kind, place, trees)
         shutil.rmtree(place)
     (directory / "found.json").write_text(json.dumps(found))
 
 
+def assert_completed(kind: str, place: Path, trees: dict[str, Tree]) -> None:
+    """What the next run has written is the new version, and nothing is left beside it."""
+    if kind == "training":  # with nothing more to save, it deletes nothing either
+        assert tree(place)[NEWEST] == trees["new"][NEWEST] and set(on_their_way(place)) <= {INCOMPLETE}
+    else:
+        assert tree(place) == trees["new"] and on_their_way(place) == []
+
+
 def verdict(kind: str, place: Path, trees: dict[str, Tree], by: int) -> str:
     """Which version is there after the signal."""
-    if by == signal.SIGINT:
-        assert on_their_way(place) == []
     there = tree(place)
     if kind == "training":
         assert in_a_fork(lambda pipe: loads(kind, place))[0] == 0
+        assert set(on_their_way(place)) <= {INCOMPLETE}
         whole = trees["new"] | trees["old"]
         names = [name for name in there if name.endswith(("model.safetensors", "optimizer.pt"))]
-        assert all(whole.get(name, there[name]) == there[name] for name in names)
+        assert all(whole[name] == there[name] for name in names)
         return "some"
-    if by == signal.SIGTERM and there not in trees.values():
+    if by == signal.SIGINT:
+        assert on_their_way(place) == []
+    elif there not in trees.values():
+        return set_aside(kind, place, there)
+    return next(version for version in ("old", "new") if trees[version] == there)
+
+
+def set_aside(kind: str, place: Path, there: Tree) -> str:
+    """Between two renames of a directory, or of several files, the old ones lie aside, and nothing stands for them."""
+    if kind == "bundle":
+        assert there == {} and len(list(place.glob(".bundle-*.incomplete/replaced-bundle"))) == 1
+    else:
         assert kind == "save" and not list(place.glob("*.safetensors"))
         assert in_a_fork(lambda pipe: is_refused(place))[0] == 0
-        return "set aside"
-    return next(version for version in ("old", "new") if trees[version] == there)
+    return "set aside"
 
 
 @pytest.mark.parametrize("kind", ["save", "export", "bundle", "training"])

@@ -64,10 +64,11 @@ class Uploader:
         self.process.stdin.flush()
         child = int(self.process.stdout.readline())
         if kill_at is not None:
-            while len(self.hub.requests) < before + kill_at:
-                time.sleep(0.001)
-            time.sleep(after)
-            with contextlib.suppress(ProcessLookupError):  # it was faster
+            with contextlib.suppress(ProcessLookupError):  # it needed fewer, or was faster
+                while len(self.hub.requests) < before + kill_at:
+                    os.kill(child, 0)  # is it there?
+                    time.sleep(0.001)
+                time.sleep(after)
                 os.kill(child, signal.SIGKILL)
         code = int(self.process.stdout.readline())
         self.hub.finish()

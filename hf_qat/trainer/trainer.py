@@ -188,7 +188,7 @@ class QATTrainer(Trainer):
         if self._waits:
             self._prepare_model(self.model, loader)
 
-    def calibrate(self, dataset: Dataset[Any] | None = None) -> None:
+    def calibrate(self, dataset: Dataset[Any] | None = None, effort: str = "fast") -> None:
         """Find the scales from data, without training; `evaluate()` then tells what that gives.
 
         `train()`, `evaluate()` and `predict()` do so by themselves where it has not been done. It draws no random
@@ -197,6 +197,7 @@ class QATTrainer(Trainer):
         Args:
             dataset: the train set if left out, shuffled; another one is read in its order. `calibration_batches` of
                 the config says how much of it.
+            effort: `"fast"`, or `"best"`, which takes minutes and often makes training needless: see `hf_qat.calibrate`.
 
         Raises:
             CalibrationError: no data, or integers, NaN or infinities in it.
@@ -211,7 +212,7 @@ class QATTrainer(Trainer):
             inputs = inputs_of(self, self.model, loader)
             live = untrained_batch_norms(self.model)
             with self._bars():
-                calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live)
+                calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live, effort)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, beginning with a calibration where the model needs one.

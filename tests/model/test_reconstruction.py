@@ -84,7 +84,8 @@ def test_what_does_not_require_gradients_and_frozen_ranges_stay():
         return model
 
     fast, best = (
-        calibrated(effort, prepare=freeze, bias_correction=effort == "best").state_dict() for effort in ("fast", "best")
+        calibrated(effort, prepare=freeze, bias_correction=effort == "best").state_dict()
+        for effort in ("fast", "best")
     )
     for key in ("stem.weight", "body_norm.bias", "stem_norm.weight", "stem_norm.running_mean"):
         assert torch.equal(best[key], fast[key]), key

@@ -38,16 +38,19 @@ class Method:
         config: of `QATConfig`, besides the target.
         share: times the target's own of `SHARES`.
         distil: whether the float net teaches.
+        effort: of the calibration.
     """
 
     epochs: float
     config: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
     distil: bool = False
+    effort: str = "fast"
 
 
 METHODS = {
     "calibrated": Method(0),
+    "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
     "QAT, 3 epochs": Method(3),
     "QAT, 3 epochs, distilled": Method(3, distil=True),
@@ -138,7 +141,7 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
         eval_dataset=Rows(bench.test, net.dense),
         teacher="float" if how.distil else None,
     )
-    trainer.calibrate()
+    trainer.calibrate(effort=how.effort)
     if how.epochs:
         trainer.train()
     simulated = points(torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions), bench.test, net.dense)

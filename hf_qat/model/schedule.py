@@ -9,7 +9,7 @@ A net that is trained from scratch, and a new head, need more: see `untrained.py
 from __future__ import annotations
 
 import logging
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, TypedDict
 
 from torch import nn
 
@@ -36,12 +36,15 @@ LIVE_UNTIL = 0.5
 OBSERVATIONS = 20
 
 
-class ScheduleState(TypedDict):
-    """What `QATSchedule.state_dict` returns: plain data; `freeze_bn_at` where it is not that of the config."""
-
+class _Steps(TypedDict):
     step: int
     total_steps: int
-    freeze_bn_at: NotRequired[float]
+
+
+class ScheduleState(_Steps, total=False):
+    """What `QATSchedule.state_dict` returns: plain data; `freeze_bn_at` where it is not that of the config."""
+
+    freeze_bn_at: float
 
 
 def phase_at(step: int, total_steps: int, freeze_bn_at: float, freeze_ranges_at: float) -> Phase:

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.installs --directory out
 
-In each environment PyTorch goes first, then the wheel with its extra `export`, with which the whole way is gone (train,
-export, verify, save, load); then all extras that a user can want, with which README's first block runs. The oldest are
-the lower bounds of `pyproject.toml`; of PyTorch that of `constraints.txt` as long as `--oldest_torch` names no other,
-as older ones come with all of CUDA. Needs a package index, minutes, and Python 3.11.
+In each environment PyTorch goes first, then the wheel with its extra `export`, with which the whole way is gone
+(train, export, verify, save, load); then all extras that a user can want, with which README's first block runs. The
+oldest are the lower bounds of `pyproject.toml`; of PyTorch that of `constraints.txt` as long as `--oldest_torch` names
+no other, as older ones come with all of CUDA. Needs a package index, and minutes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import re
 import subprocess
 import sys
-import tomllib
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from tests.structure import ROOT
 from tests.test_readme import BLOCKS
 
 
-#: What a user can want; the others are for tests.
-EXTRAS = "cli,demo,timm"
+#: What a user can want (other extras are for tests), and the extras that have libraries of their own in it.
+EXPORT, ALL = "export", "cli,demo,timm"
+PARTS = {EXPORT: ["export"], ALL: ["export", "report", "detection", "demo", "timm"]}
 
 #: The whole way, without any extra but `export`.
 SMOKE = """
@@ -53,13 +54,14 @@ print("smoke: ok", torch.__version__, transformers.__version__)
 """
 
 
-def lower_bounds(extras: Sequence[str]) -> Iterator[str]:
-    """`name==version` of every lower bound of the package and of some of its extras, but PyTorch's."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
-    for line in wanted:
-        name, _, version = line.partition(">=")
-        if not name.startswith(("hf_qat", "torch")):
+def lower_bounds(wheel: Path, extras: Sequence[str]) -> Iterator[str]:
+    """`name==version` for each lower bound of a wheel, and of some of its extras, but PyTorch's."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        text = archive.read(metadata).decode()
+    bounds = re.findall(r'^Requires-Dist: ([\w.-]+)>=([\w.]+)(?:; extra == "(\w+)")?$', text, re.MULTILINE)
+    for name, version, extra in bounds:
+        if name != "torch" and (not extra or extra in extras):
             yield f"{name}=={version}"
 
 
@@ -76,9 +78,9 @@ def try_install(folder: Path, wheel: Path, torch: str, oldest: bool) -> None:
     python = folder / "environment" / "bin" / "python"
     install = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     run(*install, torch, folder=folder)
-    for extras, program in (("export", SMOKE), (EXTRAS, BLOCKS[0])):
-        pins = lower_bounds(["export", "report", "detection", "demo", "timm"] if "," in extras else ["export"])
-        run(*install, torch, f"{wheel}[{extras}]", *(pins if oldest else ()), folder=folder)
+    for extras, program in ((EXPORT, SMOKE), (ALL, BLOCKS[0])):
+        pins = lower_bounds(wheel, PARTS[extras]) if oldest else ()
+        run(*install, torch, f"{wheel}[{extras}]", *pins, folder=folder)
         (folder / "program.py").write_text(program, encoding="utf-8")
         run(python, "-W", "ignore", "program.py", folder=folder)
     run(folder / "environment" / "bin" / "hf-qat", "--version", folder=folder)

@@ -41,7 +41,7 @@ from hf_qat.trainer import checks, distributed, preparing, publishing, saving
 from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
 from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, of_first_size, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
-from hf_qat.trainer.ddp import average_gradients
+from hf_qat.trainer.ddp import average_gradients, scales_in_training
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
 from hf_qat.trainer.loss_scale import has_own_loss, scaled_as_it_turns_out
 from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
@@ -309,7 +309,7 @@ class QATTrainer(Trainer):
             losses.append(loss)
         self._loss_scale_unknown = False
         if self.accelerator.sync_gradients:
-            average_gradients(scale_parameters(self.model))
+            average_gradients(scales_in_training(self.model))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -131,7 +131,7 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
     net, how = NETS[name], METHODS[method]
     model = bench.float_model(name, seed)
     before = points(list(_answers(model, bench.test)), bench.test, net.dense)
-    directory = bench.directory / "quantized"
+    directory = bench.directory / "quantized" / f"{name}-{target}-{seed}"
     options = arguments(str(directory), net, seed, net.learning_rate * SHARES[target] * how.share, max(how.epochs, 1))
     trainer = QATTrainer(
         copy.deepcopy(model),
@@ -146,7 +146,7 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
         trainer.train()
     simulated = points(torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions), bench.test, net.dense)
     converted = trainer.convert()
-    file = directory / f"{name}-{target}-{seed}.onnx"
+    file = directory / "quantized.onnx"
     export_onnx(converted, file, {"pixel_values": bench.test.pixels[:8]}, dynamic_batch=True)
     plain, optimized = (points(list(_on_runtime(file, bench.test, on)), bench.test, net.dense) for on in (False, True))
     in_torch = points(list(_answers(converted, bench.test)), bench.test, net.dense)

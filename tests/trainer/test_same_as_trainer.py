@@ -35,6 +35,8 @@ EXCEPTIONS = {
     "gradient_checkpointing, n_gpu > 1, DeepSpeed, FSDP 1, fp16_full_eval": "refused by the constructor, with what to "
     "do instead (`test_checks.py`)",
     "missing and unexpected keys of a checkpoint": "an error, and no warning (`test_saving.py`)",
+    "losses after resuming": "Trainer of transformers 5.24 loads a ViT's checkpoint under other names, warns of 16 "
+    "missing weights, and goes on from those of the model; ours loads all (`test_resuming.py`, to the last bit)",
     "push_to_hub, create_model_card": "the exported model and its card (`test_pushing.py`, `test_publishing.py`)",
     "hooks that modules inside a captured part get after the constructor": "not called, and warned of: a graph "
     "computes in their place; those of the model and of its parts are called (row below)",
@@ -160,7 +162,8 @@ def resumed(**changes: Any) -> Row:
         trainer_of(kind, copy.deepcopy(model), directory, **saving).train()
         again = trainer_of(kind, model, directory, **saving)
         again.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
-        return history(again), again.state.epoch
+        kept = ("step", "epoch", "learning_rate")  # of losses, `EXCEPTIONS` tells
+        return [{name: entry.get(name) for name in kept} for entry in history(again)], again.state.epoch
 
     return row
 
@@ -248,7 +251,7 @@ def smaller_batches(kind: type[Trainer], model: nn.Module, directory: Path) -> o
 
     class Small(kind):
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-            if len(inputs["labels"]) > 2:
+            if len(inputs["labels"]) > 7:
                 raise RuntimeError("CUDA out of memory.")
             sizes.append(len(inputs["labels"]))
             return super().training_step(model, inputs, *args, **kwargs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_qat.config.qat_config import QATConfig
 from hf_qat.files.atomic import whole_file
 from hf_qat.model.analysis.figure import draw, draw_histograms, save_figure
 from hf_qat.model.analysis.layer import LayerAnalysis
@@ -24,12 +25,16 @@ class Analysis:
         output_sqnr: signal to quantization noise ratio of the model's outputs, in dB.
         float_operations: what stays in float, and why.
         metric: the name of what `only_quantized` and `only_float` of the layers are measured in.
+        in_float: the metric with nothing quantized; `None` where sensitivities were not asked for.
+        config: the recipe of the model; `None` of a file.
     """
 
     layers: tuple[LayerAnalysis, ...]
     output_sqnr: float
     float_operations: tuple[FloatOperation, ...]
     metric: str
+    in_float: float | None = None
+    config: QATConfig | None = None
 
     def worst(self, n: int = 5) -> tuple[LayerAnalysis, ...]:
         """The `n` layers that cost most: those with the severest findings, and among these the noisiest first."""

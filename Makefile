@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,quality,docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test test-all lint audit mutants bench docs dist clean
+.PHONY: help install demo notebook test test-all lint audit mutants bench docs dist installs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ docs: $(STAMP) ## write the API reference, from the docstrings, into build/docs
 dist: $(STAMP) ## build wheel and sdist into dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python -c "import setuptools.build_meta as build; print(build.build_sdist('dist'))"
+
+installs: $(STAMP) ## use the wheel in empty environments, with the newest and the oldest versions
+	$(BIN)/python -m tests.benchmarks.installs $(ARGS)
 
 clean: ## remove .venv, caches and builds
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

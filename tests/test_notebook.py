@@ -84,7 +84,8 @@ def test_a_detector_finds_shapes_in_float_in_int8_and_on_onnx_runtime(tmp_path: 
     found = {name: float(value) for name, value in re.findall(r"^(\w+): ([\d.]+) mAP", text, re.MULTILINE)}
     assert found["float"] > 60
     assert min(found["calibrated"], found["trained"]) > found["float"] - 3
-    assert f"{found['trained']}" in re.findall(r"^map, .*ONNX Runtime +([\d.]+)$", text, re.MULTILINE)
+    (of_file,) = re.findall(r"^map, .*ONNX Runtime +([\d.]+)$", text, re.MULTILINE)
+    assert abs(float(of_file) - found["trained"]) < 0.5
     (session,) = tmp_path.glob("shapes-int8/onnx/model.onnx")
     assert {value.name for value in onnx.load(session).graph.output} >= {"logits", "pred_boxes"}
 

@@ -16,7 +16,7 @@ from PIL import Image
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.export.report import Agreement, ExportReport
 from hf_qat.model.analysis.analysis import Analysis
-from hf_qat.model.analysis.figure import COLOURS
+from hf_qat.model.analysis.figure import COLOURS, draw_histograms
 from hf_qat.model.analysis.histogram import BINS, Histogram
 from hf_qat.model.analysis.layer import Finding, LayerAnalysis
 from hf_qat.model.in_float import FloatOperation
@@ -164,6 +164,14 @@ def test_without_training_there_is_no_training_part(tmp_path: Path):
     assert 'id="cost"' not in text
     left = {picture.stem for picture in figures_directory(page).iterdir()}
     assert left == {"accuracy", "histograms", "layers"}  # none of the report before
+
+
+def test_titles_of_histograms_have_two_lines():
+    figure = draw_histograms([layer(0)])
+    assert [panel.get_title("left") for panel in figure.axes] == [
+        "mobilenet_v2.layer.0.conv_3x3.convolution\nweights, in steps of the codes",
+        "mobilenet_v2.layer.0.conv_3x3.convolution\nresults, before they are rounded",
+    ]
 
 
 @pytest.mark.parametrize("value", [98.33333333, 0.98333, 0.5, 1.0, 2.9e-05])

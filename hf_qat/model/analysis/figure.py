@@ -94,8 +94,9 @@ def draw_histograms(layers: Sequence[LayerAnalysis]) -> Any:
     figure = Figure(figsize=(WIDTH, HISTOGRAM * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), 2, squeeze=False)
     for row, layer in zip(panels, shown, strict=True):
-        _histogram(row[0], layer.weights, f"{layer.path}\nweights, in steps of the codes")
-        _histogram(row[1], layer.activations, f"{layer.path}\nresults, before they are rounded")
+        path = printable(layer.path)
+        _histogram(row[0], layer.weights, f"{path}\nweights, in steps of the codes")
+        _histogram(row[1], layer.activations, f"{path}\nresults, before they are rounded")
     return figure
 
 
@@ -114,7 +115,7 @@ def _histogram(panel: Any, spread: Histogram | None, title: str) -> None:
     for start, end in ((spread.lower, spread.first), (spread.last, spread.upper)):
         panel.axvspan(start, end, color="#dddddd", zorder=0)
     panel.set_xlim(spread.lower, spread.upper)
-    panel.set_title(printable(title), fontsize=8, loc="left", parse_math=False)
+    panel.set_title(title, fontsize=8, loc="left", parse_math=False)
     panel.tick_params(labelsize=7)
     panel.spines[["top", "right"]].set_visible(False)
 

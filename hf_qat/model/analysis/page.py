@@ -18,7 +18,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-s
 .wide { overflow-x: auto } svg { max-width: 100%; height: auto; min-width: 38rem }
 table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left }
+th:first-child, td:first-child, #layers :nth-child(2) { text-align: left }
 pre { overflow-x: auto; background: #f6f6f6; padding: .6rem }
 dt { font-weight: 600; overflow-wrap: anywhere } dd { margin: 0 0 .8rem 1rem }
 """

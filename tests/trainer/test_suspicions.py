@@ -125,10 +125,8 @@ def test_an_export_that_predicts_otherwise_than_the_trained_model_is_warned_of(
             outputs.logits = outputs.logits.roll(1, -1)
             return outputs
 
-    trainer = publisher(tmp_path, "AM68A", max_steps=24)
+    trainer = publisher(tmp_path, "int8", max_steps=12)
     trainer.train()
-    trainer.export(tmp_path / "good")
-    assert "differs from the trained one" not in caplog.text
     monkeypatch.setattr("hf_qat.trainer.measuring.RuntimeModel", Miscompiled)
     trainer.export(tmp_path / "bad")
     assert "The converted model differs from the trained one: accuracy is" in caplog.text

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM at every rename of a save, an export, a bundle and a training: the old or the new one is whole.
+"""Ctrl-C and SIGTERM at every rename of a save, an export and a bundle: the old or the new one is whole.
 
-A process that is forked sends itself the signal, just before its k-th rename or just after it, for every k; before it
-only, in training. Files are compared by their bytes with those of a run that nobody interrupted.
+A process that is forked sends itself the signal, just before its k-th rename or just after it, for every k. Files
+are compared by their bytes with those of a run that nobody interrupted.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ import pytest
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForImageClassification, set_seed
+from transformers import AutoModelForImageClassification
 
 from hf_qat import convert, export_onnx, export_tidl
-from hf_qat.files.atomic import INCOMPLETE
 from hf_qat.trainer.trainer import QATTrainer
-from tests.faults.test_kills import is_whole_bundle, is_whole_onnx, whole_checkpoints
+from tests.faults.test_kills import is_whole_bundle, is_whole_onnx
 from tests.models import resnet
 from tests.trainer.test_resuming import forked, in_a_process
 from tests.training import arguments, images, recipe
@@ -42,9 +41,6 @@ pytestmark = [
 ]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-#: What a training ends with.
-NEWEST = "checkpoint-2/model.safetensors"
 
 #: Path of a file, and the SHA-256 of its content.
 Tree = dict[str, str]
@@ -77,15 +73,6 @@ class Writes:
 
     def bundle(self, place: Path, version: str) -> None:
         export_tidl(self.models[version], place / "bundle", "AM68A", [self.batch], frames=1)
-
-    def training(self, place: Path, version: str) -> None:
-        """The old one has a checkpoint; the new one goes on from it, saves another one, and deletes the first."""
-        set_seed(0)
-        steps = 1 if version == "old" else 2
-        saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-        args = arguments(place, max_steps=steps, lr_scheduler_type="constant", **saving)
-        trainer = QATTrainer(resnet(), args, qat_config=recipe(), train_dataset=images(16))
-        trainer.train(resume_from_checkpoint=any(place.glob("checkpoint-*")) or None)
 
 
 def tree(place: Path) -> Tree:
@@ -143,10 +130,8 @@ def loads(kind: str, place: Path) -> None:
         AutoModelForImageClassification.from_pretrained(place)
     elif kind == "export":
         assert is_whole_onnx(place / "model.onnx")
-    elif kind == "bundle":
-        assert is_whole_bundle(place / "bundle")
     else:
-        assert whole_checkpoints(place)
+        assert is_whole_bundle(place / "bundle")
 
 
 def is_refused(place: Path) -> None:
@@ -170,37 +155,21 @@ def interrupt_at_every_rename(kind: str, directory: Path) -> None:
     shutil.copytree(directory / "old", directory / "counted")
     renames = int(in_a_fork(partial(interrupted, partial(work, directory / "counted", "new"), 0, False, 0))[1])
     found = []
-    sides = (False,) if kind == "training" else (False, True)
-    for call, after, by in itertools.product(range(1, renames + 1), sides, SIGNALS):
+    for call, after, by in itertools.product(range(1, renames + 1), (False, True), SIGNALS):
         place = directory / f"{call}-{after}-{by}"
         shutil.copytree(directory / "old", place)
         status, _ = in_a_fork(partial(interrupted, partial(work, place, "new"), call, after, by))
         assert os.waitstatus_to_exitcode(status) == (0 if by == signal.SIGINT else -by), (call, after, by)
         found.append(verdict(kind, place, trees, by))
         assert in_a_fork(lambda pipe, place=place: work(place, "new"))[0] == 0
-        assert_completed(kind, place, trees)
+        assert tree(place) == trees["new"] and on_their_way(place) == []
         shutil.rmtree(place)
     (directory / "found.json").write_text(json.dumps(found))
-
-
-def assert_completed(kind: str, place: Path, trees: dict[str, Tree]) -> None:
-    """What the next run has written is the new version, and nothing is left beside it."""
-    if kind == "training":  # with nothing more to save, it deletes nothing either
-        assert tree(place)[NEWEST] == trees["new"][NEWEST] and set(on_their_way(place)) <= {INCOMPLETE}
-    else:
-        assert tree(place) == trees["new"] and on_their_way(place) == []
 
 
 def verdict(kind: str, place: Path, trees: dict[str, Tree], by: int) -> str:
     """Which version is there after the signal."""
     there = tree(place)
-    if kind == "training":
-        assert in_a_fork(lambda pipe: loads(kind, place))[0] == 0
-        assert set(on_their_way(place)) <= {INCOMPLETE}
-        whole = trees["new"] | trees["old"]
-        names = [name for name in there if name.endswith(("model.safetensors", "optimizer.pt"))]
-        assert all(whole[name] == there[name] for name in names)
-        return "some"
     if by == signal.SIGINT:
         assert on_their_way(place) == []
     elif there not in trees.values():
@@ -218,9 +187,9 @@ def set_aside(kind: str, place: Path, there: Tree) -> str:
     return "set aside"
 
 
-@pytest.mark.parametrize("kind", ["save", "export", "bundle", "training"])
+@pytest.mark.parametrize("kind", ["save", "export", "bundle"])
 def test_nothing_is_lost_wherever_ctrl_c_or_sigterm_comes_between_two_renames(kind: str, tmp_path: Path):
     assert in_a_process(interrupt_at_every_rename, kind, tmp_path, limit=2900) == 0
     found = json.loads((tmp_path / kind / "found.json").read_text())
-    assert len(found) >= {"save": 16, "export": 4, "bundle": 8, "training": 4}[kind]
-    assert kind == "training" or {"old", "new"} <= set(found)
+    assert len(found) >= {"save": 16, "export": 4, "bundle": 8}[kind]
+    assert {"old", "new"} <= set(found)

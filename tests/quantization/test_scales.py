@@ -291,3 +291,11 @@ def test_no_scale_of_the_grid_has_less_squared_error_than_the_one_found(bits, th
     best = coarse[np.stack([errors(scale) for scale in coarse]).argmin(axis=0), np.arange(40)]
     least = np.min([errors(best * 2 ** (step / 16)) for step in range(-8, 9)], axis=0)
     assert (errors(found) <= 1.001 * least).all()
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile"])
+def test_a_channel_of_a_single_value_is_no_empty_one(observer):
+    """Its lowest and highest value are the same, as those of a channel of zeros, which gets the widest range, are."""
+    weight = torch.tensor([[0.5, 0.5, 0.5], [-0.25, -0.25, -0.25], [2.0, -3.0, 1.0], [0.0, 0.0, 0.0]])
+    scale = weight_scale(weight, QuantizerSpec(narrow_range=True, axis=0, observer=observer))
+    np.testing.assert_allclose(scale.numpy() * 127, [0.5, 0.25, 3, 3], rtol=1e-6)

@@ -85,9 +85,10 @@ class _Student:
             for quantizer in fake_quantizers(model).values()
             if quantizer.enabled and id(quantizer) not in weights and not isinstance(quantizer, WeightQuantizer)
         ]
-        learning = [layer for layer in layers if layer.weight_quantizer.enabled and layer.weight.requires_grad]
-        self.rounding = LearnedRounding(learning) if learning else None
-        self.shifts = {layer: _zeros(layer) for layer in learning if biases and _learns(layer.shifted_bias())}
+        self.layers = [layer for layer in layers if layer.weight_quantizer.enabled]
+        rounded = [layer for layer in self.layers if layer.weight.requires_grad]
+        self.rounding = LearnedRounding(rounded) if rounded else None
+        self.shifts = {layer: _zeros(layer) for layer in self.layers if biases and _learns(layer.shifted_bias())}
         on = [quantizer for quantizer in self.activations if quantizer.learned and not quantizer.frozen]
         self.scales = [parameter for quantizer in on for parameter in quantizer.parameters() if _learns(parameter)]
         self.first_scales = [scale.detach().clone() for scale in self.scales]
@@ -139,7 +140,7 @@ class _Student:
         """Mean over all quantized tensors of the squared error, relative to the variance in float."""
         with torch.no_grad(), fake_quant_disabled(self.model):
             wanted = self._run(batch)
-        with computing_by(self.rounding.layers if self.rounding else (), self._change()):
+        with computing_by(self.layers, self._change()):
             found = self._run(batch)
         # A detector that selects other boxes may go other ways from there on.
         pairs = [(got, want) for got, want in zip(found, wanted, strict=False) if got.shape == want.shape]
@@ -158,7 +159,8 @@ class _Student:
         def change(layer: QATLayer, original: Compute) -> Compute:
             def compute(x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
                 arguments = layer.operation_args if arguments is None else arguments
-                return layer.operation(x, weights[layer], self._bias(layer), *arguments)
+                weight = weights[layer] if layer in weights else layer.folded(layer.device_scale())[0]
+                return layer.operation(x, weight, self._bias(layer), *arguments)
 
             return compute
 

@@ -3,7 +3,9 @@
 What is learned, from images without labels: which of its two nearest codes each weight gets (AdaRound, Nagel et al.
 2020), the scales and offsets of activations (LSQ, Esser et al. 2020), and biases. All layers learn together, as those
 of one block do in BRECQ (Li et al. 2021): each gets its input from the quantized layers before it, and the error is
-measured wherever a value is quantized, against the float model on the same images.
+measured wherever a value is quantized, against the float model on the same images. What is maximised is the mean
+signal-to-noise ratio of all these tensors in decibels: one decibel counts the same for logits that pooling has made
+precise as for feature maps full of rounding noise.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ ROUNDING_RATE, SCALE_RATE, BIAS_RATE = 1e-2, 5e-3, 3e-3
 #: Batches by which it is judged whether anything was gained.
 JUDGED_BATCHES = 8
 
+#: Least relative error that counts, 60 dB below the signal: finer than anything of 8 bits.
+LEAST_ERROR = 1e-6
+
 
 def reconstruct(model: nn.Module, batches: Sequence[Inputs], biases: bool = True, seed: int = 0) -> None:
     """Learn, in place, what makes the quantized model compute what the float model does.
 
     Weights, scales and biases that are frozen or do not require gradients stay as they are; and so do all, if in the
-    end the error is no less than it was.
+    end the ratio of signal to noise is no higher than it was.
 
     Collective: all ranks learn alike, each from its own batches.
 
@@ -62,15 +67,15 @@ def reconstruct(model: nn.Module, batches: Sequence[Inputs], biases: bool = True
         return
     with evaluating(model), student.collecting():
         student.measure_outputs(batches[0])
-        before = student.judge(batches[:JUDGED_BATCHES])
+        before = student.ratio(batches[:JUDGED_BATCHES])
         _learn(student, batches, torch.Generator().manual_seed(seed))
-        after = student.judge(batches[:JUDGED_BATCHES])
-    if after < before:
-        changed = student.write()
-        logger.info(f"Reconstruction: {changed} weights have other codes; error {before:.4g} before, {after:.4g} now.")
+        after = student.ratio(batches[:JUDGED_BATCHES])
+    found = f"signal to quantization noise {before:.2f} dB before, {after:.2f} dB afterwards"
+    if after > before:
+        logger.info(f"Reconstruction: {student.write()} weights have other codes; {found}.")
     else:
         student.restore_scales()
-        logger.info(f"Reconstruction gains nothing: error {before:.4g} before, {after:.4g} afterwards. All stays.")
+        logger.info(f"Reconstruction gains nothing, and all stays: {found}.")
 
 
 class _Student:
@@ -89,7 +94,8 @@ class _Student:
         rounded = [layer for layer in self.layers if layer.weight.requires_grad]
         self.rounding = LearnedRounding(rounded) if rounded else None
         self.shifts = {layer: _zeros(layer) for layer in self.layers if biases and _learns(layer.shifted_bias())}
-        on = [quantizer for quantizer in self.activations if quantizer.learned and not quantizer.frozen]
+        # A power of two stays or doubles: small steps lead nowhere, and back and forth between two exponents.
+        on = [q for q in self.activations if q.learned and not q.frozen and not q.spec.power_of_two]
         self.scales = [parameter for quantizer in on for parameter in quantizer.parameters() if _learns(parameter)]
         self.first_scales = [scale.detach().clone() for scale in self.scales]
         self.units: dict[QATLayer, Tensor] = {}
@@ -137,19 +143,19 @@ class _Student:
             self._run(batch)
 
     def error(self, batch: Inputs) -> Tensor:
-        """Mean over all quantized tensors of the squared error, relative to the variance in float."""
+        """Mean over all quantized tensors of the noise-to-signal ratio in decibels: (), differentiable."""
         with torch.no_grad(), fake_quant_disabled(self.model):
             wanted = self._run(batch)
         with computing_by(self.layers, self._change()):
             found = self._run(batch)
         # A detector that selects other boxes may go other ways from there on.
         pairs = [(got, want) for got, want in zip(found, wanted, strict=False) if got.shape == want.shape]
-        return torch.stack([_relative_error(got, want) for got, want in pairs]).mean()
+        return torch.stack([_noise_to_signal(got, want) for got, want in pairs]).mean()
 
-    def judge(self, batches: Sequence[Inputs]) -> float:
-        """The mean error of some batches, over all ranks."""
+    def ratio(self, batches: Sequence[Inputs]) -> float:
+        """The mean signal-to-noise ratio of some batches in decibels, over all ranks."""
         with torch.no_grad():
-            return float(mean_over_ranks(torch.stack([self.error(batch) for batch in batches]).mean()))
+            return -float(mean_over_ranks(torch.stack([self.error(batch) for batch in batches]).mean()))
 
     def _change(self) -> Callable[[QATLayer, Compute], Compute]:
         """Lets layers compute with the weights and biases as learned so far."""
@@ -193,9 +199,10 @@ def _zeros(layer: QATLayer) -> Tensor:
     return torch.zeros_like(bias, requires_grad=True)
 
 
-def _relative_error(got: Tensor, want: Tensor) -> Tensor:
+def _noise_to_signal(got: Tensor, want: Tensor) -> Tensor:
+    """Squared error relative to the variance of `want`, in decibels."""
     power = (want - want.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (got - want).square().mean() / power
+    return 10 * torch.log10((got - want).square().mean() / power + LEAST_ERROR)
 
 
 def _learn(student: _Student, batches: Sequence[Inputs], order: torch.Generator) -> None:

@@ -11,7 +11,7 @@ precise as for feature maps full of rounding noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,8 +48,10 @@ JUDGED_BATCHES = 8
 LEAST_ERROR = 1e-6
 
 
-def reconstruct(model: nn.Module, batches: Sequence[Inputs], biases: bool = True, seed: int = 0) -> None:
-    """Learn, in place, what makes the quantized model compute what the float model does.
+def reconstruct(
+    model: nn.Module, batches: Sequence[Inputs], shifts: Mapping[QATLayer, Tensor], seed: int = 0
+) -> dict[QATLayer, Tensor]:
+    """Learn, in place but for the biases, what makes the quantized model compute what the float model does.
 
     Weights, scales and biases that are frozen or do not require gradients stay as they are; and so do all, if in the
     end the ratio of signal to noise is no higher than it was.
@@ -59,12 +61,15 @@ def reconstruct(model: nn.Module, batches: Sequence[Inputs], biases: bool = True
     Args:
         model: prepared and calibrated; batch norms go by their running statistics meanwhile.
         batches: of images, at least one.
-        biases: learn them, too.
+        shifts: of biases, (C,) each, to begin with; only theirs are learned.
         seed: of the order of the batches.
+
+    Returns:
+        `shifts` as learned. The biases themselves are as they were: the float model is to go by them to the end.
     """
-    student = _Student(model, biases)
+    student = _Student(model, shifts)
     if not student.parameters():
-        return
+        return dict(shifts)
     with evaluating(model), student.collecting():
         student.measure_outputs(batches[0])
         before = student.ratio(batches[:JUDGED_BATCHES])
@@ -73,16 +78,17 @@ def reconstruct(model: nn.Module, batches: Sequence[Inputs], biases: bool = True
     found = f"signal to quantization noise {before:.2f} dB before, {after:.2f} dB afterwards"
     if after > before:
         logger.info(f"Reconstruction: {student.write()} weights have other codes; {found}.")
-    else:
-        student.restore_scales()
-        logger.info(f"Reconstruction gains nothing, and all stays: {found}.")
+        return {layer: student.shift(layer).detach() for layer in shifts}
+    student.restore_scales()
+    logger.info(f"Reconstruction gains nothing, and all stays: {found}.")
+    return dict(shifts)
 
 
 class _Student:
     """The quantized model with what it learns, beside the float model: that is the model without quantizers."""
 
-    def __init__(self, model: nn.Module, biases: bool) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, shifts: Mapping[QATLayer, Tensor]) -> None:
+        self.model, self.first_shifts = model, shifts
         layers = qat_layers(model).values()
         weights = {id(layer.weight_quantizer) for layer in layers}
         self.activations = [
@@ -93,7 +99,11 @@ class _Student:
         self.layers = [layer for layer in layers if layer.weight_quantizer.enabled]
         rounded = [layer for layer in self.layers if layer.weight.requires_grad]
         self.rounding = LearnedRounding(rounded) if rounded else None
-        self.shifts = {layer: _zeros(layer) for layer in self.layers if biases and _learns(layer.shifted_bias())}
+        self.shifts = {
+            layer: torch.zeros_like(shifts[layer], requires_grad=True)
+            for layer in self.layers
+            if layer in shifts and _learns(layer.shifted_bias())
+        }
         # A power of two stays or doubles: small steps lead nowhere, and back and forth between two exponents.
         on = [q for q in self.activations if q.learned and not q.frozen and not q.spec.power_of_two]
         self.scales = [parameter for quantizer in on for parameter in quantizer.parameters() if _learns(parameter)]
@@ -174,12 +184,15 @@ class _Student:
 
     def _bias(self, layer: QATLayer) -> Tensor | None:
         bias = layer.float_bias()
-        return bias if bias is None or layer not in self.units else bias + self.shifts[layer] * self.units[layer]
+        return bias if bias is None or layer not in self.first_shifts else bias + self.shift(layer)
+
+    def shift(self, layer: QATLayer) -> Tensor:
+        """What is added to the layer's bias, as learned so far: (C,)."""
+        first = self.first_shifts[layer]
+        return first + self.shifts[layer] * self.units[layer] if layer in self.units else first
 
     def write(self) -> int:
-        """Put what was learned into the model; returns how many weights have another code."""
-        for layer, unit in self.units.items():
-            layer.shift_bias(self.shifts[layer].detach() * unit)
+        """Put what was learned of weights into the model; returns how many have another code."""
         return 0 if self.rounding is None else self.rounding.write()
 
     @torch.no_grad()
@@ -191,12 +204,6 @@ class _Student:
 
 def _learns(tensor: Tensor | None) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
-
-
-def _zeros(layer: QATLayer) -> Tensor:
-    bias = layer.float_bias()
-    assert bias is not None  # it is what the shifted bias becomes
-    return torch.zeros_like(bias, requires_grad=True)
 
 
 def _noise_to_signal(got: Tensor, want: Tensor) -> Tensor:

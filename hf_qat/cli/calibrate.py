@@ -61,4 +61,4 @@ def main(argv: Sequence[str]) -> None:
     stages = stages_of(evaluated, trainer)
     report = write_report(trainer, model.model_name_or_path, stages, exported, exported / REPORT)
     write_manifest(exported)
-    print(summary(stages, [exported, *([] if report is None else [report])], exported, data))
+    print(summary(stages, [exported, *report], exported, data))

@@ -25,9 +25,15 @@ logger = logging.getLogger(__name__)
 BIAS_CORRECTION_BATCHES = 4
 
 
-@torch.no_grad()
 def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
-    """Shift each layer's bias by the difference of its mean output between the float and the quantized model.
+    """Shift biases, in place, by `bias_shifts`."""
+    for layer, shift in bias_shifts(model, batches).items():
+        layer.shift_bias(shift)
+
+
+@torch.no_grad()
+def bias_shifts(model: nn.Module, batches: list[Inputs]) -> dict[QATLayer, Tensor]:
+    """By how much each layer's mean output differs between the float and the quantized model: (C,).
 
     One pass in float records the mean of every call; then every batch runs quantized, and each layer is corrected on
     the way, so that the next one sees corrected inputs. A layer that is called several times is shifted by the mean of
@@ -55,8 +61,7 @@ def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
 
     with _hooked(layers, correct):
         _run(model, batches, "Correcting biases: quantized")
-    for path, shift in shifts.items():
-        layers[path].shift_bias(shift)
+    return {layers[path]: shift for path, shift in shifts.items() if layers[path].shifted_bias() is not None}
 
 
 def _run(model: nn.Module, batches: list[Inputs], what: str) -> None:

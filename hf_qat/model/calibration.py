@@ -17,7 +17,7 @@ from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.progress import Bar, length_of, progress
 from hf_qat.model.batches import run_batches
-from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, correct_biases
+from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, bias_shifts
 from hf_qat.model.range_choice import choose_ranges, observe_in_several_ways
 from hf_qat.model.reconstruction import reconstruct
 from hf_qat.model.state import require_stage
@@ -79,10 +79,12 @@ def calibrate(
     best = effort == "best" and not live_batch_norms
     with progress("Calibrating", length_of(batches, num_batches), "batch") as bar:
         kept = _observe(model, islice(batches, num_batches), live_batch_norms, bar, best)
-    if best:
-        reconstruct(model, kept, biases=bias_correction)
-    elif bias_correction and not live_batch_norms:
-        correct_biases(model, kept)
+    shifts = {}
+    if bias_correction and not live_batch_norms:
+        shifts = bias_shifts(model, kept[:BIAS_CORRECTION_BATCHES])
+    learned = reconstruct(model, kept, shifts) if best else shifts
+    for layer, shift in learned.items():
+        layer.shift_bias(shift)
     return model
 
 

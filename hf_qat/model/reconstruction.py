@@ -3,13 +3,15 @@
 What is learned, from images without labels: which of its two nearest codes each weight gets (AdaRound, Nagel et al.
 2020), the scales and offsets of activations (LSQ, Esser et al. 2020), and biases. All layers learn together, as those
 of one block do in BRECQ (Li et al. 2021): each gets its input from the quantized layers before it, and the error is
-measured wherever a value is quantized, against the float model on the same images.
+measured wherever a value is quantized, against the float model on the same images. What is maximised is the mean
+signal-to-noise ratio of all these tensors in decibels: one decibel counts the same for logits that pooling has made
+precise as for feature maps full of rounding noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,42 +44,51 @@ ROUNDING_RATE, SCALE_RATE, BIAS_RATE = 1e-2, 5e-3, 3e-3
 #: Batches by which it is judged whether anything was gained.
 JUDGED_BATCHES = 8
 
+#: Least relative error that counts, 60 dB below the signal: finer than anything of 8 bits.
+LEAST_ERROR = 1e-6
 
-def reconstruct(model: nn.Module, batches: Sequence[Inputs], biases: bool = True, seed: int = 0) -> None:
-    """Learn, in place, what makes the quantized model compute what the float model does.
+
+def reconstruct(
+    model: nn.Module, batches: Sequence[Inputs], shifts: Mapping[QATLayer, Tensor], seed: int = 0
+) -> dict[QATLayer, Tensor]:
+    """Learn, in place but for the biases, what makes the quantized model compute what the float model does.
 
     Weights, scales and biases that are frozen or do not require gradients stay as they are; and so do all, if in the
-    end the error is no less than it was.
+    end the ratio of signal to noise is no higher than it was.
 
     Collective: all ranks learn alike, each from its own batches.
 
     Args:
         model: prepared and calibrated; batch norms go by their running statistics meanwhile.
         batches: of images, at least one.
-        biases: learn them, too.
+        shifts: of biases, (C,) each, to begin with; only theirs are learned.
         seed: of the order of the batches.
+
+    Returns:
+        `shifts` as learned. The biases themselves are as they were: the float model is to go by them to the end.
     """
-    student = _Student(model, biases)
+    student = _Student(model, shifts)
     if not student.parameters():
-        return
+        return dict(shifts)
     with evaluating(model), student.collecting():
         student.measure_outputs(batches[0])
-        before = student.judge(batches[:JUDGED_BATCHES])
+        before = student.ratio(batches[:JUDGED_BATCHES])
         _learn(student, batches, torch.Generator().manual_seed(seed))
-        after = student.judge(batches[:JUDGED_BATCHES])
-    if after < before:
-        changed = student.write()
-        logger.info(f"Reconstruction: {changed} weights have other codes; error {before:.4g} before, {after:.4g} now.")
-    else:
-        student.restore_scales()
-        logger.info(f"Reconstruction gains nothing: error {before:.4g} before, {after:.4g} afterwards. All stays.")
+        after = student.ratio(batches[:JUDGED_BATCHES])
+    found = f"signal to quantization noise {before:.2f} dB before, {after:.2f} dB afterwards"
+    if after > before:
+        logger.info(f"Reconstruction: {student.write()} weights have other codes; {found}.")
+        return {layer: student.shift(layer).detach() for layer in shifts}
+    student.restore_scales()
+    logger.info(f"Reconstruction gains nothing, and all stays: {found}.")
+    return dict(shifts)
 
 
 class _Student:
     """The quantized model with what it learns, beside the float model: that is the model without quantizers."""
 
-    def __init__(self, model: nn.Module, biases: bool) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, shifts: Mapping[QATLayer, Tensor]) -> None:
+        self.model, self.first_shifts = model, shifts
         layers = qat_layers(model).values()
         weights = {id(layer.weight_quantizer) for layer in layers}
         self.activations = [
@@ -85,10 +96,16 @@ class _Student:
             for quantizer in fake_quantizers(model).values()
             if quantizer.enabled and id(quantizer) not in weights and not isinstance(quantizer, WeightQuantizer)
         ]
-        learning = [layer for layer in layers if layer.weight_quantizer.enabled and layer.weight.requires_grad]
-        self.rounding = LearnedRounding(learning) if learning else None
-        self.shifts = {layer: _zeros(layer) for layer in learning if biases and _learns(layer.shifted_bias())}
-        on = [quantizer for quantizer in self.activations if quantizer.learned and not quantizer.frozen]
+        self.layers = [layer for layer in layers if layer.weight_quantizer.enabled]
+        rounded = [layer for layer in self.layers if layer.weight.requires_grad]
+        self.rounding = LearnedRounding(rounded) if rounded else None
+        self.shifts = {
+            layer: torch.zeros_like(shifts[layer], requires_grad=True)
+            for layer in self.layers
+            if layer in shifts and _learns(layer.shifted_bias())
+        }
+        # A power of two stays or doubles: small steps lead nowhere, and back and forth between two exponents.
+        on = [q for q in self.activations if q.learned and not q.frozen and not q.spec.power_of_two]
         self.scales = [parameter for quantizer in on for parameter in quantizer.parameters() if _learns(parameter)]
         self.first_scales = [scale.detach().clone() for scale in self.scales]
         self.units: dict[QATLayer, Tensor] = {}
@@ -136,19 +153,19 @@ class _Student:
             self._run(batch)
 
     def error(self, batch: Inputs) -> Tensor:
-        """Mean over all quantized tensors of the squared error, relative to the variance in float."""
+        """Mean over all quantized tensors of the noise-to-signal ratio in decibels: (), differentiable."""
         with torch.no_grad(), fake_quant_disabled(self.model):
             wanted = self._run(batch)
-        with computing_by(self.rounding.layers if self.rounding else (), self._change()):
+        with computing_by(self.layers, self._change()):
             found = self._run(batch)
         # A detector that selects other boxes may go other ways from there on.
         pairs = [(got, want) for got, want in zip(found, wanted, strict=False) if got.shape == want.shape]
-        return torch.stack([_relative_error(got, want) for got, want in pairs]).mean()
+        return torch.stack([_noise_to_signal(got, want) for got, want in pairs]).mean()
 
-    def judge(self, batches: Sequence[Inputs]) -> float:
-        """The mean error of some batches, over all ranks."""
+    def ratio(self, batches: Sequence[Inputs]) -> float:
+        """The mean signal-to-noise ratio of some batches in decibels, over all ranks."""
         with torch.no_grad():
-            return float(mean_over_ranks(torch.stack([self.error(batch) for batch in batches]).mean()))
+            return -float(mean_over_ranks(torch.stack([self.error(batch) for batch in batches]).mean()))
 
     def _change(self) -> Callable[[QATLayer, Compute], Compute]:
         """Lets layers compute with the weights and biases as learned so far."""
@@ -158,7 +175,8 @@ class _Student:
         def change(layer: QATLayer, original: Compute) -> Compute:
             def compute(x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
                 arguments = layer.operation_args if arguments is None else arguments
-                return layer.operation(x, weights[layer], self._bias(layer), *arguments)
+                weight = weights[layer] if layer in weights else layer.folded(layer.device_scale())[0]
+                return layer.operation(x, weight, self._bias(layer), *arguments)
 
             return compute
 
@@ -166,12 +184,15 @@ class _Student:
 
     def _bias(self, layer: QATLayer) -> Tensor | None:
         bias = layer.float_bias()
-        return bias if bias is None or layer not in self.units else bias + self.shifts[layer] * self.units[layer]
+        return bias if bias is None or layer not in self.first_shifts else bias + self.shift(layer)
+
+    def shift(self, layer: QATLayer) -> Tensor:
+        """What is added to the layer's bias, as learned so far: (C,)."""
+        first = self.first_shifts[layer]
+        return first + self.shifts[layer] * self.units[layer] if layer in self.units else first
 
     def write(self) -> int:
-        """Put what was learned into the model; returns how many weights have another code."""
-        for layer, unit in self.units.items():
-            layer.shift_bias(self.shifts[layer].detach() * unit)
+        """Put what was learned of weights into the model; returns how many have another code."""
         return 0 if self.rounding is None else self.rounding.write()
 
     @torch.no_grad()
@@ -185,15 +206,10 @@ def _learns(tensor: Tensor | None) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 
-def _zeros(layer: QATLayer) -> Tensor:
-    bias = layer.float_bias()
-    assert bias is not None  # it is what the shifted bias becomes
-    return torch.zeros_like(bias, requires_grad=True)
-
-
-def _relative_error(got: Tensor, want: Tensor) -> Tensor:
+def _noise_to_signal(got: Tensor, want: Tensor) -> Tensor:
+    """Squared error relative to the variance of `want`, in decibels."""
     power = (want - want.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (got - want).square().mean() / power
+    return 10 * torch.log10((got - want).square().mean() / power + LEAST_ERROR)
 
 
 def _learn(student: _Student, batches: Sequence[Inputs], order: torch.Generator) -> None:

@@ -197,7 +197,7 @@ class QATTrainer(Trainer):
         Args:
             dataset: the train set if left out, shuffled; another one is read in its order. `calibration_batches` of
                 the config says how much of it.
-            effort: `"fast"`, or `"best"`, which takes minutes and often makes training needless (`hf_qat.calibrate`).
+            effort: `"fast"`, or `"best"`, which takes minutes; see `hf_qat.calibrate`.
 
         Raises:
             CalibrationError: no data, or integers, NaN or infinities in it.

@@ -43,7 +43,8 @@ def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[Quanti
                 scheme = replace(scheme, symmetric=True)
             if (child, quantizer.name) in data and scheme.bits >= FINE_BITS:
                 scheme = replace(scheme, learned=False)
-            unit_range = all(_has_fixed_range(placement.facts, node) for node in quantizer.insertion_points)
+            facts, bits = placement.facts, scheme.bits
+            unit_range = all(_has_fixed_range(facts, node, bits) for node in quantizer.insertion_points)
             specs[child, quantizer.name] = activation_spec(
                 scheme, quantizer.non_negative, unit_range, quantizer.name in signed
             )
@@ -124,10 +125,10 @@ def _numbers(node: fx.Node) -> int:
     return int(node.meta["val"].shape[1:].numel())
 
 
-def _has_fixed_range(facts: GraphFacts, node: fx.Node) -> bool:
+def _has_fixed_range(facts: GraphFacts, node: fx.Node, bits: int) -> bool:
     """Whether all of [0, 1] is used: most of a long row of probabilities would be rounded to 0."""
     rule = facts.rules[node]
-    return rule.unit_range and not has_long_rows(node, rule)
+    return rule.unit_range and not has_long_rows(node, rule, bits)
 
 
 def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:

@@ -34,7 +34,7 @@ SUMS = {aten.add.Tensor, aten.sub.Tensor}
 PRODUCTS = {aten.mul.Tensor}
 
 #: Rows of probabilities up to this length may have the fixed scale 1/256: rounding a flat row of 32 to it costs 3.5 %
-#: (root of the mean square), of 48 5.7 %, of 96 13 %; of 512, half of which become 0, 96 %.
+#: (root of the mean square), of 48 5.7 %, of 96 13 %; of 512, half of which become 0, 96 %. With each bit less, half.
 LONGEST_FIXED_ROW = 32
 
 Rules = Mapping[fx.Node, Rule]
@@ -131,13 +131,13 @@ def masks_alone(
     return {node for node in found if rules[node].kind is not Kind.PASS}
 
 
-def has_long_rows(node: fx.Node, rule: Rule) -> bool:
-    """Whether the node is a softmax whose rows are longer than `LONGEST_FIXED_ROW`, or not known to be as short."""
+def has_long_rows(node: fx.Node, rule: Rule, bits: int = 8) -> bool:
+    """Whether the node is a softmax whose rows are too long for a fixed scale of `bits`, or of unknown length."""
     if not rule.is_softmax:
         return False
     axis = node.args[1] if len(node.args) > 1 else node.kwargs["dim"]
     length = node.meta["val"].shape[axis]
-    return not isinstance(length, int) or length > LONGEST_FIXED_ROW
+    return not isinstance(length, int) or length > LONGEST_FIXED_ROW * 2.0 ** (bits - 8)
 
 
 def long_results(nodes: Iterable[fx.Node], rules: Rules) -> set[fx.Node]:

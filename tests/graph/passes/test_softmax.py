@@ -116,6 +116,17 @@ def test_flat_attention_over_any_number_of_tokens_is_right(count):
     assert model.softmax_0_quantizer.spec.qmin == 0 and model.softmax_0_quantizer.spec.symmetric
 
 
+def test_at_4_bits_even_a_row_of_24_has_a_scale_of_its_own():
+    torch.manual_seed(0)
+    x = tokens(1, 24) + 1
+    model = calibrate(prepare_qat(FlatAttention().eval(), QATConfig("w4a4"), x), [x])
+    quantizer = model.softmax_0_quantizer
+    assert quantizer.spec.bits == 4 and quantizer.spec.fixed_scale is None
+    flat = torch.full((24,), 1 / 24)
+    with torch.no_grad():  # a sixteenth in place of each: half as much again
+        torch.testing.assert_close(quantizer(flat), flat, rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize(("classes", "names"), [(10, {"1.activation_quantizer"}), (768, set())], ids=str)
 def test_a_long_row_of_probabilities_that_is_returned_stays_float(classes, names):
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -105,6 +105,14 @@ class CallSignature:
     def same_constants(self, other: CallSignature) -> bool:
         """Whether the two calls differ in nothing but the tensors."""
         return not self.differences(other)
+
+    def same_tensors(self, other: CallSignature) -> bool:
+        """Whether the same arguments hold tensors, and as many: what differs are options, such as flags."""
+        return self._tensor_counts() == other._tensor_counts()
+
+    def _tensor_counts(self) -> dict[str, int]:
+        counts = {name: leaves.count(Slot.TENSOR) for name, leaves in self.leaves.items()}
+        return {name: count for name, count in counts.items() if count}
 
     def differences(self, other: CallSignature) -> list[str]:
         """Names of arguments in which `other` differs; absent, `None` and `False` count as the same."""
@@ -228,6 +236,13 @@ class CapturedGraph:
         return pytree.tree_unflatten(fill(self.result_leaves, outputs), self.result_spec)
 
 
+class CaptureCall(Protocol):
+    """Captures a call of a prepared model's part that was not seen when the model was prepared."""
+
+    def __call__(self, module: CapturedModule, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
+        """A graph of the call, over the modules and quantizers that `module` has; `CaptureError` if there is none."""
+
+
 class Place(NamedTuple):
     """Where a module is registered: below a captured module at `path`, and directly in `parent` under `name`."""
 
@@ -262,6 +277,8 @@ class CapturedModule(nn.Module):
         output_quantizers: a path below the child per output, `None` where none is carried.
         float_operations: what stays float, and why.
         saves_memory: keep the codes of quantized tensors for backward, not the tensors.
+        capture_call: makes a graph of a call with other options (flags) than those that were captured; `None`: such
+            a call is refused.
         places: where each module inside is registered; a graph calls, and reads the parameters of, these very ones.
     """
 
@@ -272,6 +289,7 @@ class CapturedModule(nn.Module):
     float_operations: list[tuple[str, str, str]]
     places: list[Place]
     saves_memory: bool = False
+    capture_call: CaptureCall | None = None
     _python_signature: inspect.Signature
     _warned_of: set[str]
 
@@ -321,7 +339,14 @@ class CapturedModule(nn.Module):
         for captured in of_mode:
             if captured.takes(self, call, tensors):
                 return captured
-        raise _not_captured(type(self).__name__, of_mode[0], call, tensors)
+        refused = _not_captured(type(self).__name__, of_mode[0], call, tensors)
+        if self.capture_call is None or torch.compiler.is_compiling() or not _differs_in_options(of_mode[0], call):
+            raise refused
+        try:
+            self.graphs.append(self.capture_call(self, call, tensors))
+        except CaptureError as error:
+            raise CaptureError(f"{refused} Captured as it came, it failed: {error}") from error
+        return self.graphs[-1]
 
     def remember_places(self) -> None:
         """Take the modules that are inside now for those that belong there."""
@@ -391,7 +416,7 @@ def _warn_of_mode(owner: CapturedModule, place: Place) -> None:
 
 def _rounds(module: nn.Module) -> bool:
     """Whether it is a quantizer that rounds by its range, instead of collecting one."""
-    return isinstance(module, FakeQuantize) and module.enabled and module.observer is None
+    return isinstance(module, FakeQuantize) and module.rounds and module.observer is None
 
 
 def _warn_of_ranges(owner: CapturedModule) -> None:
@@ -447,6 +472,11 @@ def _is_of_user(hook: object) -> bool:
 
 def _origin(hook: object) -> str:
     return str(getattr(hook, "__module__", None) or type(hook).__module__)
+
+
+def _differs_in_options(captured: CapturedGraph, call: CallSignature) -> bool:
+    """Whether a call holds the tensors of the captured one, with other constants."""
+    return captured.signature.same_tensors(call) and not captured.signature.same_constants(call)
 
 
 def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tensors: Sequence[Tensor]) -> CaptureError:

@@ -57,6 +57,7 @@ def swap_to_integer_modules(model: Model) -> Model:
     _replace_quantizers(model)
     for captured in captured_children(model).values():
         captured.remember_places()
+        object.__setattr__(captured, "capture_call", None)  # it makes graphs of fake quantizers
     require_stage(model, Stage.PREPARED, "convert").stage = Stage.CONVERTED
     if isinstance(model, PreTrainedModel):
         attach_hf_quantizer(model)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -31,14 +31,22 @@ from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.observers import Observer, make_observer
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 from hf_qat.quantization.scales import scale_from_range, weight_scale
+from hf_qat.quantization.spec import QuantizerSpec
 from hf_qat.quantization.weight_quantizer import WeightQuantizer
 
 
 #: A range is outgrown if what is seen reaches beyond it by more than this share of its width,
 OUTGROWN = 0.5
 
-#: or if more than this share of the values lies beyond: no gradient passes there, so they may not reach far.
+#: or if more than this share of the values lies beyond, where no gradient passes, so that they may not reach far;
 SATURATED = 0.1
+
+#: and what calibration would choose now reaches further by so much of the width. Few bits clip many values on purpose.
+REACHES_FURTHER = 0.1
+
+#: The range of a weight is outgrown if rounding by it also loses so many times what it would by the range of today:
+#: of few values, the range of the least error jumps, while the errors are about the same.
+LOSES_MORE = 2.0
 
 #: So many at least: of twenty logits, two are beyond a range by chance.
 FEWEST_SATURATED = 16
@@ -131,6 +139,35 @@ def renew_outgrown_ranges(model: nn.Module, call: Call) -> list[str]:
     return renewed + [f"{path}.weight_quantizer" for path, layer in layers.items() if _renew_weight(layer)]
 
 
+@torch.no_grad()
+def set_ranges_anew(model: nn.Module, call: Call) -> None:
+    """Set all ranges, of activations and weights, as calibration does, by what one call shows; frozen ones stay.
+
+    Collective. Where the call finds values without a range, all ranges stay.
+
+    Args:
+        model: prepared and calibrated, in training; as in `renew_outgrown_ranges`.
+        call: the arguments of a forward call.
+    """
+    layers = qat_layers(model)
+    of_weights = {id(layer.weight_quantizer) for layer in layers.values()}
+    quantizers = {
+        path: quantizer
+        for path, quantizer in fake_quantizers(model).items()
+        if id(quantizer) not in of_weights and not isinstance(quantizer, WeightQuantizer) and quantizer.wants_range()
+    }
+    watches = {path: _Watch(quantizer) for path, quantizer in quantizers.items() if quantizer.spec.fixed_scale is None}
+    if not _watch(model, call, quantizers, watches):
+        return
+    for path, watch in watches.items():
+        quantizers[path].observer = watch
+        with suppress(CalibrationError):  # this call did not come here
+            quantizers[path].finish_observing(path)
+    for layer in layers.values():
+        if layer.weight_quantizer.wants_range() and not isinstance(layer.weight, DTensor):  # FSDP2 has split it
+            layer.initialize_scale()
+
+
 def _can_outgrow(quantizer: FakeQuantize) -> bool:
     return quantizer.enabled and quantizer.learned and not quantizer.frozen and quantizer.log2_scale.requires_grad
 
@@ -140,8 +177,8 @@ def _watch(model: nn.Module, call: Call, quantizers: dict[str, FakeQuantize], wa
     args, kwargs = call
     inputs = {name: value for name, value in kwargs.items() if name not in _optional_labels(model)}
     live = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    for path, quantizer in quantizers.items():
-        quantizer.observer = watches[path]
+    for path, watch in watches.items():
+        quantizers[path].observer = watch
     try:
         with _unseen(model), evaluating(model), batch_statistics(live), fake_quant_disabled(model), torch.no_grad():
             model(*args, **inputs)
@@ -188,10 +225,10 @@ def _renew(quantizer: FakeQuantize, watch: _Watch) -> bool:
         low, high = _bounds(quantizer, *watch.qparams())
     except CalibrationError:  # this call did not come here
         return False
-    beyond = OUTGROWN * (watch.high - watch.low)
-    reaches_out = low < watch.low - beyond or high > watch.high + beyond
+    further = max(watch.low - low, high - watch.high) / (watch.high - watch.low)
+    outgrown = further > OUTGROWN or (further > REACHES_FURTHER and watch.saturated > SATURATED)
     is_limited = quantizer.scale_limit is not None and float(quantizer.scale) >= quantizer.scale_limit
-    if is_limited or not (reaches_out or watch.saturated > SATURATED):
+    if is_limited or not outgrown:
         return False
     low = HEADROOM * low if low < watch.low else watch.low
     high = HEADROOM * high if high > watch.high else watch.high
@@ -208,9 +245,21 @@ def _renew_weight(layer: QATLayer) -> bool:
     quantizer = layer.weight_quantizer
     if not _can_outgrow(quantizer) or isinstance(layer.weight, DTensor):  # FSDP2 has split it
         return False
-    seen, scale = weight_scale(layer.float_weight(), quantizer.spec), quantizer.scale.detach()
-    outgrown = seen > (1 + OUTGROWN) * scale
+    weight = layer.float_weight().detach()
+    if not bool(weight.isfinite().all()):  # a training that diverges goes on, as it would without us
+        return False
+    seen, scale = weight_scale(weight, quantizer.spec), quantizer.scale.detach()
+    loses_more = _loss(weight, scale, quantizer.spec) > LOSES_MORE * _loss(weight, seen, quantizer.spec)
+    outgrown = (seen > (1 + OUTGROWN) * scale) & loses_more
     if not bool(outgrown.any()):
         return False
     quantizer.set_qparams(torch.where(outgrown, seen, scale))
     return True
+
+
+def _loss(weight: Tensor, scale: Tensor, spec: QuantizerSpec) -> Tensor:
+    """The squared error of a weight that is rounded by `scale`, for each scale: () or (C,), as `scale`."""
+    rows = weight.reshape(1, -1) if spec.axis is None else weight.movedim(spec.axis, 0).flatten(1)
+    steps = scale.reshape(-1, 1)
+    rounded = (rows / steps).round().clamp(spec.qmin, spec.qmax) * steps
+    return (rows - rounded).square().sum(1).view(scale.shape)

@@ -20,6 +20,7 @@ from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
 from hf_qat.model.finite import require_finite
+from hf_qat.model.further_calls import FurtherCalls
 from hf_qat.model.plan import make_plan
 from hf_qat.model.python_code import operations_in_python
 from hf_qat.model.quantized_share import warn_of_float_layers
@@ -120,7 +121,9 @@ def _prepare(
 ) -> None:
     """The passes, in order; what one raises leaves the model half changed."""
     _use_eager_attention(model)
-    captured = capture(model, inputs if other_size is None else TwoSizes(inputs, other_size), parts, labels)
+    shown = inputs if other_size is None else TwoSizes(inputs, other_size)
+    further_calls = FurtherCalls.of(model, config, shown)
+    captured = capture(model, shown, parts, labels)
     in_python = operations_in_python(model, captured, inputs, parts.excluded)
     plan = make_plan(model, captured, config, inputs)
     found = operations(captured)
@@ -139,6 +142,7 @@ def _prepare(
     for module in captured.values():
         module.remember_places()
         module.saves_memory = config.save_memory
+        object.__setattr__(module, "capture_call", further_calls)
     initialize_weight_scales(model)
     install_hooks(model)
     object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured), in_python))

@@ -3,22 +3,24 @@
 The phases are those of Krishnamoorthi 2018 (§3.2.2) and Jacob et al. 2018 (§3.1). Which one holds is a pure function
 of how many optimizer steps are done; nothing counts forward passes or calls of `train()`.
 
-A net that is trained from scratch, and a new head, need more: see `untrained.py` and `outgrown.py`.
+A net that is trained from scratch, and a new head, need more: see `untrained.py` and `outgrown.py`. A net from scratch
+without batch norm learns in float at first, as in Jacob et al. 2018 (§3.1): ranges that move that fast hold it back.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, TypedDict
 
 from torch import nn
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import ConfigError, listed
-from hf_qat.model.outgrown import CallInTraining, renew_outgrown_ranges
+from hf_qat.model.outgrown import CallInTraining, renew_outgrown_ranges, set_ranges_anew
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import freeze_batch_norm, freeze_ranges
-from hf_qat.model.untrained import has_batch_norms, new_parameters, untrained_batch_norms
+from hf_qat.model.untrained import has_batch_norms, is_untrained, new_parameters, untrained_batch_norms
+from hf_qat.quantization.quantizer import fake_quantizers
 
 
 logger = logging.getLogger(__name__)
@@ -32,16 +34,26 @@ PHASES: tuple[Phase, ...] = ("batch norm live", "batch norm frozen", "ranges fro
 #: Fraction of training for which batch norms stay live that no batch has touched, or that a new head comes after.
 LIVE_UNTIL = 0.5
 
+#: Fraction of training for which a net from scratch without batch norm learns in float. Measured: a ViT on digits.
+FLOAT_UNTIL = 0.25
+
 #: Ranges are observed again after so many steps of a training, evenly spread, and after step 1, 2, 4, 8, …
 OBSERVATIONS = 20
 
 
-class ScheduleState(TypedDict):
-    """What `QATSchedule.state_dict` returns: plain data; `freeze_bn_at` where it is not that of the config."""
-
+class _Steps(TypedDict):
     step: int
     total_steps: int
-    freeze_bn_at: NotRequired[float]
+
+
+class ScheduleState(_Steps, total=False):
+    """What `QATSchedule.state_dict` returns: plain data.
+
+    `freeze_bn_at` where it is not that of the config; `quantize_at`, a fraction of training, where it is not 0.
+    """
+
+    freeze_bn_at: float
+    quantize_at: float
 
 
 def phase_at(step: int, total_steps: int, freeze_bn_at: float, freeze_ranges_at: float) -> Phase:
@@ -83,8 +95,10 @@ class QATSchedule:
     then on: it also undoes what `freeze_batch_norm` and `freeze_ranges` did before.
 
     Batch norms that no batch has touched yet, and those of a model with a new head, are live for the first half of
-    training, unless the config says more than 0. At 20 steps, and at steps 1, 2, 4, …, ranges are observed again on
-    the batch of that step; those that training has outgrown by half of their width are set anew. Either is logged.
+    training, unless the config says more than 0. A net from scratch that has norms, and no batch norm, learns in float
+    for the first quarter, is evaluated quantized, and gets its ranges anew at the end of it. At 20 steps, and at steps
+    1, 2, 4, …, ranges are observed again on the batch of that step; those that training has outgrown by half of their
+    width are set anew. All of that is logged.
 
     Args:
         model: prepared.
@@ -111,6 +125,8 @@ class QATSchedule:
         self._model = model
         self._applied: Phase | None = None
         self._freeze_bn_at = self._freezing_of_batch_norm()
+        self._quantize_at = self._end_of_float()
+        self._waits: bool | None = None
         self._call = CallInTraining(model)
         self._outgrown: set[str] = set()
         self.load_state_dict({"step": 0, "total_steps": total_steps})
@@ -130,6 +146,8 @@ class QATSchedule:
         state: ScheduleState = {"step": self._step, "total_steps": self._total_steps}
         if self._freeze_bn_at != self.config.freeze_bn_at:
             state["freeze_bn_at"] = self._freeze_bn_at
+        if self._quantize_at:
+            state["quantize_at"] = self._quantize_at
         return state
 
     def load_state_dict(self, state: ScheduleState) -> None:
@@ -144,6 +162,7 @@ class QATSchedule:
                 raise ConfigError(f"{name} of a QATSchedule must be a whole number from {least}, not {value!r}.")
         self._step, self._total_steps = state["step"], state["total_steps"]
         self._freeze_bn_at = state.get("freeze_bn_at", self._freeze_bn_at)
+        self._quantize_at = state.get("quantize_at", self._quantize_at)
         self._apply()
 
     def _freezing_of_batch_norm(self) -> float:
@@ -155,6 +174,18 @@ class QATSchedule:
         logger.warning("Batch norm follows the data for the first %.0f %% of training: %s.", 100 * live_until, why)
         return live_until
 
+    def _end_of_float(self) -> float:
+        """The fraction of training that is computed in float; not 0 for a net from scratch without batch norm."""
+        if has_batch_norms(self._model) or not is_untrained(self._model):
+            return 0.0
+        until = min(FLOAT_UNTIL, self.config.freeze_ranges_at)
+        logger.warning(
+            "The net is untrained: its norms are as they were made. It learns in float for the first %.0f %% of "
+            "training, and its ranges are collected anew then; it is evaluated quantized.",
+            100 * until,
+        )
+        return until
+
     def _why_statistics_change(self) -> str | None:
         if untrained := untrained_batch_norms(self._model):
             return f"{len(untrained)} batch norms have the statistics that they were made with, not worth freezing"
@@ -162,8 +193,15 @@ class QATSchedule:
         return f"{listed(new)} did not come from the checkpoint, and the rest has still to fit to it" if new else None
 
     def _observe_again(self) -> None:
-        """Set the ranges anew that the step before has outgrown, and look at the next step if it is one to look at."""
-        call = self._call.take()
+        """Set the ranges anew that the step before has outgrown, and look at the next step if it is one to look at.
+
+        After the last step in float, all of them are set anew.
+        """
+        call, was_waiting = self._call.take(), self._waits
+        self._wait_in_training(self._is_in_float(self._step))
+        if was_waiting and not self._waits and call is not None:
+            set_ranges_anew(self._model, call)
+            call = None
         if self.phase == "ranges frozen":
             return
         outgrown = set() if call is None else set(renew_outgrown_ranges(self._model, call)) - self._outgrown
@@ -176,8 +214,20 @@ class QATSchedule:
                 listed(sorted(outgrown)),
             )
             self._outgrown |= outgrown
-        if is_observed_again(self._step + 1, self._total_steps):
+        is_last_in_float = bool(self._waits) and not self._is_in_float(self._step + 1)
+        if is_last_in_float or is_observed_again(self._step + 1, self._total_steps):
             self._call.listen()
+
+    def _is_in_float(self, step: int) -> bool:
+        """Whether the step after `step` others is computed in float."""
+        return step / self._total_steps < self._quantize_at
+
+    def _wait_in_training(self, waits: bool) -> None:
+        """Turn the switch of all quantizers that lets values pass in training."""
+        if waits != self._waits:
+            for quantizer in fake_quantizers(self._model).values():
+                quantizer.waits = waits
+            self._waits = waits
 
     def _apply(self) -> None:
         """Turn the switches, which takes a walk over all modules, only where the phase is another than before."""

@@ -16,6 +16,9 @@ from hf_qat.quantization.quantizer import fake_quantizers
 #: What transformers sets on each tensor that `from_pretrained` has read from a checkpoint.
 LOADED = "_is_hf_initialized"
 
+#: They begin with a weight of 1 (or 0) and a bias of 0.
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 def untrained_batch_norms(model: nn.Module) -> list[nn.Module]:
     """The batch norms of `model` with the statistics that they were made with: mean 0, variance 1, no batch counted.
@@ -23,6 +26,21 @@ def untrained_batch_norms(model: nn.Module) -> list[nn.Module]:
     A count of 0 alone says little: models that came from another library have it beside statistics of their own.
     """
     return [module for module in _batch_norms(model) if _is_untrained(module)]
+
+
+def is_untrained(model: nn.Module) -> bool:
+    """Whether all norms of `model` have the weight and the bias that they were made with, one number each.
+
+    Any training moves them. A model without norms, or with one on the meta device, says nothing.
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.weight is not None]
+    tensors = [tensor for norm in norms for tensor in (norm.weight, getattr(norm, "bias", None)) if tensor is not None]
+    return bool(norms) and not any(tensor.is_meta or not _is_constant(tensor) for tensor in tensors)
+
+
+def _is_constant(tensor: Any) -> bool:
+    local = tensor.detach().flatten()
+    return bool((local == local[0]).all())
 
 
 def new_parameters(model: nn.Module) -> list[str]:

@@ -115,7 +115,7 @@ class QATLayer(nn.Module):
     def _rounded_bias(self, bias: Tensor, weight_scale: Tensor) -> Tensor:
         """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training."""
         source = self.quantizer_of_input
-        if source is None or not (source.enabled and self.weight_quantizer.enabled):
+        if source is None or not (source.rounds and self.weight_quantizer.rounds):
             return bias
         scale = bias_scale(source.scale.detach(), weight_scale.detach())
         return (quantize_bias(bias, scale).to(torch.float32) * scale).to(bias.dtype)
@@ -131,7 +131,7 @@ class QATLayer(nn.Module):
     def _unfolded_weight(self) -> Tensor:
         """q(w * f) / f, for a live batch norm; the factor itself gets no gradient: the batch norm cancels it."""
         quantizer = self.weight_quantizer
-        if not quantizer.enabled:
+        if not quantizer.rounds:
             return self.weight
         if self._folds_at_once():
             return self._folded_at_once(live=True)[0]
@@ -146,7 +146,7 @@ class QATLayer(nn.Module):
 
     def _folds_at_once(self) -> bool:
         """Whether scale, fold and rounding are one operation; a compiler is given the formulas to fuse."""
-        return self.weight_quantizer.enabled and not torch.compiler.is_compiling()
+        return self.weight_quantizer.rounds and not torch.compiler.is_compiling()
 
     def _folded_at_once(self, live: bool) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the operation in training; by a kernel, in the type that autocast wants."""
@@ -172,10 +172,10 @@ class QATLayer(nn.Module):
         quantizer, factor = self.weight_quantizer, self.fold_factor()
         qmin, qmax, axis = quantizer.spec.qmin, quantizer.spec.qmax, self.channel_axis
         if factor is None:
-            if not quantizer.enabled:
+            if not quantizer.rounds:
                 return self.weight, self.bias
             return fold_fake_quantize(self.weight, None, scale, qmin, qmax, axis), self.bias
-        if quantizer.enabled:
+        if quantizer.rounds:
             weight = fold_fake_quantize(self.weight, factor / scale, scale, qmin, qmax, axis)
         else:
             weight = self.weight * self._along_channels(factor)

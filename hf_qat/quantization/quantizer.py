@@ -38,6 +38,7 @@ class FakeQuantize(nn.Module):
 
     Attributes:
         enabled: quantize at all.
+        waits: hand values on in training, and round in evaluation only: a net from scratch learns in float at first.
         frozen: scale and zero point no longer change.
         observer: collects the range while calibrating, else `None`.
         observed (buffer): int64, number of batches seen; 0 means that the ranges are still to be collected.
@@ -54,6 +55,7 @@ class FakeQuantize(nn.Module):
         self.spec = spec
         self.scale_limit = scale_limit
         self.enabled = True
+        self.waits = False
         self.frozen = False
         self.observer: RangeCollector | None = None
         self.learned = spec.learned and spec.fixed_scale is None
@@ -74,6 +76,11 @@ class FakeQuantize(nn.Module):
             self.register_buffer(name, value)
 
     @property
+    def rounds(self) -> bool:
+        """Whether it quantizes, in its present mode."""
+        return self.enabled and not (self.waits and self.training)
+
+    @property
     def tracks_range(self) -> bool:
         """Whether training goes on following the range of what passes (a moving average)."""
         return self.spec.observer == "moving_average" and not self.spec.learned and self.spec.fixed_scale is None
@@ -86,7 +93,7 @@ class FakeQuantize(nn.Module):
         """Whether `forward` would round by a range that nothing has been seen for."""
         known = self.spec.fixed_scale is not None or (self.training and self.tracks_range)
         seen = known or self.observed.is_meta or int(self.observed) > 0  # on the meta device, nobody knows
-        return self.enabled and not seen
+        return self.rounds and not seen
 
     @property
     def scale(self) -> Tensor:
@@ -153,7 +160,7 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         """Fake-quantize `x`, after `activation`, which costs nothing where the clamp computes it."""
-        if self.observer is not None or not self.enabled:
+        if self.observer is not None or not self.rounds:
             x = x if activation is None else ACTIVATIONS[activation](x)
             if self.observer is not None:
                 self.observer.observe(x.detach())

@@ -108,7 +108,7 @@ def weight_scale(weight: Tensor, spec: QuantizerSpec) -> Tensor:
         if not torch.stack(rows.aminmax()).isfinite().all():
             raise CalibrationError(
                 f"a weight of shape {tuple(weight.shape)} holds NaN or Inf, so it has no scale; "
-                "check the checkpoint it came from"
+                "training has diverged, or the checkpoint that was loaded has it; load weights from before that"
             )
         scale: Tensor = OBSERVERS[spec.observer].weight_scales(rows, spec)
         return scale if spec.axis is not None else scale.squeeze(0)

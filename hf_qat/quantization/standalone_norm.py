@@ -43,7 +43,7 @@ class QATStandaloneBatchNorm(QATLayer):
             return normalise_live(self, x)
         return super().compute(x, arguments)
 
-    def _fuses(self) -> bool:
+    def _folds_at_once(self) -> bool:
         return False  # its weight is the factor itself, one number a channel
 
     def fold_factor(self) -> Tensor:
@@ -55,7 +55,7 @@ class QATStandaloneBatchNorm(QATLayer):
     def folded(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The weight, (C, 1, …), quantized at `scale` if enabled, and the bias, (C,)."""
         weight, spec = self.fold_factor(), self.weight_quantizer.spec
-        if self.weight_quantizer.enabled:
+        if self.weight_quantizer.rounds:
             weight = fold_fake_quantize(weight, None, scale, spec.qmin, spec.qmax, 0)
         return weight.view(self.weight_shape), self.float_bias()
 

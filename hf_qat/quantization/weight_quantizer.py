@@ -60,7 +60,7 @@ class WeightQuantizer(FakeQuantize):
 
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         """Fake-quantize the weight `x`; its gradient, and that of the scale, are those of a layer's weight."""
-        if self.observer is not None or not self.enabled:
+        if self.observer is not None or not self.rounds:
             return super().forward(x, activation)
         scale = self.scale.detach() if self.frozen else self.scale
         return fold_fake_quantize(x, None, scale, self.spec.qmin, self.spec.qmax, self.spec.axis or 0)

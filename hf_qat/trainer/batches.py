@@ -17,12 +17,17 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import LABEL_NAMES, Inputs
 from hf_qat.graph.capture.modes import modes_kept
+from hf_qat.graph.captured import captured_modules
+from hf_qat.quantization.collectives import min_over_ranks
 from hf_qat.trainer.random_state import random_state_kept
 
+
+logger = logging.get_logger(__name__)
 
 #: How many batches of the train set are looked at for images of another size.
 BATCHES_LOOKED_AT = 8
@@ -80,6 +85,28 @@ def first_inputs(trainer: Trainer, model: nn.Module, count: int) -> list[dict[st
             if found >= count:
                 break
     return batches
+
+
+def of_first_size(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those whose images have the height and width of the first one's: an exported file takes no others."""
+    kept = [batch for batch in batches if _sizes(batch) == _sizes(batches[0])]
+    if len(kept) < len(batches):
+        logger.warning(
+            f"The images have several sizes, and the exported file takes those of {_sizes(batches[0])} alone. For "
+            "another size, write one more: export_onnx(trainer.convert(), path, images_of_that_size)."
+        )
+    return kept
+
+
+def evaluates_other_sizes(trainer: Trainer, model: nn.Module, like: Mapping[str, Any]) -> bool:
+    """Whether `model` takes images of any size, and evaluation in any process has others than those of `like`."""
+    shapes = [shape for part in captured_modules(model).values() for shape in part.shapes if len(shape) == IMAGES_DIM]
+    if all(shape[-1] is not None for shape in shapes):
+        return False
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+    loaders = [trainer.get_eval_dataloader(dataset) for dataset in sets.values()]
+    alike = all(_sizes(batch) == _sizes(like) for loader in loaders for batch in loader)
+    return not min_over_ranks(int(alike))
 
 
 def inputs_of(trainer: Trainer, model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Iterator[Inputs]:

@@ -43,7 +43,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     """Moves a `QATSchedule` to where `TrainerState` is; gradient accumulation and evaluation leave that alone.
 
     On resuming, the phase follows from the step. Of the state in `trainer_state.json`, which is a record to read, only
-    the moment at which batch norm freezes is needed: it may depend on what the model was before training.
+    the moments at which batch norm freezes and quantization begins are needed: they may depend on what the model was
+    before training.
     """
 
     def __init__(self) -> None:
@@ -77,8 +78,9 @@ class ScheduleCallback(TrainerCallback, ExportableState):
 
     def _follow(self, schedule: QATSchedule, state: TrainerState, recorded: Mapping[str, Any] | None = None) -> None:
         now: ScheduleState = {"step": state.global_step, "total_steps": state.max_steps}
-        if recorded and "freeze_bn_at" in recorded:
-            now["freeze_bn_at"] = recorded["freeze_bn_at"]
+        if recorded:
+            now["freeze_bn_at"] = recorded.get("freeze_bn_at", schedule.config.freeze_bn_at)
+            now["quantize_at"] = recorded.get("quantize_at", 0.0)
         schedule.load_state_dict(now)
         self.progress = {"phase": schedule.phase, **schedule.state_dict()}
 

@@ -15,12 +15,17 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from hf_qat.export.runtime_model import RuntimeModel
 from hf_qat.model.state import state_of
 from hf_qat.publish.accuracy import PREFIX, Accuracy, user_metrics
 from hf_qat.quantization.quantizer import fake_quantizers
+from hf_qat.trainer.batches import evaluates_other_sizes
 from hf_qat.trainer.callbacks import needs_calibration
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -62,7 +67,9 @@ def reset_record(model: nn.Module) -> Record:
     return Record(from_float=state_of(model) is None or needs_calibration(model))
 
 
-def measure(trainer: Trainer, stage: str, converted: nn.Module, path: Path | None) -> Accuracy:
+def measure(
+    trainer: Trainer, stage: str, converted: nn.Module, path: Path | None, example: Mapping[str, Any] | None = None
+) -> Accuracy:
     """The user's metrics of a trainer's model as it is now, and of the file that it was exported to.
 
     All processes take part.
@@ -72,6 +79,7 @@ def measure(trainer: Trainer, stage: str, converted: nn.Module, path: Path | Non
         stage: what was done to its model.
         converted: what the file was exported from.
         path: the file; in the main process.
+        example: inputs of the size that the file takes; images of evaluation of another are no matter of the file.
 
     Returns:
         Stage → name of a metric → its value; nothing without metrics or an evaluation set.
@@ -79,6 +87,9 @@ def measure(trainer: Trainer, stage: str, converted: nn.Module, path: Path | Non
     if trainer.compute_metrics is None or trainer.eval_dataset is None:
         return {}
     accuracy = {stage: _metrics(trainer)}
+    if example is not None and evaluates_other_sizes(trainer, converted, example):
+        logger.warning("The file is not evaluated: images of evaluation have other sizes than it takes.")
+        return {stage: metrics for stage, metrics in accuracy.items() if metrics}
     with _file_everywhere(trainer, path) as file:
         accuracy["onnxruntime"] = _metrics(_with_model(trainer, RuntimeModel(converted, file).eval()))
     return {stage: metrics for stage, metrics in accuracy.items() if metrics}

@@ -88,14 +88,14 @@ def export(
     Raises:
         ExportError: the model cannot be expressed as ONNX; the directory holds something else.
     """
-    model = facts.model
+    model, example = facts.model, inputs[0] if inputs else None
     if not trainer.is_world_process_zero():
-        measure(trainer, facts.measured_as, model, None)
+        measure(trainer, facts.measured_as, model, None, example)
         return facts
     target = require_stage(model, Stage.CONVERTED, "export").config.target
     with whole_directory(directory, f"{TIDL}/{target}/{ARTIFACTS}") as made:
         contents = write_contents(model, made, trainer.processing_class, inputs)
-        measured = measure(trainer, facts.measured_as, model, made / ONNX)
+        measured = measure(trainer, facts.measured_as, model, made / ONNX, example)
         warn_of_lost_accuracy(measured, facts.measured_as, facts.images)
         accuracy = {**facts.accuracy, **measured, **given}
         summary = summarize(model, contents.onnx.float_ops)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -39,7 +39,7 @@ from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer import checks, distributed, preparing, publishing, saving
 from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
-from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, without_labels
+from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, of_first_size, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
 from hf_qat.trainer.ddp import average_gradients, scales_in_training
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
@@ -48,6 +48,7 @@ from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush, Destination
 from hf_qat.trainer.random_state import random_state_kept
+from hf_qat.trainer.streams import keep_what_is_looked_at
 from hf_qat.trainer.suspicions import ImageStatistics
 from hf_qat.trainer.training_facts import schedule_of
 
@@ -90,13 +91,15 @@ class QATTrainer(Trainer):
             `model_init` instead, every `train()` prepares and calibrates a new one.
         args: as for Trainer.
         trainer_positional, trainer_arguments: everything else that Trainer takes, in its order or by keyword. A train
-            set is read for the shape of the images; a one-pass stream loses that batch, and those of calibration. If
-            there is none yet, or a hook cannot run yet, the model is prepared at its first use.
+            set is read for the shape of the images, and to calibrate; of a stream that can be read once, what was read
+            comes first in training. If there is none yet, or a hook cannot run yet, the model is prepared at its
+            first use.
         qat_config: the recipe; `QATConfig()` if left out, or that of the prepared model.
         teacher: a float model to learn from beside the labels (`distillation_weight` and `distillation_temperature` of
-            the config), or `"float"` for a copy of `model` as it is given; for models whose `logits` are scores of
-            classes. It moves to the training device; it is neither trained nor saved. Losses of `evaluate()` are the
-            task's alone.
+            the config); `"float"` for a copy of `model` as it is given; or a directory or Hub id, read as one of
+            `model`'s class. It teaches classes of images or pixels, labels, numbers, boxes and masks query by query,
+            and depths. It moves to the training device; it is neither trained nor saved. Losses of `evaluate()` are
+            the task's alone.
 
     Raises:
         ConfigError: arguments or a teacher that cannot be honoured.
@@ -123,7 +126,7 @@ class QATTrainer(Trainer):
         args: TrainingArguments | None = None,
         *trainer_positional: Any,
         qat_config: QATConfig | None = None,
-        teacher: nn.Module | Literal["float"] | None = None,
+        teacher: nn.Module | str | None = None,
         **trainer_arguments: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args  # Trainer's own default
@@ -143,6 +146,7 @@ class QATTrainer(Trainer):
         super().__init__(model, args, *trainer_positional, **trainer_arguments)
         checks.check_train_set(self.train_dataset)
         checks.check_distribution(self)
+        keep_what_is_looked_at(self)
         self._prepare_model(self.model)
         self._constructed = True
         self.add_callback(CalibrationCallback(self.calibrate))
@@ -184,7 +188,7 @@ class QATTrainer(Trainer):
         if self._waits:
             self._prepare_model(self.model, loader)
 
-    def calibrate(self, dataset: Dataset[Any] | None = None) -> None:
+    def calibrate(self, dataset: Dataset[Any] | None = None, effort: str = "fast") -> None:
         """Find the scales from data, without training; `evaluate()` then tells what that gives.
 
         `train()`, `evaluate()` and `predict()` do so by themselves where it has not been done. It draws no random
@@ -193,6 +197,7 @@ class QATTrainer(Trainer):
         Args:
             dataset: the train set if left out, shuffled; another one is read in its order. `calibration_batches` of
                 the config says how much of it.
+            effort: `"fast"`, or `"best"`, which takes minutes and often makes training needless (`hf_qat.calibrate`).
 
         Raises:
             CalibrationError: no data, or integers, NaN or infinities in it.
@@ -207,7 +212,7 @@ class QATTrainer(Trainer):
             inputs = inputs_of(self, self.model, loader)
             live = untrained_batch_norms(self.model)
             with self._bars():
-                calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live)
+                calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live, effort)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, beginning with a calibration where the model needs one.
@@ -488,7 +493,7 @@ class QATTrainer(Trainer):
         directory, options, given = Path(directory), publishing.card_options(card), given_accuracy(metrics)
         require_onnxruntime()
         facts = self._facts(self.convert(), directory.name)
-        inputs = first_inputs(self, self.model, publishing.VERIFIED_INPUTS)
+        inputs = of_first_size(first_inputs(self, self.model, publishing.VERIFIED_INPUTS))
         with self._bars():
             facts = replace(facts, analysis=publishing.analysis_for_card(self, inputs))
             self.exported = publishing.export(self, facts, options, given, inputs, directory)

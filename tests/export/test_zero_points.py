@@ -7,7 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 
+from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
 from hf_qat.export.zero_points import separate_zero_points
+from tests.models import HUGGING_FACE
 
 
 def two_convolutions() -> onnx.ModelProto:
@@ -61,3 +63,28 @@ def test_each_constant_has_its_own_and_activations_keep_theirs():
     before = model.SerializeToString()
     separate_zero_points(model)
     assert model.SerializeToString() == before
+
+
+@pytest.mark.slow
+def test_in_a_file_of_detr_no_two_weights_share_one(tmp_path):
+    """A symmetric target has a zero point of 0 in every place."""
+    case = HUGGING_FACE["detr"]
+    pixels = case.pixels(2)
+    model = convert(calibrate(prepare_qat(case.make().eval(), QATConfig("int8-symmetric"), pixels), [pixels]))
+    export_onnx(model, tmp_path / "detr.onnx", pixels[:1])
+    file = onnx.load(tmp_path / "detr.onnx")
+    weights = {tensor.name for tensor in file.graph.initializer}
+    points = [
+        node.input[2]
+        for node in file.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights and len(node.input) > 2
+    ]
+    assert len(points) > 20 and len(set(points)) == len(points)
+    results = []
+    for precision in ("0", "1"):
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", precision)
+        session = onnxruntime.InferenceSession(tmp_path / "detr.onnx", options, providers=["CPUExecutionProvider"])
+        results.append(session.run(None, {session.get_inputs()[0].name: pixels[:1].numpy()}))
+    for plain, precise in zip(*results, strict=True):
+        np.testing.assert_allclose(precise, plain, atol=0.05 * np.abs(plain).max())

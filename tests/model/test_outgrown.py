@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -140,3 +142,38 @@ def test_labels_that_forward_insists_on_are_given():
     with torch.no_grad():
         model.head.weight *= 8
     assert "head.activation_quantizer" in renew_outgrown_ranges(model, ((), {"x": X, "labels": torch.zeros(16, 4)}))
+
+
+@torch.no_grad()
+def test_what_the_first_ranges_clip_on_purpose_has_not_grown():
+    """At two bits, the least error clips more than a tenth of the values of a normal distribution."""
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    model = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 64))
+    twin = copy.deepcopy(model)
+    config = QATConfig(activations={"bits": 2, "observer": "mse"})
+    calibrate(prepare_qat(model, config, x), [x], bias_correction=False).train()
+    last = fake_quantizers(model)["2.activation_quantizer"]
+    low, high = ((code - float(last.zero_point)) * float(last.scale) for code in (last.spec.qmin, last.spec.qmax))
+    values = twin(x)
+    assert ((values < low) | (values > high)).float().mean() > 0.1
+    assert renew_outgrown_ranges(model, ((x,), {})) == []
+    model[2].weight += 1e-3 * torch.randn(64, 64)
+    assert renew_outgrown_ranges(model, ((x,), {})) == []
+
+
+def test_of_few_values_the_least_error_jumps_and_the_weight_has_not_grown():
+    """Rounded to −s, 0 and s, 1 and 0.34 lose 0.16 + 0.0676 at s = 0.6, 0.1156 at 1 and 0.81 + 0.0576 at 0.1."""
+    weight = torch.tensor([[1.0, 0.34, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]).repeat(4, 1)
+    for scale, expected in ((0.6, []), (0.1, ["head.weight_quantizer"])):
+        model = prepared(weights={"bits": 2, "observer": "mse"})
+        with torch.no_grad():
+            model.head.weight.copy_(weight)
+        model.head.weight_quantizer.set_qparams(torch.full((4,), scale))
+        assert [path for path in renew_outgrown_ranges(model, ((X,), {})) if "weight" in path] == expected
+
+
+def test_a_training_whose_weights_have_diverged_goes_on():
+    model = prepared()
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    assert renew_outgrown_ranges(model, ((X,), {})) == []

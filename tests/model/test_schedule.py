@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -21,6 +22,7 @@ from tests.training import FOLLOWED, recipe
 LIVE, FROZEN, RANGES = PHASES
 LETTERS = {"L": LIVE, "F": FROZEN, "R": RANGES}
 BATCH = (4, 3, 16, 16)
+X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
 
 def prepared(**changes: object) -> nn.Module:
@@ -116,6 +118,67 @@ def test_a_resumed_schedule_knows_that_batch_norms_were_untrained():
     assert resumed.phase == LIVE
     resumed.step()
     assert resumed.phase == FROZEN
+
+
+def from_scratch() -> tuple[nn.Module, nn.Module]:
+    """A net without batch norm that is as it was made, prepared, and in float."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    twin = copy.deepcopy(net)
+    config = recipe(activations={"observer": "minmax"}, freeze_bn_at=0.0)
+    return calibrate(prepare_qat(net, config, X), [X], bias_correction=False).train(), twin
+
+
+def test_a_net_from_scratch_learns_in_float_first_and_is_evaluated_quantized(caplog: pytest.LogCaptureFixture):
+    model, twin = from_scratch()
+    schedule = QATSchedule(model, 8)
+    assert "It learns in float for the first 25 % of training" in caplog.text
+    in_float = []
+    for _ in range(4):
+        assert not torch.equal(model.eval()(X), twin(X))
+        in_float.append(torch.equal(model.train()(X), twin(X)))
+        schedule.step()
+    assert in_float == [True, True, False, False]
+
+
+def test_after_learning_in_float_all_ranges_are_those_of_the_batch():
+    model, twin = from_scratch()
+    schedule = QATSchedule(model, 4)
+    with torch.no_grad():
+        for net in (model, twin):
+            net[2].weight *= 0.1  # which outgrows nothing
+    model(X)
+    schedule.step()
+    output = fake_quantizers(model)["2.activation_quantizer"]
+    found = twin(X).detach()
+    spans = 255 * output.scale.item(), (found.max().clamp_min(0) - found.min().clamp_max(0)).item()
+    assert spans[0] == pytest.approx(spans[1], rel=1e-4)
+    assert fake_quantizers(model)["2.weight_quantizer"].scale.max() < 0.1
+
+
+def test_a_resumed_schedule_knows_that_the_net_learned_in_float():
+    schedule = QATSchedule(from_scratch()[0], 8)
+    schedule.step()
+    state = json.loads(json.dumps(schedule.state_dict()))
+    assert state == {"step": 1, "total_steps": 8, "quantize_at": 0.25}
+    model, twin = from_scratch()
+    with torch.no_grad():
+        for net in (model, twin):
+            net[1].bias += torch.arange(8)  # trained now
+    resumed = QATSchedule(model, 8)
+    assert not torch.equal(model(X), twin(X))
+    resumed.load_state_dict(state)
+    assert torch.equal(model(X), twin(X))
+    resumed.step()
+    assert not torch.equal(model(X), twin(X))
+
+
+def test_a_net_that_is_trained_learns_quantized_from_the_first_step():
+    model, twin = from_scratch()
+    with torch.no_grad():
+        model[1].weight[0] = twin[1].weight[0] = 1.01
+    assert "quantize_at" not in QATSchedule(model, 8).state_dict()
+    assert not torch.equal(model(X), twin(X))
 
 
 def test_statistics_of_an_untrained_net_are_as_before_after_calibration():

@@ -2,8 +2,15 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import ViTForImageClassification
 
-from hf_qat.model.untrained import batch_statistics, has_batch_norms, new_parameters, untrained_batch_norms
+from hf_qat.model.untrained import (
+    batch_statistics,
+    has_batch_norms,
+    is_untrained,
+    new_parameters,
+    untrained_batch_norms,
+)
 from tests.models import LABELS, resnet, vit
 
 
@@ -45,6 +52,16 @@ def test_a_head_that_the_checkpoint_does_not_have_is_new(tmp_path: Path):
     assert new_parameters(cls.from_pretrained(tmp_path)) == []
     other = cls.from_pretrained(tmp_path, num_labels=LABELS + 1, ignore_mismatched_sizes=True)
     assert new_parameters(other) == ["classifier.1.weight", "classifier.1.bias"]
+
+
+def test_a_net_is_untrained_until_its_norms_have_moved(tmp_path: Path):
+    model = ViTForImageClassification(vit().config)
+    assert is_untrained(model) and not is_untrained(vit()) and not is_untrained(nn.Linear(2, 2))
+    model(torch.randn(2, 3, 32, 32)).logits.square().mean().backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-4).step()
+    assert not is_untrained(model)
+    model.save_pretrained(tmp_path)
+    assert not is_untrained(ViTForImageClassification.from_pretrained(tmp_path))
 
 
 def test_nothing_is_known_to_be_new_of_a_model_that_no_checkpoint_was_read_for():

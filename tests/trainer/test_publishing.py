@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
 
 from hf_qat.errors import ConfigError, ExportError, StageError
+from hf_qat.export import export_onnx
 from hf_qat.model.state import state_of
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.trainer import publishing as publisher_module
@@ -21,7 +23,7 @@ from hf_qat.trainer.measuring import measure
 from hf_qat.trainer.publishing import dataset_name
 from hf_qat.trainer.trainer import QATTrainer
 from tests.exported import Exported, accuracy, processor, publisher, run
-from tests.models import hand_written
+from tests.models import hand_written, resnet
 from tests.training import arguments, differing, images, recipe, values
 
 
@@ -260,3 +262,31 @@ class TestSaving:
         assert card.data.datasets == ["somebody/squares"]
         assert "training checkpoint" in card.text and "onnx/model.onnx" not in card.text
         assert differing(before, values(trainer.model)) == []
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained_on_several_sizes_is_exported_for_the_first(tmp_path: Path, caplog):
+    """It is verified on images of that size; a file for another size is one more call, and computes the same."""
+
+    def collate(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        size = 32 if int(batch[0]["labels"]) == 0 else 48
+        pixels = torch.stack([row["pixel_values"] for row in batch])
+        labels = torch.stack([row["labels"] for row in batch])
+        return {"pixel_values": nn.functional.interpolate(pixels, size=(size, size)), "labels": labels}
+
+    args = arguments(tmp_path / "run", max_steps=3, per_device_eval_batch_size=4)
+    data = {"train_dataset": images(20), "eval_dataset": images(12), "compute_metrics": accuracy}
+    trainer = QATTrainer(resnet(), args, data_collator=collate, qat_config=recipe(), **data)
+    trainer.train()
+    with caplog.at_level("WARNING"):
+        trainer.export(tmp_path / "out")
+    assert "The images have several sizes" in caplog.text and "The file is not evaluated" in caplog.text
+    assert trainer.exported.contents.onnx.samples > 0 and trainer.exported.contents.real_inputs
+    converted = trainer.convert()
+    (first,) = onnxruntime.InferenceSession(tmp_path / "out" / "onnx" / "model.onnx").get_inputs()
+    assert sorted({32, 48} & set(first.shape)) == [first.shape[-1]]
+    for size in (32, 48):
+        x = torch.randn(1, 3, size, size)
+        export_onnx(converted, tmp_path / f"{size}.onnx", {"pixel_values": x})
+        (found,) = onnxruntime.InferenceSession(tmp_path / f"{size}.onnx").run(["logits"], {"pixel_values": x.numpy()})
+        np.testing.assert_allclose(found, converted(x).logits, atol=0.05)

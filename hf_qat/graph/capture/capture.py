@@ -48,6 +48,21 @@ PERTURBATION = 0.1
 
 
 @dataclass(frozen=True)
+class FurtherCall:
+    """A call of one part, beyond those that the model itself shows.
+
+    Attributes:
+        path: of the part.
+        training: its mode.
+        calls: `(args, kwargs)` of two sizes, of tensors without values.
+    """
+
+    path: str
+    training: bool
+    calls: Sequence[tuple[list[Any], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
 class Parts:
     """Which parts of a model are captured.
 
@@ -57,12 +72,14 @@ class Parts:
         training: capture training, too.
         labelled_calls: of parts, what a checkpoint has kept of how labels made training call them: the mode, and the
             calls (see `CapturedGraph`).
+        further: a call that must be captured, too; its graph is the last one of its part.
     """
 
     excluded: Callable[[str], bool] = lambda path: False
     paths: Collection[str] | None = None
     training: bool = True
     labelled_calls: Mapping[str, Sequence[tuple[bool, Any]]] = field(default_factory=dict)
+    further: FurtherCall | None = None
 
 
 @dataclass
@@ -227,6 +244,8 @@ def _try(call: CallRecord, ways: list[Way], parts: Parts) -> _Candidate:
                 if proves:
                     _prove(way.calls, graph, constants)
         graphs += _stored_graphs(call, graphs, parts, constants)
+        if parts.further is not None and parts.further.path == call.path:
+            graphs.append(_further_graph(call, graphs, parts.further, constants))
     return _Candidate(call, graphs, constants)
 
 
@@ -248,6 +267,22 @@ def _stored_graphs(
             graph.labelled_calls = way.labelled_calls()
             found.append(graph)
     return found
+
+
+def _further_graph(
+    call: CallRecord, graphs: list[CapturedGraph], further: FurtherCall, constants: Constants
+) -> CapturedGraph:
+    """The graph of a call beyond those that the model itself shows, proven.
+
+    Raises:
+        CaptureError: it cannot become one.
+    """
+    way = stored_way(call, further.training, further.calls)
+    graph = _graph_of(way, graphs, constants)
+    if graph is None:
+        raise CaptureError(f"{_name(call)} is called as it was before, or does not run.")
+    _prove(way.calls, graph, constants)
+    return graph
 
 
 def _graph_of(way: Way, graphs: list[CapturedGraph], constants: Constants) -> CapturedGraph | None:

@@ -86,12 +86,12 @@ class Rehearsals:
 
 
 def stored_way(call: CallRecord, training: bool, calls: Sequence[tuple[list[Any], dict[str, Any]]]) -> Way:
-    """The way of calls that a checkpoint has kept: it takes labels to see them, and loading has none."""
-    way = Way(training, CallRecord(call.path, call.module), labelled=True)
+    """The way of calls of which only shapes are known: a checkpoint has kept them, as loading has no labels."""
+    seen = CallRecord(call.path, call.module)
     for run, (args, kwargs) in enumerate(calls):
         signature, tensors = flatten_call(inspect.signature(call.module.forward), args, kwargs)
-        way.calls.add_call(signature, tensors, (), run)
-    return way
+        seen.add_call(signature, tensors, (), run)
+    return Way(training, _on_device(call, seen), labelled=True)
 
 
 def rehearsals(model: nn.Module, inputs: Inputs | TwoSizes, labels: Mapping[str, Any], search: Search) -> Rehearsals:
@@ -129,7 +129,7 @@ def labelled_forward(model: nn.Module, inputs: Inputs | TwoSizes, labels: Mappin
 def _on_device(call: CallRecord, seen: CallRecord) -> CallRecord:
     """The record of a rehearsal for the part itself: where it ran without weights, with random inputs."""
     device = device_of(call.module)
-    inputs = [[_random_like(x).to(device) for x in tensors] for tensors in seen.inputs]
+    inputs = [[random_like(x).to(device) for x in tensors] for tensors in seen.inputs]
     return CallRecord(call.path, call.module, seen.signatures, inputs, written=seen.written, runs=seen.runs)
 
 
@@ -139,7 +139,8 @@ def _called_alike(call: CallRecord, seen: CallRecord) -> bool:
     return all(a.same_constants(b) for a, b in pairs) and next(shapes) == next(shapes)
 
 
-def _random_like(tensor: Tensor) -> Tensor:
+def random_like(tensor: Tensor) -> Tensor:
+    """`tensor`, or if it has no values, random numbers of its shape and type; zeros for integers."""
     if tensor.device.type != "meta":
         return tensor
     if tensor.is_floating_point():

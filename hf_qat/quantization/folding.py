@@ -5,6 +5,7 @@ Folding: Krishnamoorthi 2018, §3.2.2. Learned scales: LSQ, Esser et al. 2020, e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +101,16 @@ class SavedWeight(NamedTuple):
 
     def split(self, rows: int) -> list[SavedWeight]:
         """So many channels at a time; they run along the first axis."""
-        per_row = [[None] * len(self.weight) if x is None else x.split(rows) for x in self[:4]]
-        return [SavedWeight(*parts, *self[4:]) for parts in zip(*per_row, strict=False)]
+        weights, sizes = self.weight.split(rows), self.size.split(rows)
+        outs, factors = (_split(x, rows, len(weights)) for x in (self.out, self.factor))
+        return [
+            self._replace(weight=weight, out=out, factor=factor, size=size)
+            for weight, out, factor, size in zip(weights, outs, factors, sizes, strict=True)
+        ]
+
+
+def _split(x: Tensor | None, rows: int, parts: int) -> Sequence[Tensor | None]:
+    return [None] * parts if x is None else x.split(rows)
 
 
 def saved_weight(

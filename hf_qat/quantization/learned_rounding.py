@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.quantization.fake_quantize import along
-from hf_qat.quantization.layers import SMALLEST_FACTOR, QATLayer
+from hf_qat.quantization.layer_folding import SMALLEST_FACTOR
+from hf_qat.quantization.layers import QATLayer
 
 
 #: Where a weight goes whose code was changed: so far from the middle between two codes, in steps. Just inside, so that

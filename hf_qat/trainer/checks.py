@@ -44,7 +44,8 @@ def check_arguments(args: TrainingArguments) -> None:
         if getattr(args, name, False):
             raise ConfigError(
                 f"{name}=True has no effect on a captured graph, which has no layers to recompute. Leave it out, and "
-                "save memory by a smaller per_device_train_batch_size with more gradient_accumulation_steps."
+                "save memory by QATConfig(save_memory=True), and by a smaller per_device_train_batch_size with more "
+                "gradient_accumulation_steps."
             )
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
@@ -220,3 +225,40 @@ def test_a_copy_saves_as_well(again: Callable[[nn.Module], nn.Module]):
     twin = again(model)
     assert_same(gradients(twin, twin, images), gradients(model, model, images))
     assert twin.saves_memory
+
+
+def test_accumulated_gradients_are_the_same_too():
+    found = []
+    for saving in (True, False):
+        model, images = wide(saving, depth=2)
+        for batch in (images, images.flip(0) * 0.5, images[:1]):
+            model(batch).square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert_same(*found)
+
+
+def under_ddp(rank: int, directory: str) -> None:
+    """Gradients of one of two processes, each with its own batch: with codes and without."""
+    torch.set_num_threads(1)
+    store = f"file://{directory}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    found = []
+    for saving in (True, False):
+        model, images = wide(saving, depth=2)
+        wrapped = DistributedDataParallel(model)
+        wrapped(images * (1.0 + rank)).square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.save(found, Path(directory) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_under_ddp_get_the_same_gradients(tmp_path: Path):
+    processes = mp.spawn(under_ddp, args=(str(tmp_path),), nprocs=2, join=False)
+    if not processes.join(timeout=90) and not processes.join(timeout=30):
+        for process in processes.processes:
+            process.kill()
+        pytest.fail("the two processes hang")
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert_same(*ours)
+    assert_same(ours[0], theirs[0])

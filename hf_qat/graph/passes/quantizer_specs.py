@@ -136,7 +136,7 @@ def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerP
     found: set[QuantizerPath | None] = set()
     for child, placement in placements.items():
         facts = placement.facts
-        edges = _entering(placement, child, plan)
+        edges: list[Any] = [*_entering(placement, child, plan)]
         edges += [node.args[0] for node, path in facts.layer_calls().items() if path in plan.edges.last_layers]
         edges += [node for position, node in enumerate(facts.outputs()) if (child, position) in plan.edges.outputs]
         found |= {_quantizer_of(placement, child, node) for node in edges}

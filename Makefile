@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,quality,docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test test-all lint bench docs dist clean
+.PHONY: help install demo notebook test test-all lint audit mutants bench docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,13 @@ lint: $(STAMP) ## check style (ruff), types (mypy) and security (bandit)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive hf_qat
+
+audit: $(STAMP) ## look for known holes in the pinned libraries (pip-audit; needs a connection)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip $(ARGS)
+
+mutants: $(STAMP) ## change the code in small ways, and print what no test sees; takes an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.mutation $(ARGS)
 
 bench: $(STAMP) ## compare the time of a QAT step with that of a float step
 	$(BIN)/python tests/benchmarks/step_ratio.py $(ARGS)

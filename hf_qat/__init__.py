@@ -63,6 +63,7 @@ _HOME = {
     "analyze_onnx": "export.onnx_analysis",
     "calibrate": "model.calibration",
     "check_tidl": "tidl.check",
+    "compute_in_integers": "model.integer_arithmetic",
     "convert": "model.conversion",
     "export_onnx": "export.onnx",
     "export_tidl": "tidl.bundle",
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from hf_qat.model.calibration import calibrate as calibrate
     from hf_qat.model.conversion import convert as convert
     from hf_qat.model.fx_module import QATFxModule as QATFxModule
+    from hf_qat.model.integer_arithmetic import compute_in_integers as compute_in_integers
     from hf_qat.model.parameter_groups import parameter_groups as parameter_groups
     from hf_qat.model.prepare import prepare_qat as prepare_qat
     from hf_qat.model.schedule import QATSchedule as QATSchedule

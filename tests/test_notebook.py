@@ -77,6 +77,18 @@ def test_the_loop_of_ti_gives_a_file_for_tidl(tmp_path: Path):
     assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == 17
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_detector_finds_shapes_in_float_in_int8_and_on_onnx_runtime(tmp_path: Path):
+    text = text_of(execute("detection_to_int8", tmp_path)[0])
+    found = {name: float(value) for name, value in re.findall(r"^(\w+): ([\d.]+) mAP", text, re.MULTILINE)}
+    assert found["float"] > 60
+    assert min(found["calibrated"], found["trained"]) > found["float"] - 3
+    assert f"{found['trained']}" in re.findall(r"^map, .*ONNX Runtime +([\d.]+)$", text, re.MULTILINE)
+    (session,) = tmp_path.glob("shapes-int8/onnx/model.onnx")
+    assert {value.name for value in onnx.load(session).graph.output} >= {"logits", "pred_boxes"}
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_notebook_is_committed_with_outputs_of_a_whole_run(name):
     notebook = json.loads(NOTEBOOKS[name].read_text(encoding="utf-8"))

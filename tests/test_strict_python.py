@@ -59,8 +59,10 @@ def test_train_save_load_and_export(mode: str, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_every_public_name_is_imported_without_a_warning():
+@pytest.mark.parametrize("flags", [["-W", "error"], ["-O"], ["-OO"]], ids=" ".join)
+def test_every_public_name_is_imported(flags: list[str]):
+    """Without a warning; and without docstrings, which `-OO` drops."""
     code = "import hf_qat; [getattr(hf_qat, name) for name in hf_qat.__all__]; print('done')"
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout == "done\n"

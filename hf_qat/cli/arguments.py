@@ -32,17 +32,18 @@ class DataArguments:
     dataset_name: str = field(
         metadata={
             "help": "A folder of images (one folder a class, or with a metadata.jsonl), a JSONL file with a path "
-            "under `image` in each line, or a data set's name on the Hub."
+            "under `image` in each line (and under `label` or `depth`, where that is a picture), or a data set's name "
+            "on the Hub."
         }
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Of a data set on the Hub with several."})
     task: str = field(
         default="image-classification",
-        metadata={"help": "image-classification, semantic-segmentation or object-detection."},
+        metadata={"help": "image-classification, semantic-segmentation, object-detection or depth-estimation."},
     )
     image_column_name: str = field(default="image", metadata={"help": "The column with the images."})
     label_column_name: str | None = field(
-        default=None, metadata={"help": "The column with what is to be learned; label or objects if left out."}
+        default=None, metadata={"help": "The column with what is to be learned; label, objects or depth if left out."}
     )
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the images to evaluate on where there is no split for it."}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class Images:
 
     Attributes:
         train, evaluation: rows with an image; `evaluation` is `None` where there is nothing to evaluate by.
-        classes: names of the classes; empty for images without labels.
+        classes: names of the classes; empty for images without labels, and for a task without classes.
     """
 
     train: datasets.Dataset
@@ -45,9 +45,9 @@ def load_images(options: DataArguments, task: Task, labelled: bool = True) -> Im
     """
     if not 0.0 < options.train_val_split < 1.0:
         raise ConfigError(f"train_val_split must lie between 0 and 1, not {options.train_val_split}.")
-    splits = _load(options)
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
     column = options.label_column_name or task.label_column
+    splits = _load(options, [options.image_column_name, *([column] if task.labels_are_images else [])])
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
     _require_column(train, options.image_column_name, "image_column_name", options)
     if column not in train.column_names and not labelled:
         return Images(_first(train, options.max_train_samples), None, [])
@@ -62,28 +62,33 @@ def load_images(options: DataArguments, task: Task, labelled: bool = True) -> Im
     return Images(_first(train, options.max_train_samples), _first(evaluation, options.max_eval_samples), classes)
 
 
-def _load(options: DataArguments) -> datasets.DatasetDict:
+def _load(options: DataArguments, pictures: Sequence[str]) -> datasets.DatasetDict:
+    """All splits; `pictures` are the columns where a JSONL file has paths, as far as it has them."""
     path = Path(options.dataset_name)
     if path.is_dir():
         if not any(path.iterdir()):
             raise ConfigError(f"{path} is empty: it is to hold images, one folder for each class.")
         return datasets.load_dataset("imagefolder", data_dir=str(path))
     if path.is_file():
-        return _from_jsonl(path, options.image_column_name)
+        return _from_jsonl(path, options.image_column_name, pictures)
     if options.dataset_name.count("/") > 1 or path.suffix:
         raise ConfigError(f"there is no folder and no file {options.dataset_name}.")
     return datasets.load_dataset(options.dataset_name, options.dataset_config_name)
 
 
-def _from_jsonl(path: Path, column: str) -> datasets.DatasetDict:
+def _from_jsonl(path: Path, column: str, pictures: Sequence[str]) -> datasets.DatasetDict:
     splits = datasets.load_dataset("json", data_files=str(path))
     if column not in splits["train"].column_names:
         raise ConfigError(f"{path} has no {column!r} in its lines: each is to name an image, relative to the file.")
+    named = [name for name in pictures if name in splits["train"].column_names]
 
     def absolute(row: dict[str, Any]) -> dict[str, Any]:
-        return {column: str(path.parent / row[column])}
+        return {name: str(path.parent / row[name]) for name in named}
 
-    return splits.map(absolute).cast_column(column, datasets.Image())
+    splits = splits.map(absolute)
+    for name in named:
+        splits = splits.cast_column(name, datasets.Image())
+    return splits
 
 
 def _require_column(dataset: datasets.Dataset, column: str, option: str, options: DataArguments) -> None:
@@ -99,15 +104,16 @@ def _first(dataset: datasets.Dataset, samples: int | None) -> datasets.Dataset:
 
 
 def encoder(
-    options: DataArguments, task: Task, processor: Any, classes: list[str]
+    options: DataArguments, task: Task, processor: Any, images: Images
 ) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
-    """For `Dataset.with_transform`: rows as the model takes them; labels only where there are `classes`."""
+    """For `Dataset.with_transform`: rows as the model takes them; labels only where there is something to evaluate."""
     column = options.label_column_name or task.label_column
-    names = {name: number for number, name in enumerate(classes)}
+    names = {name: number for number, name in enumerate(images.classes)}
+    labelled = images.evaluation is not None
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        images = [image.convert("RGB") for image in rows[options.image_column_name]]
-        labels = rows[column] if classes else []
-        return task.encode(processor, images, [names[x] if isinstance(x, str) else x for x in labels])
+        pictures = [image.convert("RGB") for image in rows[options.image_column_name]]
+        labels = rows[column] if labelled else []
+        return task.encode(processor, pictures, [names[x] if isinstance(x, str) else x for x in labels])
 
     return encode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +15,9 @@ from hf_qat.version import __version__
 
 #: What shells expect of a program that was called wrongly, and of one that was interrupted (128 + SIGINT).
 BAD_INPUT, INTERRUPTED = 2, 130
+
+#: How warnings begin that libraries give about parts of their own, of which the user of a command can change nothing.
+REMARKS = ("'pin_memory' argument is set as true", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     try:
-        import_module(COMMANDS[options.command].module).main(options.arguments)
+        with warnings.catch_warnings():
+            for remark in REMARKS:
+                warnings.filterwarnings("ignore", message=remark)
+            import_module(COMMANDS[options.command].module).main(options.arguments)
     except (HfQatError, OSError) as error:
         print(f"hf-qat {options.command}: error: {_message(error)}", file=sys.stderr)
         return BAD_INPUT

@@ -63,6 +63,7 @@ class Session:
             "train_dataset": self.train,
             "eval_dataset": self.evaluation,
             "data_collator": self.task.collate,
+            "compute_loss_func": self.task.loss,
             "compute_metrics": partial(self.task.metrics, self.processor),
             "preprocess_logits_for_metrics": self.task.measured_outputs,
             "processing_class": self.processor,
@@ -89,7 +90,7 @@ def open_session(model: ModelArguments, data: DataArguments, labelled: bool = Tr
     images = load_images(data, task, labelled)
     processor = load_processor(model)
     loaded = load_model(model, task, images)
-    encode = encoder(data, task, processor, images.classes)
+    encode = encoder(data, task, processor, images)
     return Session(
         loaded,
         processor,

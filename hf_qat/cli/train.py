@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from accelerate.utils import send_to_device
 from transformers import TrainingArguments
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
@@ -32,6 +34,9 @@ DESCRIPTION = (
 #: Where the results lie in the output directory.
 EXPORT = "export"
 
+#: A share of the steps: the report draws what is logged, and 500 steps, as Trainer has it, are more than many have.
+LOGGED_AFTER = 0.05
+
 
 def main(argv: Sequence[str]) -> None:
     """Train, and print what was measured and what to do next.
@@ -44,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: wrong options, or `--help`.
     """
     parser = parser_of("train", DESCRIPTION, ModelArguments, DataArguments, QATArguments, TrainingArguments)
-    parser.add_argument("--dry_run", action="store_true", help="Say what would be done, and stop.")
+    parser.set_defaults(logging_steps=LOGGED_AFTER, eval_strategy="epoch")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Say what would be done, and stop.")
     model, data, qat, args, other = parse(parser, argv)
     config = qat.to_config()
     args.remove_unused_columns = False  # images become pixels only when a batch is read
@@ -59,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
     exported = trainer.export(output / EXPORT)
     stages = stages_of(evaluated, trainer)
     report = write_report(trainer, model.model_name_or_path, stages, exported, output / REPORT, history)
-    print(summary(stages, [exported, *([] if report is None else [report])], exported, data))
+    print(summary(stages, [exported, *report], exported, data))
 
 
 def _measure_and_train(trainer: QATTrainer) -> dict[str, dict[str, float]]:
@@ -73,7 +79,7 @@ def _measure_and_train(trainer: QATTrainer) -> dict[str, dict[str, float]]:
 
 
 def _outlook(session: Session, config: QATConfig, args: TrainingArguments) -> str:
-    """What would be done: layers, what stays in float, the size of the file, the number of steps."""
+    """What would be done: layers, what stays in float, the size of the file, the number of steps and their time."""
     model = copy.deepcopy(session.model)
     if len(session.train) < 2:
         raise ConfigError("there is one image only: nothing can be learned from that.")
@@ -81,18 +87,41 @@ def _outlook(session: Session, config: QATConfig, args: TrainingArguments) -> st
     layers = qat_layers(model)
     weights = sum(layer.weight.numel() * layer.weight_quantizer.spec.bits / 8 for layer in layers.values())
     everything = sum(parameter.numel() for parameter in session.model.parameters())
-    steps = -(-len(session.train) // args.train_batch_size) * args.num_train_epochs
+    epoch = -(-len(session.train) // (args.train_batch_size * args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else epoch * args.num_train_epochs
+    time_in_float = _duration(steps * args.gradient_accumulation_steps * _step_seconds(session, args))
     lines = [
         f"{type(session.model).__name__}, {everything / 1e6:.2f} million parameters, for {config.target}",
         f"  {len(layers)} layers with quantized weights, {weights / 1e6:.2f} MB of codes",
         *(f"  in float, {reason}: {_named(found)}" for reason, found in by_reason(float_operations(model)).items()),
-        f"  {len(session.train)} images to train on, {len(session.evaluation)} to evaluate on, "
-        f"{len(session.classes)} classes",
-        f"  about {steps:.0f} steps of {args.train_batch_size} images"
-        if args.max_steps < 0
-        else f"  {args.max_steps} steps",
+        f"  {len(session.train)} images to train on, {len(session.evaluation)} to evaluate on"
+        + (f", {len(session.classes)} classes" if session.classes else ""),
+        f"  {steps:.0f} steps of {args.train_batch_size} images, about {time_in_float} of training in float, and one "
+        "to two times that with quantizers",
     ]
     return "\n".join(lines)
+
+
+def _step_seconds(session: Session, args: TrainingArguments) -> float:
+    """Of a step of the float model without an optimizer: the second of two, as the first one sets things up."""
+    model = copy.deepcopy(session.model).to(args.device).train()
+    rows = range(min(args.train_batch_size, len(session.train)))
+    batch = send_to_device(session.task.collate([session.train[row] for row in rows]), args.device)
+    labels = batch.pop("labels") if session.task.loss is not None else None
+    for _ in range(2):
+        start = time.perf_counter()
+        outputs = model(**batch)
+        loss = outputs.loss if session.task.loss is None else session.task.loss(outputs, labels)
+        loss.backward()
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def _duration(seconds: float) -> str:
+    """`40 seconds`, `12 minutes`, `5.5 hours`."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _named(operations: Mapping[str, Sequence[str]]) -> str:

@@ -32,6 +32,7 @@ from hf_qat.config.checks import (
     refuse_unknown,
     scheme_changes,
 )
+from hf_qat.config.mixed_precision import Measured, merged, propose
 from hf_qat.config.targets import Restrictions, Target, TensorScheme, check_schemes, did_you_mean, find_target
 from hf_qat.errors import ConfigError
 from hf_qat.version import __version__
@@ -246,6 +247,37 @@ class QATConfig(QuantizationConfigMixin):
     def with_checkpoint(self, checkpoint: Mapping[str, Any] | None) -> QATConfig:
         """The same recipe with another entry `checkpoint`; with `None`, the recipe alone."""
         return type(self)(**{**self.to_dict(), "checkpoint": checkpoint})
+
+    @classmethod
+    def from_analysis(cls, report: Measured, budget: Mapping[str, float]) -> QATConfig:
+        """The recipe that a model was analyzed with, with more bits where they are worth most: mixed precision.
+
+        What each layer costs was measured; what several cost together is taken as the sum of it, so look at the
+        result with `calibrate` and `analyze` before training.
+
+        Args:
+            report: what `hf_qat.analyze` found out about a prepared and calibrated model, with sensitivities.
+            budget: one of two. `{"at_least": 0.9}`: what the report's metric should be after calibration. The layers
+                that cost most get 8-bit weights, 8-bit activations, 16-bit ones where the target has them (ONNX needs
+                `opset_version=21` for these), and in the end float, until that is to be expected.
+                `{"weight_bytes": 1e6}`: what all quantized weights may take. Those layers get 8-bit weights that gain
+                most for a byte.
+
+        Raises:
+            ConfigError: not one of the two budgets, one that cannot be kept, or a report without sensitivities.
+
+        Examples:
+            >>> report = analyze(calibrate(prepare_qat(net, QATConfig("w4a4"), images), batches), batches, metric=top1)
+            >>> config = QATConfig.from_analysis(report, budget={"at_least": 0.9})
+        """
+        if not isinstance(report.config, QATConfig):
+            raise ConfigError("the report is of a file, which has no recipe: analyze the prepared model.")
+        overrides, excluded = propose(report, report.config.target_spec.widest_activations, budget)
+        changes = {
+            "overrides": merged(report.config.overrides, overrides),
+            "exclude": [*report.config.exclude, *excluded],
+        }
+        return cls(**{**report.config.with_checkpoint(None).to_dict(), **changes})
 
     @overload
     @classmethod

@@ -72,6 +72,7 @@ class Target:
         one_sign_in_products: both inputs of such a product must be signed, or both unsigned.
         one_type_where_tensors_meet: all tensors that meet in an add or a concatenation share signedness, which is what
             lets ONNX Runtime use an integer kernel.
+        widest_activations: the most bits that it has for activations.
         restrictions: what its layers cannot do; `QATConfig(layer_restrictions=False)` leaves them out.
         description: one line for `hf-qat --help` and the documentation.
     """
@@ -84,6 +85,7 @@ class Target:
     symmetric_matmul: bool = False
     one_sign_in_products: bool = False
     one_type_where_tensors_meet: bool = False
+    widest_activations: int = 16
     restrictions: Restrictions = Restrictions()
     description: str = ""
 
@@ -180,6 +182,7 @@ TARGETS: list[Target] = [
         aliases=("J721E",),
         symmetric_matmul=True,
         one_sign_in_products=True,
+        widest_activations=8,
         restrictions=_TIDL,
         description="TI TDA4VM: 8 bits, power-of-two scales, one per tensor, no zero points",
     ),
@@ -188,6 +191,7 @@ TARGETS: list[Target] = [
         weights=_PER_CHANNEL,
         activations=_AFFINE,
         symmetric_matmul=True,
+        widest_activations=8,
         restrictions=_TIDL,
         description="TI AM62A: 8 bits, weights per channel, activations with a zero point",
     ),
@@ -197,6 +201,7 @@ TARGETS: list[Target] = [
         activations=_AFFINE,
         aliases=("J722S",),
         symmetric_matmul=True,
+        widest_activations=8,
         restrictions=_TIDL,
         description="TI AM67A: 8 bits, weights per channel, activations with a zero point",
     ),
@@ -206,6 +211,7 @@ TARGETS: list[Target] = [
         activations=_AFFINE,
         aliases=("J721S2",),
         symmetric_matmul=True,
+        widest_activations=8,
         restrictions=_TIDL,
         description="TI AM68A: 8 bits, weights per channel, activations with a zero point",
     ),
@@ -215,6 +221,7 @@ TARGETS: list[Target] = [
         activations=_AFFINE,
         aliases=("J784S4",),
         symmetric_matmul=True,
+        widest_activations=8,
         restrictions=_TIDL,
         description="TI AM69A: 8 bits, weights per channel, activations with a zero point",
     ),

@@ -3,31 +3,29 @@
 A file takes its place by one rename. A directory needs two, as no system exchanges directories with content: the
 old one is renamed out of the way, then the new one is renamed into place. Whatever interrupts the two, Ctrl-C or an
 error of the system, the old one is put back. After a process was killed there, the next one that writes to the same
-place does so. Nothing that is complete is deleted before its successor is in place.
+place does so, and deletes what the killed one was writing. Nothing that is complete is deleted before its successor is
+in place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hf_qat.errors import ExportError
+from hf_qat.files.aside import REPLACED, beside, put_one_back, settle
 from hf_qat.files.manifest import MANIFEST
+from hf_qat.files.only_writer import only_process
 
 
 #: Where models and checkpoints lie until they are complete. The underscore keeps it out of what
 #: `Trainer.push_to_hub` uploads.
 INCOMPLETE = "_incomplete"
-
-#: How the name of a directory begins whose place a new one is about to take.
-REPLACED = "replaced-"
 
 #: In `INCOMPLETE`, the files of a model: those being written; all of them, when they are complete and those of the
 #: model before are out of the way; and the latter, at the same paths.
@@ -49,7 +47,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():
         raise ExportError(f"cannot write {path}: it is a directory. Name a file in it.")
-    with _beside(path) as aside:
+    settle(path)
+    with beside(path) as aside:
         made = aside / path.name
         yield made
         sync(aside)
@@ -68,9 +67,9 @@ def whole_directory(directory: Path, compiled: str) -> Iterator[Path]:
     Raises:
         ExportError: it holds something else, or cannot be written to.
     """
-    _put_back_after_kill(directory)
+    settle(directory)
     _check_replaceable(directory, compiled)
-    with _beside(directory) as aside:
+    with beside(directory) as aside:
         made = aside / directory.name
         made.mkdir()
         yield made
@@ -87,21 +86,25 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
 
     Args:
         directory: is made if it is not there.
+
+    Raises:
+        InUseError: another process is writing to it.
     """
     target = Path(directory)
     aside = target / INCOMPLETE
-    discard(aside)
-    written = aside / WRITTEN
-    written.mkdir(parents=True)
-    try:
-        yield written
-        sync(written)
-        _set_aside(target, _files_in(written))
-        os.rename(written, aside / COMPLETE)
-        _move_in(target)
-        sync_directory(target)
-    finally:
+    with only_process(target):
         discard(aside)
+        written = aside / WRITTEN
+        written.mkdir(parents=True)
+        try:
+            yield written
+            sync(written)
+            _set_aside(target, _files_in(written))
+            os.rename(written, aside / COMPLETE)
+            _move_in(target)
+            sync_directory(target)
+        finally:
+            discard(aside)
 
 
 def put_in_place(source: str | Path, target: str | Path) -> None:
@@ -119,7 +122,7 @@ def put_in_place(source: str | Path, target: str | Path) -> None:
             os.rename(target, old)
         os.rename(source, target)
     except BaseException:
-        _put_one_back(old, target)
+        put_one_back(old, target)
         raise
     sync_directory(target.parent)
 
@@ -132,7 +135,7 @@ def put_back(run: str | Path) -> None:
     """
     run = Path(run)
     for old in (run / INCOMPLETE).glob(f"{REPLACED}*"):
-        _put_one_back(old, run / old.name.removeprefix(REPLACED))
+        put_one_back(old, run / old.name.removeprefix(REPLACED))
     if (run / INCOMPLETE / COMPLETE).exists():
         _move_in(run)
         return
@@ -175,34 +178,6 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A directory beside `path`, on its file system, which goes at the end; what it holds of `path` is put back."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror}. Choose a path that you may write to.") from error
-    try:
-        yield aside
-    finally:
-        _put_one_back(aside / f"{REPLACED}{path.name}", path)
-        shutil.rmtree(aside)
-
-
-def _put_back_after_kill(directory: Path) -> None:
-    """Undo the first half of a replacement by `whole_directory` in a process that was killed before the second."""
-    name = glob.escape(directory.name)
-    for old in directory.parent.glob(f".{name}-*/{REPLACED}{name}"):
-        _put_one_back(old, directory)
-
-
-def _put_one_back(old: Path, target: Path) -> None:
-    """Undo the first of two renames, unless the second one came through."""
-    if old.exists() and not target.exists():
-        os.rename(old, target)
 
 
 def _check_replaceable(directory: Path, compiled: str) -> None:

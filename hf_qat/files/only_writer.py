@@ -1,56 +1,54 @@
-"""One process at a time writes to a directory: the checkpoints of two trainings would take each other's names."""
+"""One process at a time writes to a directory: what two of them save would take each other's names."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hf_qat.errors import InUseError
+from hf_qat.files.locks import Holder, locked
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-#: What a system says whose locks are held by another process; others, such as some network file systems, have none.
-HELD = (errno.EWOULDBLOCK, errno.EACCES)
+#: Directories in which this process is the only writer, by their real paths.
+_OURS: set[str] = set()
 
 
 @contextmanager
 def only_writer(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """Inside, no other process is in here with the same directory, where the system can tell; it leaves no file.
-
-    The lock is the system's own (`flock` of the directory), and goes with the process, also if that is killed.
+    """Inside, nobody else is in here with the same directory, where the system can tell; it leaves no file.
 
     Args:
         directory: is made if it is not there.
 
     Raises:
-        InUseError: another process is.
+        InUseError: another process is, or another training of this one.
     """
     Path(directory).mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    with locked(directory) as holder:
+        if holder is Holder.OTHERS:
+            raise InUseError(
+                f"another process is saving to {os.fspath(directory)}: what it saves would be overwritten. Wait for "
+                "it, end it, or choose another output_dir."
+            )
+        path = os.path.realpath(directory)
+        _OURS.add(path)
+        try:
+            yield
+        finally:
+            _OURS.discard(path)
+
+
+@contextmanager
+def only_process(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """`only_writer`, but this process may be one already: a training saves models to its own directory.
+
+    Raises:
+        InUseError: another process is writing there.
+    """
+    if os.path.realpath(directory) in _OURS:
         yield
         return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        _lock(descriptor, directory)
+    with only_writer(directory):
         yield
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a worker that was forked meanwhile has it, too
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, directory: str | os.PathLike[str]) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in HELD:
-            raise InUseError(
-                f"another process is training in {os.fspath(directory)}: its checkpoints would be overwritten. Wait "
-                "for it, end it, or choose another output_dir."
-            ) from error

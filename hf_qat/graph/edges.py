@@ -37,19 +37,33 @@ def find_edges(model: nn.Module, captured: Captured, inputs: Inputs, excluded: C
         inputs: that it was captured with.
         excluded: says of a path whether that module stays float; such a layer is no first or last one.
     """
-    calls = {
+    calls = _calls(captured, excluded)
+    outputs = model_outputs(model, captured, inputs)
+    return Edges(
+        inputs=_inputs(captured, calls),
+        outputs=outputs,
+        first_layer=next(iter(calls.values()), None),
+        last_layers=frozenset(calls[call] for call in _last_calls(captured, calls, outputs)),
+    )
+
+
+def find_inputs(captured: Captured, excluded: Callable[[str], bool]) -> frozenset[Port]:
+    """`inputs` of `find_edges`, for which the model need not run."""
+    return _inputs(captured, _calls(captured, excluded))
+
+
+def _calls(captured: Captured, excluded: Callable[[str], bool]) -> dict[Place, str]:
+    """The paths of the layers that are called, in the order of the calls."""
+    return {
         (child, node): join_path(child, path)
         for child, module in captured.items()
         for node, path in layer_calls(module, module.graph).items()
         if not excluded(join_path(child, path))
     }
-    outputs = model_outputs(model, captured, inputs)
-    return Edges(
-        inputs=frozenset(_model_inputs(captured, [child for child, _ in calls])),
-        outputs=outputs,
-        first_layer=next(iter(calls.values()), None),
-        last_layers=frozenset(calls[call] for call in _last_calls(captured, calls, outputs)),
-    )
+
+
+def _inputs(captured: Captured, calls: Iterable[Place]) -> frozenset[Port]:
+    return frozenset(_model_inputs(captured, [child for child, _ in calls]))
 
 
 def _model_inputs(captured: Captured, children_with_layers: list[str]) -> Iterator[Port]:

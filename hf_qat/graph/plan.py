@@ -75,7 +75,7 @@ class Plan:
     Attributes:
         target: the row of the table of targets.
         modules: path from the model, "" for the model itself → its plan.
-        edges: where data enter and leave; nothing where the target makes no difference there.
+        edges: where data enter and, where the target makes a difference there, where they leave.
     """
 
     target: Target

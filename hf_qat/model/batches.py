@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,18 @@ def run_batches(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.M
     device = device_of(model)
     with evaluating(model), batch_statistics(live), torch.no_grad():
         for position, batch in enumerate(batches):
-            args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(batch))
+            args, kwargs = call_of(batch, device)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             _check_finite(position, tensors)
             _check_call(model, position, args, kwargs)
             _run(model, position, tensors, args, kwargs)
             yield batch
+
+
+def call_of(batch: Inputs, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`(args, kwargs)` of the forward call that a batch stands for, on `device`."""
+    args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, as_call(batch))
+    return args, kwargs
 
 
 def _check_finite(position: int, tensors: list[Tensor]) -> None:

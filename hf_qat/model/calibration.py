@@ -1,4 +1,4 @@
-"""Post-training calibration: ranges from data, without gradients, and a correction of biases.
+"""Post-training calibration: ranges from data and a correction of biases; with effort, codes learned from data too.
 
 The first resort before training. Bias correction: Nagel et al. 2019, §4.2 (the empirical form).
 """
@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import CalibrationError
@@ -17,6 +18,8 @@ from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.progress import Bar, length_of, progress
 from hf_qat.model.batches import run_batches
 from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, correct_biases
+from hf_qat.model.range_choice import choose_ranges, observe_in_several_ways
+from hf_qat.model.reconstruction import reconstruct
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import min_over_ranks
@@ -26,6 +29,15 @@ from hf_qat.quantization.quantizer import fake_quantizers
 
 Model = TypeVar("Model", bound=nn.Module)
 
+#: What `calibrate` knows under `effort`.
+EFFORTS = ("fast", "best")
+
+#: Batches that a choice between ranges averages over.
+RANGE_CHOICE_BATCHES = 4
+
+#: Of the batches, so much stays in memory to be learned from: 1700 images of 224 × 224 pixels.
+MOST_KEPT_BYTES = 2**30
+
 
 def calibrate(
     model: Model,
@@ -33,44 +45,60 @@ def calibrate(
     num_batches: int | None = None,
     bias_correction: bool = True,
     live_batch_norms: Sequence[nn.Module] = (),
+    effort: str = "fast",
 ) -> Model:
     """Find the scales of a prepared model from data, in place.
+
+    With `effort="best"`, which takes minutes, two more things are found. The range of a layer's input is chosen among
+    those of several observers, by the error of the layer's output. Then the code of each weight, one of its two
+    nearest, the scales of activations and the biases are learned, without labels, so that all quantized tensors come
+    out as in float: see `hf_qat.model.reconstruction`. A few hundred images will do. Weights whose code is not the
+    nearest one are moved just far enough for it to be; training can go on from there.
 
     Args:
         model: prepared.
         batches: tensors, tuples or dicts, as forward takes them; labels in a dict are ignored. A data loader of dicts
             will do; of one of pairs, pass the first halves: `(images for images, labels in loader)`.
         num_batches: use at most so many.
-        bias_correction: shift biases so that every layer's mean output is that of the float model; those that do not
-            require gradients stay as they are.
+        bias_correction: shift biases so that every layer's mean output is that of the float model, or learn them with
+            the rest; those that do not require gradients stay as they are.
         live_batch_norms: batch norms that normalise by each batch meanwhile, as they are about to in training from
-            scratch, where their own statistics are of nothing yet. Biases then stay as they are.
+            scratch, where their own statistics are of nothing yet. Biases and weights then stay as they are.
+        effort: `"fast"`, one pass over the batches; or `"best"`.
 
     Returns:
         The same object. Frozen ranges are as they were, unless there were none yet.
 
     Raises:
         StageError: the model is not prepared.
-        CalibrationError: no batch, or integers, NaN or infinities in one.
+        CalibrationError: no batch, or integers, NaN or infinities in one; another effort than these.
     """
     require_stage(model, Stage.PREPARED, "calibrate")
+    if effort not in EFFORTS:
+        raise CalibrationError(f"effort must be {' or '.join(map(repr, EFFORTS))}, not {effort!r}.")
+    best = effort == "best" and not live_batch_norms
     with progress("Calibrating", length_of(batches, num_batches), "batch") as bar:
-        kept = _observe(model, islice(batches, num_batches), live_batch_norms, bar)
-    if bias_correction and not live_batch_norms:
+        kept = _observe(model, islice(batches, num_batches), live_batch_norms, bar, best)
+    if best:
+        reconstruct(model, kept, biases=bias_correction)
+    elif bias_correction and not live_batch_norms:
         correct_biases(model, kept)
     return model
 
 
-def _observe(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module], bar: Bar) -> list[Inputs]:
-    """One pass in float that collects every range; returns the first batches for whoever needs them again."""
+def _observe(
+    model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module], bar: Bar, best: bool
+) -> list[Inputs]:
+    """One pass in float that collects every range; returns the first batches, or with `best` all that are kept."""
     quantizers = fake_quantizers(model)
     layers = qat_layers(model)
     weights = {id(layer.weight_quantizer) for layer in layers.values()}
     activations = {path: q for path, q in quantizers.items() if id(q) not in weights and q.wants_range()}
     for quantizer in activations.values():
         quantizer.start_observing()
+    several = observe_in_several_ways(activations.values()) if best else {}
     try:
-        kept = _run_all(model, batches, live, bar)
+        kept = _run_all(model, batches, live, bar, MOST_KEPT_BYTES if best else 0)
         for path, quantizer in activations.items():
             quantizer.finish_observing(path)
     finally:
@@ -80,18 +108,26 @@ def _observe(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Modu
         if layer.weight_quantizer.wants_range():
             layer.initialize_scale()
             layer.weight_quantizer.observed.fill_(1)
+    if several:
+        choose_ranges(model, several, kept[:RANGE_CHOICE_BATCHES])
     return kept
 
 
-def _run_all(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module], bar: Bar) -> list[Inputs]:
-    """Forward all batches in float; returns the first ones. Fails in all processes if it does in one: none waits."""
+def _run_all(
+    model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module], bar: Bar, most_bytes: int
+) -> list[Inputs]:
+    """Forward all batches in float; returns the first ones: as many as biases need, and more up to `most_bytes`.
+
+    Fails in all processes if it does in one: none waits.
+    """
     kept: list[Inputs] = []
     failure: CalibrationError | None = None
     try:
         with fake_quant_disabled(model):
             for batch in run_batches(model, batches, live):
                 bar.update()
-                if len(kept) < BIAS_CORRECTION_BATCHES:
+                most_bytes -= _bytes(batch)
+                if len(kept) < BIAS_CORRECTION_BATCHES or most_bytes > 0:
                     kept.append(batch)
         if not kept:
             raise CalibrationError("calibrate got no batches: pass an iterable that yields at least one.")
@@ -100,3 +136,7 @@ def _run_all(model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Modu
     if not min_over_ranks(int(failure is None)):
         raise failure or CalibrationError("another process got no batch, or one that no range can come of: see there.")
     return kept
+
+
+def _bytes(batch: Inputs) -> int:
+    return sum(value.nbytes for value in pytree.tree_leaves(batch) if isinstance(value, Tensor))

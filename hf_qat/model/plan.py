@@ -12,7 +12,7 @@ from hf_qat.config.qat_config import QATConfig
 from hf_qat.config.targets import TensorScheme
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.captured import CapturedModule
-from hf_qat.graph.edges import find_edges
+from hf_qat.graph.edges import find_edges, find_inputs
 from hf_qat.graph.plan import Edges, ModulePlan, Plan
 
 
@@ -26,14 +26,16 @@ def make_plan(model: nn.Module, captured: Mapping[str, CapturedModule], config: 
     """Resolve the target, all globs, and the edges of the model, right after capture.
 
     Args:
-        model: captured; it is run once if the target treats what enters it, or its edges, otherwise than the rest.
+        model: captured; it is run once if the target treats its edges otherwise than the rest.
         captured: its captured children by path.
         config: the recipe.
         inputs: that the model was captured with.
     """
     bits = config.target_spec.edge_bits
-    concerned = bits is not None or config.target_spec.restrictions.symmetric_input
-    edges = find_edges(model, captured, inputs, config.excludes) if concerned else Edges()
+    if bits is not None:
+        edges = find_edges(model, captured, inputs, config.excludes)
+    else:
+        edges = Edges(inputs=find_inputs(captured, config.excludes))
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
     plan = Plan(config.target_spec, {path: _module_plan(path, config, edges) for path in paths}, edges)
     for path in (edges.first_layer, *sorted(edges.last_layers)) if bits is not None else ():

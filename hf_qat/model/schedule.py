@@ -10,7 +10,7 @@ without batch norm learns in float at first, as in Jacob et al. 2018 (§3.1): ra
 from __future__ import annotations
 
 import logging
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, TypedDict
 
 from torch import nn
 
@@ -41,16 +41,19 @@ FLOAT_UNTIL = 0.25
 OBSERVATIONS = 20
 
 
-class ScheduleState(TypedDict):
+class _Steps(TypedDict):
+    step: int
+    total_steps: int
+
+
+class ScheduleState(_Steps, total=False):
     """What `QATSchedule.state_dict` returns: plain data.
 
     `freeze_bn_at` where it is not that of the config; `quantize_at`, a fraction of training, where it is not 0.
     """
 
-    step: int
-    total_steps: int
-    freeze_bn_at: NotRequired[float]
-    quantize_at: NotRequired[float]
+    freeze_bn_at: float
+    quantize_at: float
 
 
 def phase_at(step: int, total_steps: int, freeze_bn_at: float, freeze_ranges_at: float) -> Phase:

@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import CalibrationError, ConfigError, ExportError
 from hf_qat.export import ExportReport, export_onnx, require_agreement, verify_onnx
+from hf_qat.files.atomic import written_whole
 from hf_qat.model.state import require_stage
 from hf_qat.tidl.bundle import export_tidl
 from hf_qat.tidl.check import check_tidl
@@ -55,6 +56,8 @@ class Contents:
 def save_model(model: nn.Module, directory: Path, processor: Any | None) -> None:
     """Write a converted model as `from_pretrained` takes it: `config.json`, `model.safetensors`, processor files.
 
+    All of them are there at the end, or what was there before; other files of the directory stay.
+
     Raises:
         ExportError: no Hugging Face model.
     """
@@ -63,9 +66,10 @@ def save_model(model: nn.Module, directory: Path, processor: Any | None) -> None
             f"{type(model).__name__} is no Hugging Face model, so from_pretrained could not load it again. Export it "
             "alone: export_onnx(trainer.convert(), path)."
         )
-    model.save_pretrained(directory)
-    if processor is not None:
-        processor.save_pretrained(directory)
+    with written_whole(directory) as aside:
+        model.save_pretrained(aside)
+        if processor is not None:
+            processor.save_pretrained(aside)
 
 
 def write_contents(

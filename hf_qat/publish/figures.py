@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_qat.errors import printable
 from hf_qat.model.analysis.figure import require_matplotlib
+from hf_qat.publish.runtime_cost import RuntimeCost
 
 
 DARK, LIGHT, GREY = "#08519c", "#9ecae1", "#777777"
@@ -22,6 +23,10 @@ LINES = (("-", "black"), ("--", DARK), ("-.", GREY), (":", "black"), ((0, (5, 1)
 
 #: Inches.
 WIDTH, HEIGHT = 8.0, 3.4
+
+#: What a file costs: the units of both panels, and inches of each.
+COST_UNITS = ("MB", "ms for an image, on ONNX Runtime, one thread of this CPU")
+COST_HEIGHT = 1.4
 
 #: Where a legend begins below its panel, as a share of the panel's height: past the name of the axis.
 LEGEND = -0.25
@@ -41,6 +46,23 @@ def accuracy_figure(accuracy: Mapping[str, Mapping[str, float]], metric: str) ->
     panel.margins(x=0.12)
     panel.invert_yaxis()
     panel.set_xlabel(printable(metric), parse_math=False)
+    return figure
+
+
+def cost_figure(cost: RuntimeCost) -> Any:
+    """Two bars each, the file and the same file in float: megabytes, and milliseconds an image.
+
+    Raises:
+        AnalysisError: matplotlib is missing.
+    """
+    figure, panels = _figure(2, 2 * COST_HEIGHT, sharex=False)
+    pairs = ((cost.float_bytes / 1e6, cost.bytes / 1e6), (cost.float_ms, cost.ms))
+    for panel, values, unit in zip(panels, pairs, COST_UNITS, strict=True):
+        bars = panel.barh(["float", "quantized"], values, color=[LIGHT, DARK])
+        panel.bar_label(bars, labels=[figures(value) for value in values], padding=3, fontsize=8)
+        panel.margins(x=0.12)
+        panel.invert_yaxis()
+        panel.set_xlabel(unit, fontsize=8)
     return figure
 
 
@@ -130,12 +152,12 @@ def _last_step(log: Sequence[Mapping[str, Any]]) -> int:
     return max(int(entry["step"]) for entry in log)
 
 
-def _figure(panels: int, height: float) -> tuple[Any, Any]:
+def _figure(panels: int, height: float, sharex: bool = True) -> tuple[Any, Any]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    axes = figure.subplots(panels, 1, sharex=sharex, squeeze=False)[:, 0]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8, labelbottom=True)

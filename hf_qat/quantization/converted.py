@@ -1,7 +1,8 @@
 """Converted modules: integer codes, scales and zero points as buffers, for inference and for export to ONNX.
 
 In eager mode they compute what ONNX Runtime computes with its optimizations off: dequantized weights and bias, a
-float operation, quantize-dequantize of its result. While `torch.onnx.export` traces, they emit the ONNX operators.
+float operation, quantize-dequantize of its result; or, on request, what its integer kernels compute. While
+`torch.onnx.export` traces, they emit the ONNX operators.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_qat.quantization.bias import bias_scale, quantize_bias
 from hf_qat.quantization.class_swap import swap_class
-from hf_qat.quantization.fake_quantize import dequantize, fake_quantize
+from hf_qat.quantization.fake_quantize import along, dequantize, fake_quantize
 from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.onnx_ops import dequantize_linear, exporting_to_onnx, quantize_linear
 from hf_qat.quantization.packing import code_dtype
@@ -84,6 +85,12 @@ class QuantizedLayer(nn.Module):
     folded_norm: str | None
     operation: Callable[..., Tensor]
     operation_args: tuple[Any, ...]
+    # In a tuple, so that they are not registered a second time, under a second name.
+    _quantizers: tuple[QuantizeDequantize, QuantizeDequantize] | None
+
+    def set_quantizers(self, quantizers: tuple[QuantizeDequantize, QuantizeDequantize] | None) -> None:
+        """Compute in integers, between codes of the one and of the other of `quantizers`; `None`: in float."""
+        self._quantizers = quantizers if self.bias_scale is not None or self._buffers["bias"] is None else None
 
     @property
     def codes(self) -> Tensor:
@@ -107,12 +114,28 @@ class QuantizedLayer(nn.Module):
         """(N, C_in, …) → (N, C_out, …); `arguments` in place of `operation_args`."""
         arguments = self.operation_args if arguments is None else arguments
         if not exporting_to_onnx():
+            if self._quantizers is not None:
+                return self._integer_output(x, arguments, *self._quantizers)
             return self.operation(x, self.weight, self.float_bias(), *arguments)
         weight = dequantize_linear(self.codes, self.weight_scale, None, self._axis(self.weight_scale))
         bias = self._buffers["bias"]
         if bias is not None and self.bias_scale is not None:
             bias = dequantize_linear(bias, self.bias_scale, None, 0 if self.bias_scale.dim() else None)
         return self.operation(x, weight, bias, *arguments)
+
+    def _integer_output(
+        self, x: Tensor, arguments: tuple[Any, ...], source: QuantizeDequantize, target: QuantizeDequantize
+    ) -> Tensor:
+        """The output rounded to steps of `target`, which are still to be clamped.
+
+        Sums of products of codes are whole numbers, below 2**53 and so exact in float64. The factor comes about in
+        float32 and in ONNX Runtime's order (`QLinearConv`).
+        """
+        codes, bias = torch.round(x.double() / source.scale.double()), self._buffers["bias"]
+        total = self.operation(codes, self.codes.double(), None if bias is None else bias.double(), *arguments)
+        factor = source.scale * self.weight_scale / target.scale
+        channels = total.dim() - 1 if self.codes.dim() == 2 else total.dim() - self.codes.dim() + 1
+        return (total.float() * along(factor, total, channels)).round_().mul_(target.scale)
 
     def float_bias(self) -> Tensor | None:
         """(C,) float32, dequantized."""
@@ -146,6 +169,7 @@ def convert_layer(layer: QATLayer) -> QuantizedLayer:
     converted = swap_class(layer, QuantizedLayer, forward)
     converted.weight_spec = spec
     converted.folded_norm = None
+    converted._quantizers = None
     converted._buffers["weight"] = codes.to(code_dtype(spec))
     converted.weight_shape = codes.shape
     # A parameter, because a Hugging Face model reads its own dtype and device off the first one that it has.

@@ -84,14 +84,14 @@ def code_bounds(zero_point: Tensor | None, x: Tensor, qmin: int, qmax: int, axis
     """`qmin - zero_point` and `qmax - zero_point`: numbers where reading them costs nothing, else tensors."""
     if zero_point is None:
         return float(qmin), float(qmax)
-    if _is_cheap(zero_point):
+    if is_cheap(zero_point):
         zero = float(round(float(zero_point.detach())))  # half to even, as torch does
         return qmin - zero, qmax - zero
     zeros = along(zero_point.detach().round(), x, axis)
     return qmin - zeros, qmax - zeros
 
 
-def _is_cheap(parameter: Tensor) -> bool:
+def is_cheap(parameter: Tensor) -> bool:
     """Whether reading its value makes nobody wait; a compiler would have to stop for it."""
     return parameter.dim() == 0 and parameter.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -121,7 +121,7 @@ def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, 
     """
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return _where_between(grad, torch.div(x, step), low, high)
-    if _is_cheap(step):
+    if is_cheap(step):
         unit = float(step)
         bounds = low * unit, high * unit
         passed: Tensor

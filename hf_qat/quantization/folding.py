@@ -5,7 +5,7 @@ Folding: Krishnamoorthi 2018, §3.2.2. Learned scales: LSQ, Esser et al. 2020, e
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,85 +45,114 @@ class _FoldFakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, multiplier: Tensor | None, step: Tensor, qmin: int, qmax: int, axis: int
     ) -> Tensor:
-        size = along(step, weight, axis)
-        out = torch.div(weight, size) if multiplier is None else torch.mul(weight, along(multiplier, weight, axis))
-        codes = None
-        if torch.compiler.is_compiling():  # see `round_to_codes`
-            out = out.round().clamp(qmin, qmax) * size
-        else:
-            out.round_().clamp_(qmin, qmax)
-            codes = out.to(torch.int8) if keeps_codes() and fits_byte(qmin, qmax) else None
-            out.mul_(size)
-        if codes is not None:
-            keep_codes(out, codes, 0, size)
-        kept = out if codes is None else codes
+        out, kept = rounded_weight(weight, multiplier, step, qmin, qmax, axis)
         ctx.save_for_backward(weight, kept if step.requires_grad else None, multiplier, step)
         ctx.low, ctx.high, ctx.axis = float(qmin), float(qmax), axis
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, out, multiplier, step = ctx.saved_tensors
-        by_multiplier = ctx.needs_input_grad[1]
-        size = _of_channels(step, weight, ctx.axis)
-        factor = None if multiplier is None else _of_channels(multiplier, weight, ctx.axis)
-        if out is not None and out.dtype == torch.int8:
-            out = out.float().mul_(size)
-        gradients = _by_formula if torch.compiler.is_compiling() else _in_blocks
-        bounds = ctx.low, ctx.high
-        dweight, passed, rounded = gradients(weight, grad, out, factor, size, bounds, ctx.axis, by_multiplier)
+        weight, kept, multiplier, step = ctx.saved_tensors
+        saved = saved_weight(weight, kept, multiplier, step, ctx.low, ctx.high, ctx.axis)
+        dweight, passed, rounded = weight_gradients(grad, saved, ctx.needs_input_grad[1])
         dmultiplier = passed * step if passed is not None else None
         dstep = rounded / step if rounded is not None else None
-        return dweight, _shaped(dmultiplier, multiplier), _shaped(dstep, step), None, None, None
+        return dweight, summed_for(multiplier, dmultiplier), summed_for(step, dstep), None, None, None
 
 
-def _by_formula(
-    weight: Tensor,
-    grad: Tensor,
-    out: Tensor | None,
-    factor: Tensor | None,
-    size: Tensor,
-    bounds: tuple[float, float],
-    axis: int,
-    by_multiplier: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What `_in_blocks` computes, as one expression for a compiler to fuse."""
+def rounded_weight(
+    weight: Tensor, multiplier: Tensor | None, step: Tensor, qmin: int, qmax: int, axis: int
+) -> tuple[Tensor, Tensor]:
+    """The value of `fold_fake_quantize`, and what to keep of it for backward: itself, or its codes in int8."""
+    size = along(step, weight, axis)
+    out = torch.div(weight, size) if multiplier is None else torch.mul(weight, along(multiplier, weight, axis))
+    if torch.compiler.is_compiling():  # see `round_to_codes`
+        out = out.round().clamp(qmin, qmax) * size
+        return out, out
+    out.round_().clamp_(qmin, qmax)
+    codes = out.to(torch.int8) if keeps_codes() and fits_byte(qmin, qmax) else None
+    out.mul_(size)
+    if codes is None:
+        return out, out
+    keep_codes(out, codes, 0, size)
+    return out, codes
+
+
+class SavedWeight(NamedTuple):
+    """What the gradients of a rounded weight are computed from; parameters per channel broadcast with the weight.
+
+    Attributes:
+        weight: before it was rounded.
+        out: what came out; `None` where the step gets no gradient.
+        factor: what the weight was multiplied by; `None` if it was divided by `size`.
+        size: the step.
+        low, high: lowest and highest code.
+        axis: of the channels.
+    """
+
+    weight: Tensor
+    out: Tensor | None
+    factor: Tensor | None
+    size: Tensor
+    low: float
+    high: float
+    axis: int
+
+    def split(self, rows: int) -> list[SavedWeight]:
+        """So many channels at a time; they run along the first axis."""
+        per_row = [[None] * len(self.weight) if x is None else x.split(rows) for x in self[:4]]
+        return [SavedWeight(*parts, *self[4:]) for parts in zip(*per_row, strict=False)]
+
+
+def saved_weight(
+    weight: Tensor, kept: Tensor | None, multiplier: Tensor | None, step: Tensor, low: float, high: float, axis: int
+) -> SavedWeight:
+    """What `rounded_weight` kept, for `weight_gradients`."""
+    size = _of_channels(step, weight, axis)
+    factor = None if multiplier is None else _of_channels(multiplier, weight, axis)
+    out = kept.float().mul_(size) if kept is not None and kept.dtype == torch.int8 else kept
+    return SavedWeight(weight, out, factor, size, low, high, axis)
+
+
+#: Gradient of the weight, and sums per channel: of passing gradients times the weight, and of what rounding does.
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def weight_gradients(grad: Tensor, saved: SavedWeight, by_factor: bool) -> Gradients:
+    """The gradients of a rounded weight.
+
+    Args:
+        grad: that of `saved.out`.
+        saved: the rest.
+        by_factor: the first sum is wanted; the second is where there is a `saved.out`.
+    """
+    if torch.compiler.is_compiling():
+        return _by_formula(grad, saved, by_factor)
+    rows = _rows_together(saved.weight, saved.axis)
+    if rows >= len(saved.weight):
+        return _in_one_block(grad, saved, by_factor, (None, None))
+    dweight = torch.empty_like(saved.weight)
+    products = torch.empty_like(dweight[:rows])
+    passed, rounded = [], []
+    for g, dy, part in zip(grad.split(rows), dweight.split(rows), saved.split(rows), strict=True):
+        _, p, r = _in_one_block(g, part, by_factor, (dy, products[: len(dy)]))
+        passed.append(p)
+        rounded.append(r)
+    return dweight, _joined(passed), _joined(rounded)
+
+
+def _by_formula(grad: Tensor, saved: SavedWeight, by_factor: bool) -> Gradients:
+    """As one expression for a compiler to fuse."""
+    weight, out, factor, size, low, high, axis = saved
     y = weight / size if factor is None else weight * factor
-    inside = (y > bounds[0]) & (y < bounds[1])
+    inside = (y > low) & (y < high)
     passed = torch.where(inside, grad, 0.0)
     rounded = None
     if out is not None:
         change = out - torch.where(inside, weight, 0.0) if factor is None else out
         rounded = _sum_to(grad * change, axis)
     dweight = passed if factor is None else passed * (factor * size)
-    return dweight, _sum_to(passed * weight, axis) if by_multiplier else None, rounded
-
-
-def _in_blocks(
-    weight: Tensor,
-    grad: Tensor,
-    out: Tensor | None,
-    factor: Tensor | None,
-    size: Tensor,
-    bounds: tuple[float, float],
-    axis: int,
-    by_multiplier: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradient of the weight, and sums per channel for the multiplier and, where there is an `out`, for the step."""
-    blocks = _blocks(weight, axis)
-    if len(blocks) == 1:
-        return _in_one_block(weight, grad, out, factor, size, bounds, axis, by_multiplier)
-    dweight, products = torch.empty_like(weight), None
-    passed, rounded = [], []
-    for rows in blocks:
-        w, dy = weight[rows], dweight[rows]
-        products = torch.empty_like(dy) if products is None else products[: len(dy)]
-        per_channel = None if factor is None else factor[rows], size[rows]
-        part = None if out is None else out[rows]
-        _, p, r = _in_one_block(w, grad[rows], part, *per_channel, bounds, axis, by_multiplier, (dy, products))
-        passed.append(p)
-        rounded.append(r)
-    return dweight, _joined(passed), _joined(rounded)
+    return dweight, _sum_to(passed * weight, axis) if by_factor else None, rounded
 
 
 def _joined(sums: list[Tensor | None]) -> Tensor | None:
@@ -132,18 +161,10 @@ def _joined(sums: list[Tensor | None]) -> Tensor | None:
 
 
 def _in_one_block(
-    weight: Tensor,
-    grad: Tensor,
-    out: Tensor | None,
-    factor: Tensor | None,
-    size: Tensor,
-    bounds: tuple[float, float],
-    axis: int,
-    by_multiplier: bool,
-    memory: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same of some of the channels; the gradient and intermediate products are written into `memory`, if given."""
-    low, high = bounds
+    grad: Tensor, saved: SavedWeight, by_factor: bool, memory: tuple[Tensor | None, Tensor | None]
+) -> Gradients:
+    """The gradient and intermediate products are written into `memory`, if given."""
+    weight, out, factor, size, low, high, axis = saved
     dy, products = memory
     passed = rounded = None
     if factor is None:
@@ -154,7 +175,7 @@ def _in_one_block(
             rounded = _sum_to(torch.sub(out, products, out=products).mul_(grad), axis)
         return pass_between(grad, dy, low, high), None, rounded
     dy = pass_between(grad, torch.mul(weight, factor, out=dy), low, high)
-    if by_multiplier:
+    if by_factor:
         products = torch.mul(dy, weight, out=products)
         passed = _sum_to(products, axis)
     if out is not None:
@@ -167,7 +188,7 @@ def _of_channels(parameter: Tensor, weight: Tensor, axis: int) -> Tensor:
     return along(parameter if parameter.dim() else parameter.expand(weight.shape[axis]), weight, axis)
 
 
-def _shaped(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+def summed_for(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """One gradient per channel, or their sum for a parameter that all channels share."""
     shared = parameter is not None and parameter.dim() == 0
     return gradient.sum() if gradient is not None and shared else gradient
@@ -179,9 +200,8 @@ def _sum_to(x: Tensor, axis: int) -> Tensor:
     return x.sum(others) if others else x.clone()
 
 
-def _blocks(weight: Tensor, axis: int) -> list[slice]:
-    """Parts of a weight along its first axis; one part on a GPU, and where the channels are another axis."""
+def _rows_together(weight: Tensor, axis: int) -> int:
+    """How many slices of a weight along its first axis to work on at a time; all on a GPU, and across channels."""
     count = weight.shape[0]
     together = axis == 0 and weight.device.type == "cpu"
-    rows = max(1, BLOCK * count // weight.numel()) if together else count
-    return [slice(start, start + rows) for start in range(0, count, rows)]
+    return max(1, BLOCK * count // weight.numel()) if together else count

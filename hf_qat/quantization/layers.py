@@ -21,15 +21,13 @@ from hf_qat.quantization.class_swap import original_class, require_free_names, s
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels import fuses
+from hf_qat.quantization.layer_folding import SMALLEST_FACTOR, Folding, Norm, fold_layer
 from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
 
-
-#: Below this, a channel's fold factor counts as zero: dividing by it would overflow float32.
-SMALLEST_FACTOR = 1e-12
 
 register()  # a layer holds the operation that it computes
 
@@ -99,8 +97,8 @@ class QATLayer(nn.Module):
         if batch_norm is not None and is_live(batch_norm) and not self.batch_norm_frozen:
             out = self.operation(x, self._unfolded_weight(), self.bias, *arguments)
             return normalise_live(batch_norm, out)
-        if self.training and self._fuses():
-            return self.operation(x, *self._fused_fold(live=False), *arguments)
+        if self.training and self._folds_at_once():
+            return self.operation(x, *self._folded_at_once(live=False), *arguments)
         scale = self._scale() if self.training else self.device_scale()
         weight, bias = self.folded(scale)
         if not self.training and bias is not None:
@@ -135,34 +133,33 @@ class QATLayer(nn.Module):
         quantizer = self.weight_quantizer
         if not quantizer.rounds:
             return self.weight
-        if self._fuses():
-            return self._fused_fold(live=True)[0]
+        if self._folds_at_once():
+            return self._folded_at_once(live=True)[0]
         with torch.no_grad():
             factor = self.fold_factor()
         assert factor is not None
-        factor = torch.where(factor.abs() < SMALLEST_FACTOR, SMALLEST_FACTOR, factor)
-        if torch.compiler.is_compiling():
-            factor = snapshot(factor)
+        factor = snapshot(torch.where(factor.abs() < SMALLEST_FACTOR, SMALLEST_FACTOR, factor))
         scale = self._scale()
         return fold_fake_quantize(
             self.weight, factor / scale, scale / factor, quantizer.spec.qmin, quantizer.spec.qmax, self.channel_axis
         )
 
-    def _fuses(self) -> bool:
-        return self.weight_quantizer.rounds and fuses(self.weight)
+    def _folds_at_once(self) -> bool:
+        """Whether scale, fold and rounding are one operation; a compiler is given the formulas to fuse."""
+        return self.weight_quantizer.rounds and not torch.compiler.is_compiling()
 
-    def _fused_fold(self, live: bool) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the operation in training, by one kernel each way, in the type that autocast wants."""
-        from hf_qat.quantization.kernels.weight import Folding, Norm, fused_fold
-
+    def _folded_at_once(self, live: bool) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the operation in training; by a kernel, in the type that autocast wants."""
         bn: Any = self.batch_norm
-        quantizer, device = self.weight_quantizer, self.weight.device.type
+        quantizer, device, fold = self.weight_quantizer, self.weight.device.type, fold_layer
+        if fuses(self.weight):
+            from hf_qat.quantization.kernels.weight import fused_fold as fold
         spec, log2_scale = quantizer.spec, quantizer.log2_scale
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         norm, eps = None, 0.0
         if bn is not None:
             norm, eps = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, self.bias), bn.eps
-        weight, bias = fused_fold(
+        weight, bias = fold(
             self.weight,
             log2_scale.detach() if quantizer.frozen else log2_scale,
             norm,

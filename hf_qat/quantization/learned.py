@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.fake_quantize import Bound, as_dtype, code_bounds, pass_inside, round_to_codes
+from hf_qat.quantization.fake_quantize import Bound, as_dtype, code_bounds, is_cheap, pass_inside, round_to_codes
 
 
 class QuantizerValues(NamedTuple):
@@ -95,5 +95,7 @@ class _Learned(torch.autograd.Function):
 def offset_gradient(passed: Tensor, offset: Tensor, values: QuantizerValues) -> Tensor:
     """Gradient of the offset; `passed` is the sum of the gradients that pass, less that of all."""
     gradient = passed * values.scale * values.span
+    if is_cheap(offset) and 0.0 <= float(offset.detach()) <= 1.0:
+        return gradient
     away = (offset - offset.clamp(0.0, 1.0)) * gradient < 0  # a step goes against the gradient
     return gradient.masked_fill_(away, 0.0)

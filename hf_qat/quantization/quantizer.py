@@ -115,9 +115,10 @@ class FakeQuantize(nn.Module):
     @property
     def zero_point(self) -> Tensor | None:
         """() float32, rounded where used; `None` for 0."""
-        if self.spec.symmetric:
-            return None
-        return torch.rsub(self.offset.clamp(0.0, 1.0), self.spec.qmin, alpha=self.spec.qmin - self.spec.qmax)
+        return None if self.spec.symmetric else self._zero_point_of(self.offset)
+
+    def _zero_point_of(self, offset: Tensor) -> Tensor:
+        return torch.rsub(offset.clamp(0.0, 1.0), self.spec.qmin, alpha=self.spec.qmin - self.spec.qmax)
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
@@ -207,12 +208,13 @@ class FakeQuantize(nn.Module):
         limit = math.inf if self.scale_limit is None else self.scale_limit
         return CodeRange(self.spec.qmin, self.spec.qmax, power_of_two=self.spec.power_of_two, scale_limit=limit)
 
-    @torch.no_grad()
     def _levels(self) -> QuantizerValues:
-        scale = unlimited = self._unlimited_scale()
+        spec, exponent = self.spec, self.log2_scale.detach()
+        scale = unlimited = torch.exp2(exponent.round() if spec.power_of_two else exponent)
         if self.scale_limit is not None:
             scale = unlimited.clamp(max=self.scale_limit)
-        return levels(scale, unlimited, self.zero_point, self.spec.qmin, self.spec.qmax)
+        zero_point = None if spec.symmetric else self._zero_point_of(self.offset.detach())
+        return levels(scale, unlimited, zero_point, spec.qmin, spec.qmax)
 
     def absorbs(self, activation: str) -> bool:
         """Whether clamping the codes at 0 (and at `scale_limit`) is the activation, in value and gradient."""

@@ -43,7 +43,7 @@ class QATStandaloneBatchNorm(QATLayer):
             return normalise_live(self, x)
         return super().compute(x, arguments)
 
-    def _fuses(self) -> bool:
+    def _folds_at_once(self) -> bool:
         return False  # its weight is the factor itself, one number a channel
 
     def fold_factor(self) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_qat.config.checkpoint_info import Stage
@@ -60,8 +60,17 @@ def check_teacher(teacher: object, model: nn.Module | None) -> None:
                 'teacher="float" copies the model before it is prepared, and this one is prepared already: pass the '
                 "float model itself as the teacher."
             )
+    elif isinstance(teacher, str):
+        if model is not None and not isinstance(model, PreTrainedModel):
+            raise ConfigError(
+                f"teacher={teacher!r} is read by from_pretrained of the model's class, and {type(model).__name__} is "
+                "none of transformers': pass the float model itself as the teacher."
+            )
     elif teacher is not None and not isinstance(teacher, nn.Module):
-        raise ConfigError(f'teacher must be a float model, "float" for a copy of the model, or None, not {teacher!r}.')
+        raise ConfigError(
+            'teacher must be a float model, a directory or Hub id of one, "float" for a copy of the model, or None, '
+            f"not {teacher!r}."
+        )
     elif teacher is not None and teacher is model:
         raise ConfigError('the teacher is the model itself, which is about to change: teacher="float" makes a copy.')
 

@@ -42,11 +42,18 @@ def _names_in(path: str, module: nn.Module) -> list[str]:
     return [f"{path}.{name}" for name, _ in [*module.named_parameters(), *module.named_buffers()]]
 
 
+def scales_in_training(model: nn.Module) -> list[nn.Parameter]:
+    """Learned scales and offsets that are not frozen: the same in all processes, which freeze at the same step."""
+    quantizers = [quantizer for quantizer in fake_quantizers(model).values() if not quantizer.frozen]
+    return [parameter for q in quantizers for parameter in q.parameters() if parameter.requires_grad]
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace the gradients by their mean over all processes, in one message; one that has none counts as 0.
 
-    A parameter that no process has a gradient of keeps none: it is frozen, and optimizers leave it alone.
+    A parameter that no process has a gradient of keeps none: it is frozen, and optimizers leave it alone. Whether
+    others have one is read, which waits for a GPU, only where one is missing here.
     """
     wanted = list(parameters)
     if not wanted or not is_active():
@@ -55,7 +62,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     have = torch.tensor([float(p.grad is not None) for p in wanted], device=wanted[0].device)
     mean = mean_over_ranks(torch.cat([have, *(gradient.flatten() for gradient in gradients)]))
     sizes = [gradient.numel() for gradient in gradients]
-    shares = mean[: len(wanted)].tolist()
+    everywhere = all(parameter.grad is not None for parameter in wanted)
+    shares = [1.0] * len(wanted) if everywhere else mean[: len(wanted)].tolist()
     for parameter, share, values in zip(wanted, shares, mean[len(wanted) :].split(sizes), strict=True):
         if share > 0:
             parameter.grad = values.view_as(parameter).clone()

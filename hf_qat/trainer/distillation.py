@@ -1,4 +1,4 @@
-"""Distillation: a float teacher's class probabilities, softened, as a second target (Hinton et al. 2015, §2)."""
+"""Distillation: what a float teacher answers, softened, as a second target (Hinton et al. 2015, §2)."""
 
 from __future__ import annotations
 
@@ -15,40 +15,17 @@ from transformers.utils import logging
 from hf_qat.errors import ConfigError
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.graph.capture.modes import evaluating
+from hf_qat.trainer.distances import answer_of
 
 
 logger = logging.get_logger(__name__)
-
-#: Dimensions of logits whose axis 1 holds the classes: (N, C) of a classifier, (N, C, H, W) of a segmentation net.
-CLASS_LOGITS_DIMS = (2, 4)
-
-#: `problem_type` of the configs whose logits are no scores of classes that exclude each other.
-OTHER_PROBLEMS = ("regression", "multi_label_classification")
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Distance of two predictions, T² · KL(softmax(teacher / T) ‖ softmax(student / T)), averaged over the batch.
-
-    T² keeps the gradient's size whatever the temperature is (Hinton et al. 2015, §2).
-
-    Args:
-        student, teacher: logits, (N, C) or (N, C, H, W); of the latter every pixel counts the same.
-        temperature: T, above 0.
-
-    Returns:
-        () float32.
-    """
-    log_student = torch.log_softmax(student.float() / temperature, dim=1)
-    log_teacher = torch.log_softmax(teacher.float() / temperature, dim=1)
-    divergence = nn.functional.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
-    return temperature**2 * divergence.mean()
 
 
 class Distillation:
     """A float teacher and what it teaches. No module holds it: it is neither trained nor saved.
 
     Args:
-        teacher: gives `logits` of the student's shape for the student's inputs. It goes to `device`, for good.
+        teacher: answers the student's inputs with outputs of the student's shapes. It goes to `device`, for good.
         temperature: T of `distillation_loss`.
     """
 
@@ -62,7 +39,7 @@ class Distillation:
         """The distance of what the student answered to `inputs`, which hold no labels, from the teacher's answer.
 
         Raises:
-            ConfigError: a model without logits of classes.
+            ConfigError: a model whose answers cannot be compared.
         """
         if self.teacher.training:
             logger.warning(
@@ -72,8 +49,9 @@ class Distillation:
             self.teacher.eval()
         with torch.no_grad():
             taught = self.teacher(**inputs)
-        logits = class_logits(outputs, "student", student)
-        loss = distillation_loss(logits, class_logits(taught, "teacher", self.teacher), self.temperature)
+        answer_of(outputs, "student", student)
+        answer = answer_of(taught, "teacher", self.teacher)
+        loss = answer.distance(outputs, taught, getattr(self.teacher, "config", None), self.temperature)
         self._sum += loss.detach()
         self._count += 1
         return loss
@@ -90,17 +68,18 @@ class Distillation:
         """Run both models once, so that a teacher that does not fit is found out before time is spent.
 
         Raises:
-            ConfigError: a model without logits of classes, or logits of two shapes.
+            ConfigError: a model whose answers cannot be compared, or answers of two shapes.
         """
-        shapes = {}
+        answers = {}
         for role, model in (("student", student), ("teacher", self.teacher)):
             args, kwargs = pytree.tree_map_only(Tensor, partial(Tensor.to, device=device_of(model)), as_call(inputs))
             with evaluating(model):
-                shapes[role] = tuple(class_logits(model(*args, **kwargs), role, model).shape)
-        if shapes["teacher"] != shapes["student"]:
+                outputs = model(*args, **kwargs)
+            answers[role] = {name: tuple(outputs[name].shape) for name in answer_of(outputs, role, model).names}
+        if answers["teacher"] != answers["student"]:
             raise ConfigError(
-                f"the teacher's logits have shape {shapes['teacher']} and the student's {shapes['student']}: a "
-                "teacher must be trained on the same classes, and give logits of the same size."
+                f"the teacher answers with {answers['teacher']} and the student with {answers['student']}: a teacher "
+                "must be trained on the same classes, and give outputs of the same sizes."
             )
 
 
@@ -111,30 +90,3 @@ def loss_is_scaled(trainer: Trainer, num_items_in_batch: Tensor | int | None) ->
         return stated
     by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     return by_model or trainer.compute_loss_func is not None
-
-
-def class_logits(outputs: Any, role: str, model: nn.Module) -> Tensor:
-    """The logits in a model's outputs, (N, C) or (N, C, H, W): `outputs["logits"]`.
-
-    Args:
-        outputs: what forward returned.
-        role, model: whose they are, for the message.
-
-    Raises:
-        ConfigError: there are none, or they are no scores of classes that exclude each other.
-    """
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    if not isinstance(logits, Tensor):
-        found = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-        raise ConfigError(
-            f"distillation compares logits, and the {role}, {type(model).__name__}, returns none but: {found}. "
-            "Train without a teacher."
-        )
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    if logits.dim() not in CLASS_LOGITS_DIMS or logits.shape[1] < 2 or problem in OTHER_PROBLEMS:
-        raise ConfigError(
-            "distillation takes scores of two or more classes that exclude each other, of shape (N, C) or (N, C, H, W)"
-            f", and those of the {role}, {type(model).__name__}, have shape {tuple(logits.shape)}, problem_type "
-            f"{problem!r}. Train without a teacher."
-        )
-    return logits

@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hf_qat.config.checkpoint_info import Stage
@@ -104,7 +104,7 @@ def _examples(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any], give
 
 
 def prepare(
-    trainer: Trainer, config: QATConfig | None, teacher: nn.Module | Literal["float"] | None, found: Examples | None
+    trainer: Trainer, config: QATConfig | None, teacher: nn.Module | str | None, found: Examples | None
 ) -> Distillation | None:
     """Prepare the trainer's model in place, if it is not yet, and set up what its teacher teaches.
 
@@ -113,17 +113,27 @@ def prepare(
     model = trainer.model
     assert model is not None
     distributed.synchronize_initial_model(trainer, model)
-    teacher = copy.deepcopy(model) if teacher == "float" else teacher
+    teacher = _teacher_model(teacher, model)
     if state_of(model) is None:
         with random_state_kept(trainer.args.device):
             _prepare(model, config, found)
-    if not isinstance(teacher, nn.Module):
+    if teacher is None:
         return None
     temperature = require_stage(model, Stage.PREPARED, "train").config.distillation_temperature
     distillation = Distillation(teacher, temperature, trainer.args.device)
     if found is not None:
         distillation.check(model, found.inputs)
     return distillation
+
+
+def _teacher_model(teacher: nn.Module | str | None, model: nn.Module) -> nn.Module | None:
+    """The teacher itself: a copy of a float model that is about to be prepared, or one that is read."""
+    if teacher == "float":
+        return copy.deepcopy(model)
+    if isinstance(teacher, str):
+        assert isinstance(model, PreTrainedModel)  # `check_teacher` has seen to it
+        return type(model).from_pretrained(teacher)
+    return teacher
 
 
 def _prepare(model: nn.Module, config: QATConfig | None, found: Examples | None) -> None:

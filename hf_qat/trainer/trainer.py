@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo
@@ -41,7 +41,7 @@ from hf_qat.trainer import checks, distributed, preparing, publishing, saving
 from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
 from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, of_first_size, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
-from hf_qat.trainer.ddp import average_gradients
+from hf_qat.trainer.ddp import average_gradients, scales_in_training
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
 from hf_qat.trainer.loss_scale import has_own_loss, scaled_as_it_turns_out
 from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
@@ -96,9 +96,10 @@ class QATTrainer(Trainer):
             first use.
         qat_config: the recipe; `QATConfig()` if left out, or that of the prepared model.
         teacher: a float model to learn from beside the labels (`distillation_weight` and `distillation_temperature` of
-            the config), or `"float"` for a copy of `model` as it is given; for models whose `logits` are scores of
-            classes. It moves to the training device; it is neither trained nor saved. Losses of `evaluate()` are the
-            task's alone.
+            the config); `"float"` for a copy of `model` as it is given; or a directory or Hub id, read as one of
+            `model`'s class. It teaches classes of images or pixels, labels, numbers, boxes and masks query by query,
+            and depths. It moves to the training device; it is neither trained nor saved. Losses of `evaluate()` are
+            the task's alone.
 
     Raises:
         ConfigError: arguments or a teacher that cannot be honoured.
@@ -125,7 +126,7 @@ class QATTrainer(Trainer):
         args: TrainingArguments | None = None,
         *trainer_positional: Any,
         qat_config: QATConfig | None = None,
-        teacher: nn.Module | Literal["float"] | None = None,
+        teacher: nn.Module | str | None = None,
         **trainer_arguments: Any,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args  # Trainer's own default
@@ -187,7 +188,7 @@ class QATTrainer(Trainer):
         if self._waits:
             self._prepare_model(self.model, loader)
 
-    def calibrate(self, dataset: Dataset[Any] | None = None) -> None:
+    def calibrate(self, dataset: Dataset[Any] | None = None, effort: str = "fast") -> None:
         """Find the scales from data, without training; `evaluate()` then tells what that gives.
 
         `train()`, `evaluate()` and `predict()` do so by themselves where it has not been done. It draws no random
@@ -196,6 +197,7 @@ class QATTrainer(Trainer):
         Args:
             dataset: the train set if left out, shuffled; another one is read in its order. `calibration_batches` of
                 the config says how much of it.
+            effort: `"fast"`, or `"best"`, which takes minutes and often makes training needless (`hf_qat.calibrate`).
 
         Raises:
             CalibrationError: no data, or integers, NaN or infinities in it.
@@ -210,7 +212,7 @@ class QATTrainer(Trainer):
             inputs = inputs_of(self, self.model, loader)
             live = untrained_batch_norms(self.model)
             with self._bars():
-                calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live)
+                calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live, effort)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, beginning with a calibration where the model needs one.
@@ -307,7 +309,7 @@ class QATTrainer(Trainer):
             losses.append(loss)
         self._loss_scale_unknown = False
         if self.accelerator.sync_gradients:
-            average_gradients(scale_parameters(self.model))
+            average_gradients(scales_in_training(self.model))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -36,9 +36,6 @@ from tests.detectors import DETECTORS, Detector, arguments, encoded, on_runtime,
 #: Points of mAP, of 100, that a trained int8 net may lose on ONNX Runtime.
 ALLOWED_LOSS = 0.5
 
-#: Learning rate of QAT, as a share of that of the float training: what README advises at 8 bits.
-QAT_SHARE = 1 / 20
-
 TARGETS = ("int8", "AM68A")
 
 #: Of the images.
@@ -135,7 +132,8 @@ def in_float(case: Case, steps: int) -> Row:
 
 def quantized(case: Case, target: str) -> Iterator[Row]:
     """After calibration, and after training."""
-    options = {**case.detector.options, "learning_rate": case.detector.options["learning_rate"] * QAT_SHARE}
+    detector = case.detector
+    options = {**detector.options, "learning_rate": detector.options["learning_rate"] * detector.qat_share}
     directory = case.directory / target
     args = arguments(directory, max_steps=case.qat_steps, **options)
     trainer = QATTrainer(case.float_model(0), args, qat_config=QATConfig(target), **case.trainer_arguments())
@@ -257,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train_images", type=int, help="instead of the detector's own number")
     parser.add_argument("--test_images", type=int, default=400)
     parser.add_argument("--steps", type=int, help="of the float training, instead of the detector's own")
-    parser.add_argument("--qat_steps", type=int, default=300)
+    parser.add_argument("--qat_steps", type=int, help="instead of the detector's own number")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     cases = [
@@ -267,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             encoded(DETECTORS[name].processor, options.train_images or DETECTORS[name].images, TRAIN_SEED),
             encoded(DETECTORS[name].processor, options.test_images, TEST_SEED),
             options.directory / name,
-            options.qat_steps,
+            options.qat_steps or DETECTORS[name].qat_steps,
         )
         for name in options.detectors
     ]

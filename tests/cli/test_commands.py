@@ -132,6 +132,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(model, folder, tmp
     printed = capsys.readouterr().out
     assert "8 layers with quantized weights" in printed
     assert "68 images to train on, 12 to evaluate on, 2 classes" in printed and "8 steps of 17 images" in printed
+    assert re.search(r"about \d+ seconds of training in float", printed)
     assert not (tmp_path / "out").exists()
 
 
@@ -143,6 +144,14 @@ def test_calibrate_needs_no_labels(folder, tmp_path, capsys):
     assert (tmp_path / "int8" / "onnx" / "model.onnx").is_file()
     sums = (tmp_path / "int8" / "SHA256SUMS").read_text().splitlines()
     assert any(line.endswith("  report.html") for line in sums)
+
+
+def test_a_training_is_logged_and_evaluated_often_enough_for_its_report(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"--logging_steps.{0,300}?\(default: 0.05\)", said)
+    assert re.search(r"--eval_strategy.{0,400}?\(default: epoch\)", said)
 
 
 def test_options_come_from_a_file_and_what_is_typed_wins(model, tmp_path, capsys):

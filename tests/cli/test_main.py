@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -144,3 +145,19 @@ def test_a_mistake_of_ours_is_not_dressed_up_as_bad_input(command):
     command(raising(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):
         cli.main(["probe"])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("'pin_memory' argument is set as true but no accelerator is found, then …", False),
+        ("`isinstance(treespec, LeafSpec)` is deprecated, use …", False),
+        ("the range of layer 3 is empty", True),
+    ],
+)
+def test_what_libraries_remark_on_their_own_parts_is_not_shown(text, shown, command):
+    command(lambda argv: warnings.warn(text, UserWarning, stacklevel=1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert cli.main(["probe"]) == 0
+    assert bool(caught) == shown

@@ -28,3 +28,15 @@ def test_the_summary_has_a_line_for_each_stage_each_path_and_each_next_command(m
     evaluate = "hf-qat evaluate --model_name_or_path out/export/onnx/model.onnx --dataset_name photos"
     push = ["hf-qat", "push", "out/export", "USER/MODEL"]
     assert commands == ([[*evaluate.split(), "--task", "semantic-segmentation"], push] if measured else [push])
+
+
+def test_a_bundle_is_to_be_checked_next_and_names_are_quoted(tmp_path):
+    model = tmp_path / "my out" / "tidl" / "AM68A" / "model" / "resnet.onnx"
+    model.parent.mkdir(parents=True)
+    model.touch()
+    text = summary({}, [], tmp_path / "my out", DataArguments("photos"))
+    commands = [shlex.split(line.removeprefix("Next:")) for line in text.splitlines() if "hf-qat" in line]
+    assert commands == [
+        ["hf-qat", "check", str(model), "--target", "AM68A"],
+        ["hf-qat", "push", str(tmp_path / "my out"), "USER/MODEL"],
+    ]

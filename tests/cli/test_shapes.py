@@ -45,3 +45,10 @@ def test_every_image_has_objects_of_known_kinds_inside_it():
     for objects in dataset["objects"]:
         for x, y, width, height in objects["bbox"]:
             assert 0 <= min(x, y) and max(x + width, y + height) <= IMAGE_SIZE
+
+
+def test_only_the_kinds_asked_for_are_drawn_by_their_own_numbers():
+    dataset = shapes_dataset(10, 0, ["cross", "circle"])
+    assert dataset.features["objects"]["category"].feature.names == ["cross", "circle"]
+    assert {number for objects in dataset["objects"] for number in objects["category"]} == {0, 1}
+    assert shapes_dataset(10, 0, KINDS)["image"] == shapes_dataset(10, 0)["image"]

@@ -208,4 +208,6 @@ def test_nothing_that_was_complete_is_lost_wherever_a_process_is_killed(seed: in
     for entry in found:
         assert set(entry["others"]) <= {INCOMPLETE}, entry
         assert all(name.startswith((".model.onnx-", ".bundle-")) for name in entry["left"]), entry
+        outputs = Counter(name.split("-")[0] for name in entry["left"])
+        assert max(outputs.values(), default=0) <= 1, entry  # of the last process; it deleted what those before left
     assert any(entry["others"] or entry["left"] for entry in found)  # some were killed in the middle

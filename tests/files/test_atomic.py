@@ -272,3 +272,20 @@ def test_two_processes_may_write_the_same_file_and_the_last_one_wins(tmp_path: P
             second.write_text("second")
         assert (tmp_path / "model.onnx").read_text() == "second"
     assert (tmp_path / "model.onnx").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_is_not_written_in_the_place_of_a_directory_nor_below_a_file(tmp_path: Path):
+    write(tmp_path, {"model.onnx/mine": "mine", "file": "mine"})
+    before = read(tmp_path)
+    for path, message in ((tmp_path / "model.onnx", "it is a directory"), (tmp_path / "file/model.onnx", "may write")):
+        with pytest.raises(ExportError, match=f"cannot write {path}.*{message}"), whole_file(path):
+            pytest.fail("nothing is to be written")
+    assert read(tmp_path) == before and {path.name for path in tmp_path.iterdir()} == {"model.onnx", "file"}
+
+
+def test_a_checkpoint_is_deleted_whole_though_another_one_was_killed_while_it_was_written(tmp_path: Path):
+    write(tmp_path, {"checkpoint-1/model.safetensors": "old", f"{INCOMPLETE}/checkpoint-2/half": "half"})
+    write(tmp_path, {f"{INCOMPLETE}/replaced-checkpoint-3/model.safetensors": "set aside"})
+    discard(tmp_path / "checkpoint-1")
+    assert read(tmp_path) == {"checkpoint-3/model.safetensors": "set aside"}
+    assert not (tmp_path / INCOMPLETE).exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_qat.errors import InUseError
+from hf_qat.files.atomic import INCOMPLETE, written_whole
 from hf_qat.files.only_writer import only_writer
 
 
@@ -43,3 +44,20 @@ def test_two_processes_do_not_write_to_one_directory_and_a_killed_one_is_in_nobo
         assert list((tmp_path / "run").iterdir()) == []
     with only_writer(tmp_path / "run"):
         pass
+
+
+def test_a_model_is_not_saved_where_another_process_is_writing_and_what_that_has_begun_stays(tmp_path: Path):
+    run = tmp_path / "run"
+    (run / INCOMPLETE / "checkpoint-1").mkdir(parents=True)
+    with other_process(run) as other:
+        with pytest.raises(InUseError, match="another process is saving to"), written_whole(run):
+            pytest.fail("two at once")
+        assert (run / INCOMPLETE / "checkpoint-1").is_dir()
+        with written_whole(tmp_path / "elsewhere") as place:
+            (place / "config.json").write_text("{}")
+        os.kill(other.pid, signal.SIGKILL)
+    with only_writer(run), written_whole(run) as place:  # a training that saves its model
+        (place / "config.json").write_text("{}")
+    assert [path.name for path in run.iterdir()] == ["config.json"]
+    with written_whole(run) as place, pytest.raises(InUseError), only_writer(run):
+        pytest.fail("a training began while a model was saved")

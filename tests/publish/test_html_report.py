@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.export.report import Agreement, ExportReport
@@ -21,7 +22,8 @@ from hf_qat.model.analysis.layer import Finding, LayerAnalysis
 from hf_qat.model.in_float import FloatOperation
 from hf_qat.publish.directory import Contents
 from hf_qat.publish.figures import DARK, GREY, LIGHT, figures
-from hf_qat.publish.html_report import Results, save_report
+from hf_qat.publish.html_report import FIGURES, Results, figures_directory, save_report
+from hf_qat.publish.runtime_cost import RuntimeCost
 from hf_qat.tidl.report import TidlReport
 from tests.publish.chromium import CHROMIUM, measured, screenshot
 
@@ -72,6 +74,7 @@ def results(folder: Path) -> Results:
         ),
         log_history=log,
         batch_norm_frozen_at=0.5,
+        cost=RuntimeCost(6_000_000, 1_500_000, 8.0, 2.5),
         range_steps=STEPS,
         ranges={f"backbone.layer.{k}.activation_quantizer": [1 + k * step / 100 for step in STEPS] for k in range(9)},
     )
@@ -123,7 +126,13 @@ def test_the_page_has_every_part_and_its_figures(page: Path):
     ]
     assert len(found.tables["layers"]) == LAYERS + 1
     assert found.tables["files"][1] == ["model.onnx", "1.500"]
-    assert found.drawings == ["training", "quantizers", "histograms", "figure"]
+    assert found.drawings == ["cost-figure", "training", "quantizers", "histograms", "figure"]
+    assert found.tables["cost"][1:] == [
+        ["float", "6", "8"],
+        ["quantized", "1.5", "2.5"],
+        ["quantized / float", "0.25", "0.31"],
+    ]
+    assert "The chip has times of its own" in text
     assert "target: AM68A" in found.texts["recipe"] and "opset 17" in found.texts["onnx"]
     assert "TIDL takes it" in found.texts["tidl"]
     assert str(page.parent) not in text
@@ -136,12 +145,25 @@ def test_it_needs_no_network_and_is_small(page: Path):
     assert page.stat().st_size < 3_000_000
 
 
+def test_every_figure_is_a_picture_for_papers_too(page: Path):
+    """300 dots an inch, so that 8 inches, or 10, are printed sharply."""
+    pictures = sorted(figures_directory(page).iterdir())
+    assert [picture.name for picture in pictures] == sorted(f"{name}.png" for name in FIGURES)
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.width in (2400, 3000) and len(image.convert("L").getcolors(256)) > 5
+
+
 def test_without_training_there_is_no_training_part(tmp_path: Path):
     from dataclasses import replace
 
-    found = replace(results(tmp_path), log_history=(), ranges={}, contents=None)
-    text = save_report(found, tmp_path / "report.html").read_text(encoding="utf-8")
+    whole = results(tmp_path)
+    page = save_report(whole, tmp_path / "report.html")
+    text = save_report(replace(whole, log_history=(), ranges={}, contents=None, cost=None), page).read_text("utf-8")
     assert 'id="training"' not in text and 'id="quantizers"' not in text and 'id="layers"' in text
+    assert 'id="cost"' not in text
+    left = {picture.stem for picture in figures_directory(page).iterdir()}
+    assert left == {"accuracy", "histograms", "layers"}  # none of the report before
 
 
 @pytest.mark.parametrize("value", [98.33333333, 0.98333, 0.5, 1.0, 2.9e-05])
@@ -172,7 +194,7 @@ class TestInABrowser:
         assert found["width"] <= width
         for above, below in itertools.pairwise(found["blocks"]):
             assert above[3] <= below[1] + 1
-        assert len(found["drawings"]) == 5
+        assert len(found["drawings"]) == 6
         for drawing in found["drawings"]:
             assert len(drawing["texts"]) > 4
             for one, other in itertools.combinations(drawing["texts"], 2):

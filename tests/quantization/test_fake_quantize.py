@@ -243,3 +243,13 @@ def test_memory_format_and_expanded_gradients_make_no_difference():
     fake_quantize(x, torch.tensor(case["scale"]), None, -128, 127).sum().backward()
     ratio = case["x"] / case["scale"]
     np.testing.assert_array_equal(x.grad.numpy(), (-128 < ratio) & (ratio < 127))
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("axis", PLACES.values(), ids=PLACES)
+def test_the_formula_for_a_compiler_has_the_same_values_and_gradients(axis, affine, monkeypatch):
+    """It would stop at numbers that are read from tensors, and at what is written in place."""
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    test_the_gradient_passes_straight_through_inside_the_range_only("uint8", axis, affine)
+    test_ties_go_to_the_even_code_and_the_rest_saturates()
+    test_the_gradient_is_zero_from_the_ends_of_the_range_on()

@@ -115,3 +115,21 @@ def test_a_weight_of_one_dimension_has_one_value_per_channel():
     torch.testing.assert_close(out, torch.tensor([0.3, -0.7, 0.7]))
     assert weight.grad.tolist() == [1, 0, 0]
     torch.testing.assert_close(step.grad, torch.tensor([1 * (3 - 2.6), 2 * -7.0, 4 * 7.0]))
+
+
+class TestForACompiler:
+    """What it is given is another formula, of which it makes one loop; here PyTorch computes it as it is."""
+
+    @pytest.fixture(autouse=True)
+    def compiling(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+
+    @pytest.mark.parametrize("fold", FOLDS)
+    def test_values_and_gradients_are_those_of_numpy(self, fold):
+        test_the_folded_weight_is_that_of_numpy(fold)
+        test_gradients_of_the_folded_weight_are_those_of_the_formula(fold)
+
+    @pytest.mark.parametrize("wanted", ["weight", "step", "both"])
+    def test_so_are_those_without_a_multiplier(self, wanted):
+        test_without_a_multiplier_value_and_gradients_are_those_of_lsq((6,), wanted)
+        test_without_a_multiplier_value_and_gradients_are_those_of_lsq((), wanted)

@@ -20,7 +20,7 @@ from hf_qat.trainer.checks import (
     check_teacher,
     check_train_set,
 )
-from tests.models import hand_written
+from tests.models import hand_written, vit
 from tests.training import arguments, images, recipe
 
 
@@ -141,9 +141,12 @@ def test_the_float_model_cannot_teach_where_it_is_gone():
         check_teacher("float", prepared())
 
 
-def test_a_name_cannot_teach():
-    with pytest.raises(ConfigError, match="not 'resnet50'"):
+def test_a_name_is_read_by_the_class_of_the_model_and_other_things_cannot_teach():
+    check_teacher("somebody/resnet", vit())
+    with pytest.raises(ConfigError, match="HandWritten is none of transformers'"):
         check_teacher("resnet50", hand_written())
+    with pytest.raises(ConfigError, match="not 50"):
+        check_teacher(50, hand_written())
 
 
 @pytest.mark.parametrize("data", [None, images(2), images(2).to_iterable_dataset(), [{}]])

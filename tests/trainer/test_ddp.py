@@ -9,8 +9,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from hf_qat import freeze_ranges
 from hf_qat.model.prepare import prepare_qat
-from hf_qat.trainer.ddp import average_gradients, copy_from_first_rank, leave_out_of_ddp, without_gradient
+from hf_qat.trainer import ddp
+from hf_qat.trainer.ddp import (
+    average_gradients,
+    copy_from_first_rank,
+    leave_out_of_ddp,
+    scales_in_training,
+    without_gradient,
+)
 from tests.models import hand_written
 from tests.training import recipe
 
@@ -47,6 +55,29 @@ def test_two_processes_get_the_weights_of_the_first_and_the_mean_of_their_gradie
         both, one, none = found["gradients"]
         assert both.tolist() == [[1.5, 1.5], [1.5, 1.5]]
         assert one.tolist() == [1.0, 2.0, 3.0] and none is None
+
+
+def test_gradients_that_all_processes_have_are_averaged_without_reading_a_tensor(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU, to read one is to wait for all that was launched before."""
+    monkeypatch.setattr(ddp, "is_active", lambda: True)
+    monkeypatch.setattr(ddp, "mean_over_ranks", lambda message: message / 2)
+    for read in ("tolist", "item", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, read, lambda *_: pytest.fail("a tensor was read"))
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((2,), ())]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 3.0)
+    average_gradients(parameters)
+    monkeypatch.undo()
+    assert [parameter.grad.tolist() for parameter in parameters] == [[1.5, 1.5], 1.5]
+
+
+def test_frozen_scales_are_left_out_of_the_message():
+    model = prepare_qat(hand_written(), recipe(), torch.randn(2, 3, 16, 16))
+    learned = scales_in_training(model)
+    assert learned and all(isinstance(scale, nn.Parameter) for scale in learned)
+    learned[0].requires_grad_(False)
+    assert len(scales_in_training(model)) == len(learned) - 1
+    assert scales_in_training(freeze_ranges(model)) == []
 
 
 def test_one_process_alone_keeps_its_weights_and_gradients():

@@ -7,7 +7,8 @@ from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_qat.errors import ConfigError
-from hf_qat.trainer.distillation import Distillation, class_logits, distillation_loss
+from hf_qat.trainer.distances import answer_of, distillation_loss
+from hf_qat.trainer.distillation import Distillation
 from tests.models import resnet, segformer, yolos
 
 
@@ -88,26 +89,81 @@ def test_a_teacher_of_other_classes_is_refused_with_both_shapes():
         distillation.check(resnet(), {"pixel_values": torch.randn(2, 3, 32, 32)})
 
 
-def test_logits_of_boxes_are_refused():
+def test_a_model_without_anything_to_compare_is_refused():
+    for outputs in ({"last_hidden_state": torch.zeros(2)}, torch.zeros(2, 5), (torch.zeros(2, 5),)):
+        with pytest.raises(ConfigError, match="the teacher, ResNetForImageClassification, .* returns nothing"):
+            answer_of(outputs, "teacher", resnet())
+
+
+def test_a_single_score_of_a_class_is_refused():
+    with pytest.raises(ConfigError, match=r"'logits': \(2, 1\)"):
+        answer_of({"logits": torch.zeros(2, 1)}, "student", resnet())
+
+
+def test_queries_that_are_chosen_by_scores_are_refused():
+    outputs = {"logits": torch.zeros(2, 4, 5), "pred_boxes": torch.zeros(2, 4, 4), "enc_topk_logits": torch.zeros(2)}
+    with pytest.raises(ConfigError, match="cannot be compared"):
+        answer_of(outputs, "student", yolos())
+
+
+def test_a_detector_learns_from_one_like_it():
     distillation = Distillation(yolos(), 2.0, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"YolosForObjectDetection, have shape \(2, 5, 6\)"):
-        distillation.check(yolos(), {"pixel_values": torch.randn(2, 3, 32, 32)})
+    student, inputs = yolos(), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    distillation.check(student, inputs)
+    assert distillation.loss(student, student(**inputs), inputs).item() == pytest.approx(0.0, abs=1e-5)
+    student.class_labels_classifier.layers[-1].bias.data.add_(torch.arange(6.0))
+    loss = distillation.loss(student, student(**inputs), inputs)
+    loss.backward()
+    assert loss.item() > 0.1 and student.class_labels_classifier.layers[-1].bias.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("outputs", [{"predicted_depth": torch.zeros(2)}, torch.zeros(2, 5), (torch.zeros(2, 5),)])
-def test_a_model_without_logits_is_refused(outputs: object):
-    with pytest.raises(ConfigError, match="the teacher, ResNetForImageClassification, returns none"):
-        class_logits(outputs, "teacher", resnet())
-
-
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
-def test_scores_that_do_not_exclude_each_other_are_refused(problem: str):
+def distance(
+    student: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor], temperature: float, **config
+) -> float:
     model = resnet()
-    model.config.problem_type = problem
-    with pytest.raises(ConfigError, match=problem):
-        class_logits({"logits": torch.zeros(2, 5)}, "student", model)
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    return answer_of(teacher, "teacher", model).distance(student, teacher, model.config, temperature).item()
 
 
-def test_a_single_score_is_refused():
-    with pytest.raises(ConfigError, match=r"shape \(2, 1\)"):
-        class_logits({"logits": torch.zeros(2, 1)}, "student", resnet())
+class TestOtherAnswersWorkedOutByHand:
+    def test_labels_are_compared_one_by_one(self):
+        """Probabilities 3/4 and 1/2 against 1/2 and 1/2; the second one is the teacher's own."""
+        teacher, student = {"logits": torch.tensor([[math.log(3), 0.0]])}, {"logits": torch.zeros(1, 2)}
+        expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
+        found = distance(student, teacher, 1.0, problem_type="multi_label_classification")
+        assert found == pytest.approx(expected, rel=1e-5)
+
+    def test_numbers_by_their_squared_error(self):
+        teacher, student = {"logits": torch.tensor([[1.0], [2.0]])}, {"logits": torch.tensor([[1.5], [4.0]])}
+        assert distance(student, teacher, 3.0, problem_type="regression") == pytest.approx((0.25 + 4) / 2)
+
+    def test_boxes_count_as_the_teacher_is_sure_of_them(self):
+        """Two queries: one with 9 of 10 for a class, one with 1 of 10; boxes off by 0.4 and 4 in all."""
+        scores = torch.tensor([[[math.log(9), -40.0, 0.0], [0.0, -40.0, math.log(9)]]])
+        boxes = torch.zeros(1, 2, 4)
+        teacher = {"logits": scores, "pred_boxes": boxes}
+        student = {"logits": scores, "pred_boxes": boxes + torch.tensor([0.1, 1.0]).view(1, 2, 1)}
+        expected = 5 * (0.9 * 0.4 + 0.1 * 4.0) / (0.9 + 0.1)
+        assert distance(student, teacher, 1.0, num_labels=2) == pytest.approx(expected, rel=1e-5)
+
+    def test_boxes_of_independent_scores_count_by_the_highest_one(self):
+        """Without a score for nothing: probabilities 9/10 and 1/10."""
+        scores = torch.tensor([[[math.log(9), -40.0], [-40.0, -math.log(9)]]])
+        teacher = {"logits": scores, "pred_boxes": torch.zeros(1, 2, 4)}
+        student = {"logits": scores, "pred_boxes": torch.tensor([0.1, 1.0]).view(1, 2, 1).expand(1, 2, 4)}
+        assert distance(student, teacher, 1.0, num_labels=2) == pytest.approx(5 * 0.76, rel=1e-4)
+
+    def test_masks_pixel_by_pixel(self):
+        """One of four pixels: 3/4 against 1/2; the classes are alike."""
+        classes = torch.zeros(1, 1, 3)
+        masks = torch.zeros(1, 1, 2, 2)
+        masks[0, 0, 0, 0] = math.log(3)
+        teacher = {"masks_queries_logits": masks, "class_queries_logits": classes}
+        student = {"masks_queries_logits": torch.zeros(1, 1, 2, 2), "class_queries_logits": classes}
+        expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 4
+        assert distance(student, teacher, 1.0) == pytest.approx(expected, rel=1e-5)
+
+    def test_depths_as_a_share_of_the_depth(self):
+        teacher, student = torch.tensor([[[2.0, 6.0]]]), torch.tensor([[[3.0, 6.0]]])
+        assert distance({"predicted_depth": student}, {"predicted_depth": teacher}, 2.0) == pytest.approx(1 / 8)

@@ -131,6 +131,14 @@ class TestDistillation:
         assert differing(values(teacher), values(vit())) == []
 
     @pytest.mark.slow
+    def test_a_teacher_is_read_from_a_directory_or_the_hub(self, tmp_path: Path):
+        taught = vit()
+        taught.classifier.bias.data.add_(1.0)
+        taught.save_pretrained(tmp_path / "teacher")
+        trainer = trainer_of(vit(), tmp_path / "run", teacher=str(tmp_path / "teacher"))
+        assert differing(values(trainer.distillation.teacher), values(taught)) == []
+
+    @pytest.mark.slow
     def test_the_teacher_is_in_no_checkpoint(self, tmp_path: Path):
         trainer = trainer_of(vit(), tmp_path, teacher="float", save_strategy="steps", save_steps=2)
         trainer.train()

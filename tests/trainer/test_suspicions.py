@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from hf_qat.export.runtime_model import RuntimeModel
 from hf_qat.trainer.distillation import Distillation
 from hf_qat.trainer.suspicions import ImageStatistics, warn_of_few_samples, warn_of_lost_accuracy
+from tests.exported import publisher
 from tests.training import arguments, images, recipe, trainer_of, vit
 
 
@@ -109,3 +111,24 @@ def test_a_teacher_in_training_mode_is_put_back_and_warned_of(caplog):
     net.train()
     assert distillation.loss(net, outputs, {"x": x}) == 0  # with dropout, it would not be
     assert "The teacher is in training mode" in caplog.text and not net.drop.training
+
+
+@pytest.mark.slow
+def test_an_export_that_predicts_otherwise_than_the_trained_model_is_warned_of(
+    tmp_path: Path, caplog, monkeypatch: pytest.MonkeyPatch
+):
+    class Miscompiled(RuntimeModel):
+        """Its classes come in another order."""
+
+        def forward(self, **inputs: object):
+            outputs = super().forward(**inputs)
+            outputs.logits = outputs.logits.roll(1, -1)
+            return outputs
+
+    trainer = publisher(tmp_path, "AM68A", max_steps=24)
+    trainer.train()
+    trainer.export(tmp_path / "good")
+    assert "differs from the trained one" not in caplog.text
+    monkeypatch.setattr("hf_qat.trainer.measuring.RuntimeModel", Miscompiled)
+    trainer.export(tmp_path / "bad")
+    assert "The converted model differs from the trained one: accuracy is" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -26,44 +27,45 @@ OVERLAP = 0.05
 BAR = 0.34
 
 
-def shapes_dataset(images: int, seed: int) -> datasets.Dataset:
+def shapes_dataset(images: int, seed: int, kinds: Sequence[str] = KINDS) -> datasets.Dataset:
     """Images of shapes in random colours before random lines, on a gradient, with noise.
 
     Args:
         images: how many.
         seed: a seed has the same images on every machine, and those of another seed are others.
+        kinds: the shapes that there are, of `KINDS`; a category is the number in this list.
 
     Returns:
         Rows as detection data sets on the Hub have them: `image`, an RGB PIL image of 96×96 pixels, and `objects`,
         `{"bbox": [[x, y, width, height], …], "category": [number of the kind, …]}` in pixels.
     """
-    rows = [draw_image(np.random.default_rng([seed, number])) for number in range(images)]
-    category = datasets.ClassLabel(names=KINDS)
+    rows = [draw_image(np.random.default_rng([seed, number]), kinds) for number in range(images)]
+    category = datasets.ClassLabel(names=list(kinds))
     box = datasets.Sequence(datasets.Value("float32"), length=4)
     features = datasets.Features({"image": datasets.Image(), "objects": {"bbox": [box], "category": [category]}})
     columns = {"image": [image for image, _ in rows], "objects": [objects for _, objects in rows]}
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def draw_image(generator: np.random.Generator) -> tuple[Image.Image, dict[str, Any]]:
-    """An image, and its objects."""
+def draw_image(generator: np.random.Generator, kinds: Sequence[str]) -> tuple[Image.Image, dict[str, Any]]:
+    """An image, and its objects, whose categories are numbers in `kinds`."""
     image = _clutter(generator)
     draw = ImageDraw.Draw(image)
     boxes: list[tuple[int, int, int, int]] = []
-    kinds: list[int] = []
+    categories: list[int] = []
     for _ in range(int(generator.integers(SHAPES[0], SHAPES[1] + 1))):
         width = int(generator.integers(*WIDTHS))
         x, y = (int(corner) for corner in generator.integers(0, IMAGE_SIZE - width, 2))
         box = (x, y, width, width)
         if any(_overlap(box, other) > OVERLAP for other in boxes):
             continue
-        kind = int(generator.integers(len(KINDS)))
-        draw_shape(draw, KINDS[kind], box, _colour(generator))
+        category = int(generator.integers(len(kinds)))
+        draw_shape(draw, kinds[category], box, _colour(generator))
         boxes.append(box)
-        kinds.append(kind)
+        categories.append(category)
     pixels = np.asarray(image, np.float32) + generator.normal(0.0, 8.0, (IMAGE_SIZE, IMAGE_SIZE, 3))
     noisy = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    return noisy, {"bbox": [[float(value) for value in box] for box in boxes], "category": kinds}
+    return noisy, {"bbox": [[float(value) for value in box] for box in boxes], "category": categories}
 
 
 def _clutter(generator: np.random.Generator) -> Image.Image:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_qat.cli.tasks import classification, detection, segmentation
+from torch import Tensor
+
+from hf_qat.cli.tasks import classification, depth, detection, segmentation
 from hf_qat.config.targets import did_you_mean
 from hf_qat.errors import ConfigError
 
@@ -25,6 +27,8 @@ class Task:
         measured_outputs: (outputs of the model, labels) → those that `metrics` reads; `None` for all.
         joins_batches: whether `metrics` gets arrays of the whole evaluation set, or lists of batches.
         require: raises `ConfigError` where a library is missing that `metrics` calls.
+        loss: Trainer's `compute_loss_func`, where models have no loss of their own.
+        labels_are_images: whether a JSONL file names pictures under `label_column`.
     """
 
     auto_class: str
@@ -36,6 +40,8 @@ class Task:
     measured_outputs: Callable[[Any, Any], Any] | None = None
     joins_batches: bool = True
     require: Callable[[], None] | None = None
+    loss: Callable[..., Tensor] | None = None
+    labels_are_images: bool = False
 
 
 TASKS = {
@@ -54,6 +60,7 @@ TASKS = {
         segmentation.encode,
         segmentation.collate,
         segmentation.metrics,
+        labels_are_images=True,
     ),
     "object-detection": Task(
         "AutoModelForObjectDetection",
@@ -65,6 +72,16 @@ TASKS = {
         detection.scores_and_boxes,
         joins_batches=False,
         require=detection.require_pycocotools,
+    ),
+    "depth-estimation": Task(
+        "AutoModelForDepthEstimation",
+        "depth",
+        depth.class_names,
+        depth.encode,
+        depth.collate,
+        depth.metrics,
+        loss=depth.loss,
+        labels_are_images=True,
     ),
 }
 

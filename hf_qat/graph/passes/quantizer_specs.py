@@ -19,10 +19,13 @@ from hf_qat.quantization.spec import QuantizerSpec
 #: A quantizer: path of the captured child, path of the quantizer below it.
 QuantizerPath = tuple[str, str]
 
+#: With so many bits, where calibration clips the data is as good as where training would.
+FINE_BITS = 8
+
 
 def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[QuantizerPath, QuantizerSpec]:
     """The spec of every quantizer."""
-    at_edges, symmetric = _at_edges(placements, plan), _symmetric(placements, plan)
+    at_edges, symmetric, data = _at_edges(placements, plan), _symmetric(placements, plan), _of_data(placements, plan)
     specs = {}
     for child, placement in placements.items():
         signed = _must_be_signed(placement, plan.target)
@@ -38,6 +41,8 @@ def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[Quanti
             )
             if in_product or (child, quantizer.name) in symmetric:
                 scheme = replace(scheme, symmetric=True)
+            if (child, quantizer.name) in data and scheme.bits >= FINE_BITS:
+                scheme = replace(scheme, learned=False)
             unit_range = all(_has_fixed_range(placement.facts, node) for node in quantizer.insertion_points)
             specs[child, quantizer.name] = activation_spec(
                 scheme, quantizer.non_negative, unit_range, quantizer.name in signed
@@ -81,9 +86,27 @@ def _symmetric(placements: Mapping[str, Placement], plan: Plan) -> set[Quantizer
             cut = _cut_on_the_way(placement, placements)
             found |= {_quantizer_of(placement, child, facts.placeholders[position]) for position in cut}
         if restrictions.symmetric_input:
-            entering = [n for position, n in enumerate(facts.placeholders) if (child, position) in plan.edges.inputs]
-            found |= {_quantizer_of(placement, child, node) for node in entering}
+            found |= {_quantizer_of(placement, child, node) for node in _entering(placement, child, plan)}
     return found
+
+
+def _of_data(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:
+    """The quantizers of what enters the model and of nothing else.
+
+    Training does not change the data, so it has no need to change their scales either; and the gradient of one would
+    take that of the images: a tenth of a step of ResNet-18 on a CPU.
+    """
+    found = set()
+    for child, placement in placements.items():
+        entering = set(_entering(placement, child, plan))
+        found |= {(child, q.name) for q in placement.quantizers if entering.issuperset(q.insertion_points)}
+    return found
+
+
+def _entering(placement: Placement, child: str, plan: Plan) -> list[fx.Node]:
+    """The inputs of a child that come from outside the model."""
+    placeholders = placement.facts.placeholders
+    return [node for position, node in enumerate(placeholders) if (child, position) in plan.edges.inputs]
 
 
 def _cut_on_the_way(placement: Placement, placements: Mapping[str, Placement]) -> list[int]:
@@ -112,7 +135,7 @@ def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerP
     found: set[QuantizerPath | None] = set()
     for child, placement in placements.items():
         facts = placement.facts
-        edges = [node for position, node in enumerate(facts.placeholders) if (child, position) in plan.edges.inputs]
+        edges = _entering(placement, child, plan)
         edges += [node.args[0] for node, path in facts.layer_calls().items() if path in plan.edges.last_layers]
         edges += [node for position, node in enumerate(facts.outputs()) if (child, position) in plan.edges.outputs]
         found |= {_quantizer_of(placement, child, node) for node in edges}

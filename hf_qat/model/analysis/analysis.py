@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hf_qat.config.qat_config import QATConfig
 from hf_qat.files.atomic import whole_file
-from hf_qat.model.analysis.figure import save_figure
+from hf_qat.model.analysis.figure import draw, draw_histograms, save_figure
 from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.page import document, sections
 from hf_qat.model.analysis.table import decibels, text_table
@@ -22,12 +25,16 @@ class Analysis:
         output_sqnr: signal to quantization noise ratio of the model's outputs, in dB.
         float_operations: what stays in float, and why.
         metric: the name of what `only_quantized` and `only_float` of the layers are measured in.
+        in_float: the metric with nothing quantized; `None` where sensitivities were not asked for.
+        config: the recipe of the model; `None` of a file.
     """
 
     layers: tuple[LayerAnalysis, ...]
     output_sqnr: float
     float_operations: tuple[FloatOperation, ...]
     metric: str
+    in_float: float | None = None
+    config: QATConfig | None = None
 
     def worst(self, n: int = 5) -> tuple[LayerAnalysis, ...]:
         """The `n` layers that cost most: those with the severest findings, and among these the noisiest first."""
@@ -72,13 +79,22 @@ class Analysis:
             AnalysisError: matplotlib is missing.
         """
         with whole_file(Path(path)) as file:
-            file.write_text(document("Quantization, layer by layer", self.sections()), encoding="utf-8")
+            file.write_text(document("Quantization, layer by layer", self.sections(self.figures())), encoding="utf-8")
         return Path(path)
 
-    def sections(self) -> list[str]:
-        """The page's parts, as HTML, for a page of one's own.
+    def figures(self) -> dict[str, Any]:
+        """By name: `layers`, a bar for each, and `histograms` of the worst ones if they have any; matplotlib's.
 
         Raises:
             AnalysisError: matplotlib is missing.
         """
-        return sections(self.layers, self.worst(), self.metric, self.output_sqnr, self.float_operations)
+        drawn = {"layers": draw(self.layers, self.metric), "histograms": draw_histograms(self.worst())}
+        return {name: figure for name, figure in drawn.items() if figure is not None}
+
+    def sections(self, figures: Mapping[str, Any]) -> list[str]:
+        """The page's parts, as HTML, for a page of one's own.
+
+        Args:
+            figures: what `figures` returns.
+        """
+        return sections(self.layers, self.worst(), figures, self.output_sqnr, self.float_operations)

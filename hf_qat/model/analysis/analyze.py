@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
@@ -18,7 +19,7 @@ from hf_qat.model.analysis.findings import with_findings
 from hf_qat.model.analysis.histogram import count, histogram, in_codes
 from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.noise import Noise, bounds, energy, measure, sqnr
-from hf_qat.model.analysis.sensitivity import Metric, Sensitivity, output_sqnr, sensitivities
+from hf_qat.model.analysis.sensitivity import Metric, Sensitivity, in_float_of, output_sqnr, sensitivities
 from hf_qat.model.analysis.sites import Site, find_sites
 from hf_qat.model.in_float import float_operations
 from hf_qat.model.prepare import prepare_qat
@@ -63,13 +64,17 @@ def analyze(
     sites = find_sites(model)
     measured = measure(model, in_float, sites, kept)
     found: dict[str, Sensitivity] = {}
+    best = None
     if sensitivity and state.stage is Stage.PREPARED:
-        found = sensitivities(model, sites, metric or output_sqnr(kept, measured.expected))
+        ask = metric or output_sqnr(kept, measured.expected)
+        found, best = sensitivities(model, sites, ask), math.inf if metric is None else in_float_of(model, metric)
     return Analysis(
         layers=tuple(_layer(model, in_float, site, measured.sites[site.path], found.get(site.path)) for site in sites),
         output_sqnr=sqnr(measured.outputs.signal, measured.outputs.noise),
         float_operations=tuple(float_operations(model)),
         metric="output SQNR, dB" if metric is None else getattr(metric, "__name__", "metric"),
+        in_float=best,
+        config=state.config.with_checkpoint(None),
     )
 
 
@@ -108,6 +113,7 @@ def _layer(
         minimum=noise.minimum,
         maximum=noise.maximum,
         bulk=noise.bulk,
+        module=site.module,
     )
     if site.quantizer is not None:
         quantizer: Any = model.get_submodule(site.quantizer)
@@ -144,6 +150,7 @@ def _weight(layer: Any, in_float: Any) -> dict[str, Any]:
     return {
         "weight_sqnr": sqnr(energy(exact), energy(rounded.double() - exact.double())),
         "weight_bits": spec.bits,
+        "parameters": exact.numel(),
         "weights": histogram(counts, bounds, spec.qmax - spec.qmin + 1),
     }
 

@@ -43,6 +43,8 @@ class LayerAnalysis:
         findings: what is conspicuous, the worst first.
         weights: the float weight in steps of its codes, over all channels; `None` without one.
         activations: what the quantizer was given; `None` without one.
+        module: path of the module whose overrides it follows; `None` if that is not known, as of a file.
+        parameters: numbers in its weight.
     """
 
     path: str
@@ -65,6 +67,8 @@ class LayerAnalysis:
     findings: tuple[Finding, ...] = ()
     weights: Histogram | None = None
     activations: Histogram | None = None
+    module: str | None = None
+    parameters: int = 0
 
     @property
     def added_noise(self) -> float:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from hf_qat.model.analysis.figure import draw, draw_histograms
 from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.table import HEADER, cells, decibels
 from hf_qat.model.in_float import FloatOperation, by_reason
@@ -40,23 +39,27 @@ def document(title: str, parts: Sequence[str]) -> str:
 def sections(
     layers: Sequence[LayerAnalysis],
     worst: Sequence[LayerAnalysis],
-    metric: str,
+    figures: Mapping[str, Any],
     output_sqnr: float,
     float_operations: Sequence[FloatOperation],
 ) -> list[str]:
-    """Findings, figure and table as parts of a page; names of layers, which a stranger may have chosen, are escaped.
+    """Findings, figures and table as parts of a page; names of layers, which a stranger may have chosen, are escaped.
 
-    Raises:
-        AnalysisError: matplotlib is missing.
+    Args:
+        layers: all.
+        worst: those whose findings come first.
+        figures: `layers`, and `histograms` if there are any, as `Analysis.figures` draws them.
+        output_sqnr: of the model, in dB.
+        float_operations: what stays in float.
     """
     return [
         f"<p>{len(layers)} places; the outputs keep {decibels(output_sqnr)} dB against the float model. 6 dB are "
         "about one bit.</p>",
         "<h2>What to look at first</h2>",
         *_findings(worst),
-        *_histograms(worst),
+        *_histograms(figures.get("histograms")),
         "<h2>All layers</h2>",
-        f'<div class="wide" id="figure">{as_svg(draw(layers, metric))}</div>',
+        '<div class="wide" id="figure">' + as_svg(figures["layers"]) + "</div>",
         f'<div class="wide"><table id="layers">{table_row(HEADER, "th")}',
         *(table_row(cells(layer), "td") for layer in layers),
         "</table></div>",
@@ -75,8 +78,7 @@ def _findings(layers: Sequence[LayerAnalysis]) -> list[str]:
     return ['<dl id="findings">', *entries, "</dl>"]
 
 
-def _histograms(layers: Sequence[LayerAnalysis]) -> list[str]:
-    figure = draw_histograms(layers)
+def _histograms(figure: Any | None) -> list[str]:
     if figure is None:
         return []
     return [

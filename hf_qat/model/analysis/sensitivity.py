@@ -47,6 +47,12 @@ def sensitivities(model: nn.Module, sites: Sequence[Site], metric: Metric) -> di
     return found
 
 
+def in_float_of(model: nn.Module, metric: Metric) -> float:
+    """The metric of a prepared model with nothing quantized."""
+    with only_quantizers(model, ()):
+        return float(metric(model))
+
+
 def own_quantizers(model: nn.Module, site: Site) -> set[FakeQuantize]:
     """The quantizers of a site: of its weight, and of its result."""
     paths = [site.quantizer, None if site.layer is None else join_path(site.layer, "weight_quantizer")]

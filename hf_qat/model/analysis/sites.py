@@ -43,6 +43,11 @@ class Site:
     quantizer: str | None
 
     @property
+    def module(self) -> str:
+        """Path of the module whose schemes hold here."""
+        return self.layer if self.layer is not None else (self.quantizer or "").rpartition(".")[0]
+
+    @property
     def output(self) -> str:
         """Path of the module that returns the value."""
         return self.quantizer or self.layer or ""

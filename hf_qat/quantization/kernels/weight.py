@@ -5,7 +5,7 @@ The expressions are those of `hf_qat.quantization.folding` and `hf_qat.quantizat
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hf_qat.quantization.kernels.arithmetic import divide, scale_of, to_codes
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+from hf_qat.quantization.layer_folding import SMALLEST_FACTOR as SMALLEST
+from hf_qat.quantization.layer_folding import Folding, Norm
 
 
 #: Values of a channel that a program works on together: the least of these that holds them all, or the last.
 BLOCKS = (64, 256, 1024)
 
-#: Below this, a channel's fold factor counts as zero: dividing by it would overflow float32.
-SMALLEST_FACTOR = tl.constexpr(1e-12)
+SMALLEST_FACTOR = tl.constexpr(SMALLEST)
 
 LN2 = tl.constexpr(math.log(2.0))
 
@@ -29,37 +30,6 @@ FACTOR, INVERSE, SHIFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 #: Rows of the gradients per channel.
 BY_SCALE, BY_GAMMA, BY_BETA, BY_BIAS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-
-
-class Folding(NamedTuple):
-    """What is fixed about a layer's weight.
-
-    Attributes:
-        qmin, qmax: lowest and highest code.
-        axis: the axis of the weight that channels run along.
-        power_of_two: the exponents of scales are rounded.
-        live: the factor is divided out again, because a batch norm follows that uses batch statistics.
-        eps: of the batch norm.
-        dtype: of the folded weight and bias.
-    """
-
-    qmin: int
-    qmax: int
-    axis: int
-    power_of_two: bool
-    live: bool
-    eps: float
-    dtype: torch.dtype
-
-
-class Norm(NamedTuple):
-    """The tensors of a batch norm, (C,) each, and the bias of the layer before it."""
-
-    mean: Tensor
-    variance: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    bias: Tensor | None
 
 
 @triton.jit

@@ -22,8 +22,9 @@ NUM_BINS = 2048
 #: Bins are never narrower: the smallest scale, 2**-40, has 256 of them to a step.
 LEAST_EXPONENT = -48
 
-#: Values counted at a time, so that their indices stay in cache.
+#: Values counted at a time: on a CPU, so that their indices stay in cache; on a GPU, so that they fit.
 CHUNK = 2**18
+CHUNK_ON_GPU = 2**26
 
 
 class Histogram:
@@ -54,11 +55,13 @@ class Histogram:
         """Count `values`, (n,), whose least and greatest are `low` and `high`."""
         self._cover(low, high)
         per_width = math.ldexp(1.0, -self.exponent)
-        for chunk in torch.split(values, CHUNK):
+        counts = torch.zeros(NUM_BINS, dtype=torch.int64, device=values.device)
+        for chunk in torch.split(values, CHUNK if values.device.type == "cpu" else CHUNK_ON_GPU):
             # Exact: a product with a power of two, a floor, and a difference of small integers. torch.histc rounds,
             # counts in float32 and takes about three times as long; bincount likes int16 best.
             index = (chunk.float() * per_width).floor_().sub_(self.start).to(torch.int16)
-            self.counts += torch.bincount(index, minlength=NUM_BINS).cpu()
+            counts += torch.bincount(index, minlength=NUM_BINS)
+        self.counts += counts.cpu()
 
     def merge_ranks(self) -> None:
         """Add the counts of all ranks, on the range that all of them need."""

@@ -370,3 +370,20 @@ def test_excluding_everything_leaves_nothing_to_quantize():
     assert set(kinds(model)) == {"x", "down.activation", "gelu_0", "up.activation", "add_0"}
     calibrate(model, [x])
     assert torch.equal(convert(copy.deepcopy(model))(x), model(x))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_training_learns_every_scale_but_that_of_the_data(bits):
+    """At fewer bits than 8, where to clip the data is for the loss to say."""
+    model = prepared(lambda part, x: part[1](torch.relu(part[0](x))), conv(), conv(), activations={"bits": bits})
+    fixed = {path for path, quantizer in activations(model).items() if not quantizer.learned}
+    assert fixed == ({"x_quantizer"} if bits == 8 else set())
+    assert "x_quantizer.log2_scale" in model.state_dict()
+    calibrate(model, [X]).train()
+    model(X).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_quantizer_that_the_data_share_with_a_result_is_learned():
+    model = prepared(lambda part, x: part[1](torch.cat([x, part[0](x)], 1)), conv(), nn.Conv2d(8, 4, 1))
+    assert all(quantizer.learned for quantizer in activations(model).values())

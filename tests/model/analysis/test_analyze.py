@@ -168,3 +168,17 @@ def test_batch_norms_and_sums_are_compared_too():
     found = analyze(calibrated(model, [x]), [x], sensitivity=False)
     assert {"x", "stem", "body", "cat_0", "mean_0", "head"} <= {layer.path for layer in found.layers}
     assert all(25 < layer.sqnr < 80 for layer in found.layers)
+
+
+def test_ranges_that_newer_images_go_beyond_are_named_with_the_share_of_values(float_model, images):
+    """Calibrated on images a tenth as bright as those that come in later."""
+    model = calibrated(float_model, [x * 0.1 for x in images])
+    entry = next(layer for layer in analyze(model, images, sensitivity=False).layers if layer.path == "first")
+    beyond = [finding.what for finding in entry.findings if "of its values lie beyond its range" in finding.what]
+    entering, leaving = (fake_quantizers(model)[f"{name}_quantizer"] for name in ("x", "first.activation"))
+    low, high = ((code - entering.zero_point.round()) * entering.scale for code in (0, 255))
+    with torch.no_grad():
+        values = torch.cat([torch.relu(float_model.first(x.clamp(low, high))).flatten() for x in images])
+    share = float((values > 255.5 * leaving.scale).double().mean())
+    assert share > 0.03 and len(beyond) == 1
+    assert float(beyond[0].split("%")[0]) / 100 == pytest.approx(share, abs=0.01)

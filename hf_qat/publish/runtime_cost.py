@@ -1,0 +1,125 @@
+"""What an exported file costs beside the same file in float: bytes, and time on ONNX Runtime on this CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, numpy_helper
+
+from hf_qat.export.onnx_graph import OnnxGraph, get_attribute, names_read
+from hf_qat.export.onnx_layers import without_rounding
+
+
+#: Both files take an image in turn: so often before time is taken, at most so often after, or so many seconds long.
+WARM_UP, ROUNDS, SECONDS = 3, 50, 5.0
+
+
+@dataclass(frozen=True)
+class RuntimeCost:
+    """A file, and the same file in float: without rounding, and with weights of four bytes.
+
+    Attributes:
+        float_bytes, bytes: sizes of the two.
+        float_ms, ms: milliseconds for an image: medians, on one thread of the CPU that this runs on.
+    """
+
+    float_bytes: int
+    bytes: int
+    float_ms: float
+    ms: float
+
+
+def runtime_cost(
+    path: Path, inputs: Mapping[str, np.ndarray[Any, Any]], session_options: Mapping[str, str]
+) -> RuntimeCost | None:
+    """Measure an exported file; `None` if `inputs` are not what it takes, or it takes several images at once only.
+
+    Args:
+        path: of the file.
+        inputs: of one image, by the names of the file: (1, …) each.
+        session_options: without which ONNX Runtime does not load it, as `ExportReport` has them.
+    """
+    floating = in_float(onnx.load(path)).SerializeToString()
+    sessions = [_session(source, session_options) for source in (floating, str(path))]
+    wanted = sessions[1].get_inputs()
+    if any(value.name not in inputs or value.shape[0] not in (1, *_any_size(value.shape)) for value in wanted):
+        return None
+    given = {value.name: inputs[value.name] for value in wanted}
+    before, after = _medians([partial(session.run, None, given) for session in sessions])
+    return RuntimeCost(len(floating), path.stat().st_size, before, after)
+
+
+def _any_size(shape: list[int | str]) -> tuple[str, ...]:
+    """The name of a batch of any size."""
+    return (shape[0],) if isinstance(shape[0], str) else ()
+
+
+def in_float(model: ModelProto) -> ModelProto:
+    """A copy of a Q/DQ file that computes in float: nothing is rounded, and weights are numbers instead of codes."""
+    twin = without_rounding(model)
+    graph = OnnxGraph(twin.graph)
+    numbers = []
+    for node in [node for node in twin.graph.node if node.op_type == "DequantizeLinear"]:
+        codes, scale = graph.constant(node.input[0]), graph.constant(node.input[1])
+        if codes is None or scale is None:
+            continue
+        zero_point = graph.constant(node.input[2]) if len(node.input) > 2 else None
+        axis = get_attribute(node, "axis")
+        shape = [1] * codes.ndim
+        if scale.ndim:
+            shape[1 if axis is None else int(str(axis))] = -1  # the standard's default is 1
+        moved = codes.astype(np.float32) - (0 if zero_point is None else zero_point.astype(np.float32).reshape(shape))
+        numbers.append(numpy_helper.from_array(moved * scale.reshape(shape), node.output[0]))
+        twin.graph.node.remove(node)
+    twin.graph.initializer.extend(numbers)
+    _drop_unread(twin.graph)
+    return twin
+
+
+def _drop_unread(graph: GraphProto) -> None:
+    """Remove nodes and constants of which nothing comes, in place."""
+    read, kept = {output.name for output in graph.output}, []
+    for node in reversed(graph.node):
+        if read.intersection(node.output):
+            kept.append(node)
+            read.update(names_read([node]))
+    constants = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(reversed(kept))
+    graph.initializer.extend(constants)
+
+
+def _session(source: str | bytes, entries: Mapping[str, str]) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def _medians(runs: list[Callable[[], object]]) -> list[float]:
+    """Milliseconds of each, taken in turn, so that what else the machine does meets all alike."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(WARM_UP):
+        for run in runs:
+            run()
+    start = time.perf_counter()
+    for _ in range(ROUNDS):
+        for run, own in zip(runs, times, strict=True):
+            begun = time.perf_counter()
+            run()
+            own.append(1000 * (time.perf_counter() - begun))
+        if time.perf_counter() - start > SECONDS:
+            break
+    return [statistics.median(own) for own in times]

@@ -1,0 +1,268 @@
+"""The nets of the table, small enough to be trained from scratch in minutes on a CPU, and how that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, Trainer, TrainingArguments
+
+from tests.benchmarks.accuracy.textures import CLASSES, SIDE, Images
+
+
+@dataclass(frozen=True)
+class Net:
+    """A net of the table.
+
+    Attributes:
+        make: a new one, with random weights.
+        learning_rate: of AdamW with a cosine schedule, from scratch.
+        epochs: of the float training.
+        batch: of all trainings.
+        kind: of recipe: "cnn", "depthwise" or "transformer".
+        dense: it says of each pixel what it is, not of the whole image.
+        teacher: the net whose answers it learns with the labels, as transformers need on few images
+            (Touvron et al., "Training data-efficient image transformers", 2021, 4).
+    """
+
+    make: Callable[[], nn.Module]
+    learning_rate: float
+    epochs: int
+    kind: str
+    batch: int = 32
+    dense: bool = False
+    teacher: str | None = None
+
+
+def _classes(outputs: int = len(CLASSES)) -> dict[str, Any]:
+    names = [*CLASSES, "background"][:outputs]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+
+
+def _of(model: type[nn.Module], config: type[PretrainedConfig], **options: Any) -> Callable[[], nn.Module]:
+    """Makes `model` of `config` with `options`, whose batch norms have statistics of more than the last batch.
+
+    Those of MobileNetV2 in transformers have a momentum of 0.997, TensorFlow's 0.003 the wrong way round.
+    """
+
+    def make() -> nn.Module:
+        net = model(config(**{**_classes(), **options}))
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.05
+        return net
+
+    return make
+
+
+NETS = {
+    "MobileNetV2": Net(
+        _of(
+            transformers.MobileNetV2ForImageClassification,
+            transformers.MobileNetV2Config,
+            image_size=SIDE,
+            depth_multiplier=0.35,
+            finegrained_output=False,
+            classifier_dropout_prob=0.1,
+        ),
+        learning_rate=5e-3,
+        epochs=16,
+        kind="depthwise",
+        batch=64,
+    ),
+    "ResNet": Net(
+        _of(
+            transformers.ResNetForImageClassification,
+            transformers.ResNetConfig,
+            embedding_size=24,
+            hidden_sizes=[24, 48, 72, 96],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+        ),
+        learning_rate=3e-3,
+        epochs=6,
+        kind="cnn",
+    ),
+    "RegNet": Net(
+        _of(
+            transformers.RegNetForImageClassification,
+            transformers.RegNetConfig,
+            embedding_size=16,
+            hidden_sizes=[24, 48, 96, 128],
+            depths=[1, 1, 2, 1],
+            groups_width=8,
+            layer_type="y",
+        ),
+        learning_rate=3e-3,
+        epochs=6,
+        kind="cnn",
+    ),
+    "EfficientNet": Net(
+        _of(
+            transformers.EfficientNetForImageClassification,
+            transformers.EfficientNetConfig,
+            image_size=SIDE,
+            width_coefficient=0.35,
+            depth_coefficient=0.5,
+            hidden_dim=320,
+            dropout_rate=0.1,
+            drop_connect_rate=0.05,
+        ),
+        learning_rate=5e-3,
+        epochs=16,
+        kind="depthwise",
+        batch=64,
+    ),
+    "ConvNeXt": Net(
+        _of(
+            transformers.ConvNextForImageClassification,
+            transformers.ConvNextConfig,
+            image_size=SIDE,
+            hidden_sizes=[24, 48, 72, 96],
+            depths=[1, 1, 2, 1],
+            patch_size=2,
+            layer_scale_init_value=0.1,
+        ),
+        learning_rate=3e-3,
+        epochs=14,
+        kind="transformer",
+    ),
+    "ViT": Net(
+        _of(
+            transformers.ViTForImageClassification,
+            transformers.ViTConfig,
+            image_size=SIDE,
+            patch_size=8,
+            hidden_size=96,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            intermediate_size=192,
+        ),
+        learning_rate=1e-3,
+        epochs=24,
+        kind="transformer",
+        teacher="ResNet",
+    ),
+    "Swin": Net(
+        _of(
+            transformers.SwinForImageClassification,
+            transformers.SwinConfig,
+            image_size=SIDE,
+            patch_size=4,
+            embed_dim=32,
+            depths=[2, 2, 2],
+            num_heads=[2, 4, 4],
+            window_size=4,
+        ),
+        learning_rate=1e-3,
+        epochs=16,
+        kind="transformer",
+        teacher="ResNet",
+    ),
+    "SegFormer": Net(
+        _of(
+            transformers.SegformerForSemanticSegmentation,
+            transformers.SegformerConfig,
+            hidden_sizes=[16, 32, 64, 96],
+            depths=[1, 1, 1, 1],
+            num_attention_heads=[1, 2, 4, 4],
+            decoder_hidden_size=64,
+            **_classes(len(CLASSES) + 1),
+        ),
+        learning_rate=2e-3,
+        epochs=20,
+        kind="transformer",
+        dense=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Images as rows that a net takes."""
+
+    images: Images
+    dense: bool
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        labels = self.images.masks if self.dense else self.images.labels
+        return {"pixel_values": self.images.pixels[row], "labels": labels[row]}
+
+
+def arguments(
+    directory: str, net: Net, seed: int, learning_rate: float, epochs: float, **more: Any
+) -> TrainingArguments:
+    """What all trainings have in common, and `more`."""
+    return TrainingArguments(
+        directory,
+        seed=seed,
+        learning_rate=learning_rate,
+        num_train_epochs=epochs,
+        lr_scheduler_type="cosine",
+        per_device_train_batch_size=net.batch,
+        per_device_eval_batch_size=100,
+        remove_unused_columns=False,
+        save_strategy="no",
+        logging_steps=50,
+        report_to=[],
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        **more,
+    )
+
+
+class TaughtTrainer(Trainer):
+    """Trainer with half of its loss the distance to what a teacher answers (Hinton et al. 2015, T = 1)."""
+
+    teacher: nn.Module
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **more: Any
+    ) -> Any:
+        """The loss, and what the model answered."""
+        outputs = model(**inputs)
+        with torch.no_grad():
+            taught = self.teacher(pixel_values=inputs["pixel_values"]).logits.softmax(-1)
+        loss = 0.5 * outputs.loss + 0.5 * nn.functional.cross_entropy(outputs.logits, taught)
+        return (loss, outputs) if return_outputs else loss
+
+
+def train_float(net: Net, train: Images, directory: str, seed: int, teacher: nn.Module | None) -> nn.Module:
+    """A net from scratch, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = net.make()
+    options = arguments(
+        directory, net, seed, net.learning_rate, net.epochs, warmup_steps=0.05, weight_decay=0.05, max_grad_norm=1.0
+    )
+    kind = Trainer if teacher is None else TaughtTrainer
+    trainer = kind(model, options, train_dataset=Rows(train, net.dense))
+    if teacher is not None:
+        trainer.teacher = teacher.eval()
+    trainer.train()
+    return model.eval()
+
+
+def points(logits: Sequence[Tensor] | Tensor, images: Images, dense: bool) -> float:
+    """Points of 100: top-1 of a classifier; mean intersection over union of a map of logits, over
+    the classes that are there or were found.
+
+    Args:
+        logits: (N, classes), or (N, classes, H, W) at a fraction of the images' size, or batches of them.
+    """
+    scores = logits if isinstance(logits, Tensor) else torch.cat(list(logits))
+    if not dense:
+        return 100 * float((scores.argmax(-1) == images.labels).double().mean())
+    larger = nn.functional.interpolate(scores, (SIDE, SIDE), mode="bilinear")
+    count = len(CLASSES) + 1
+    pairs = (images.masks * count + larger.argmax(1)).flatten().bincount(minlength=count**2).view(count, count)
+    both = pairs.diagonal().double()
+    either = pairs.sum(0) + pairs.sum(1) - both
+    return 100 * float((both / either)[either > 0].mean())

@@ -1,0 +1,172 @@
+"""Measuring a row of the table: a net at a target, by a method, from a seed."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+import transformers
+from torch import Tensor, nn
+
+from hf_qat import QATConfig, QATTrainer, __version__, export_onnx
+from tests.benchmarks.accuracy.nets import NETS, Rows, arguments, points, train_float
+from tests.benchmarks.accuracy.textures import Images, draw
+
+
+TRAIN_IMAGES, TEST_IMAGES = 8000, 3000
+
+#: Of the test images; those of training have the seed of their run, which is never so large.
+TEST_SEED = 1_000_000
+
+#: Learning rate of QAT, as a share of that of the float training.
+SHARES = {"int8": 1 / 20, "TDA4VM": 1 / 20, "AM68A": 1 / 20, "w4a8": 1 / 10, "w4a4": 2 / 5}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a float net becomes a quantized one.
+
+    Attributes:
+        epochs: of training; 0 is calibration alone.
+        config: of `QATConfig`, besides the target.
+        share: times the target's own of `SHARES`.
+        distil: whether the float net teaches.
+        effort: of the calibration.
+    """
+
+    epochs: float
+    config: Mapping[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+    distil: bool = False
+    effort: str = "fast"
+
+
+METHODS = {
+    "calibrated": Method(0),
+    "calibrated, best": Method(0, effort="best"),
+    "QAT, 1 epoch": Method(1),
+    "QAT, 3 epochs": Method(3),
+    "QAT, 3 epochs, distilled": Method(3, distil=True),
+    "QAT, 3 epochs, half the rate": Method(3, share=0.5),
+    "QAT, 3 epochs, twice the rate": Method(3, share=2.0),
+    "QAT, 3 epochs, batch norm live for two": Method(3, {"freeze_bn_at": 2 / 3}),
+    "QAT, 3 epochs, scales at the weights' rate": Method(3, {"scale_lr_multiplier": 1.0}),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Points of 100 on the test images, and what they were measured with.
+
+    Attributes:
+        trainer: by `evaluate()`, while quantization is simulated.
+        converted: of the converted model in torch.
+        plain, optimized: on ONNX Runtime with its optimizations off and on.
+        in_float: of the float net in torch.
+        steps: of QAT.
+        versions: of packages.
+    """
+
+    net: str
+    target: str
+    method: str
+    seed: int
+    trainer: float
+    converted: float
+    plain: float
+    optimized: float
+    in_float: float
+    steps: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where trained nets and files lie, and the images.
+
+    Attributes:
+        directory: kept between runs, so that a net is trained once.
+        train_images: fewer for a trial.
+    """
+
+    directory: Path
+    test: Images
+    train_images: int = TRAIN_IMAGES
+
+    def train(self, seed: int) -> Images:
+        """What a run of this seed learns from."""
+        return draw(self.train_images, seed)
+
+    def float_model(self, name: str, seed: int) -> nn.Module:
+        """Trained from scratch, or read where an earlier run has left it."""
+        net, made = NETS[name], self.directory / "float" / f"{name}-{seed}"
+        if (made / "config.json").is_file():
+            return type(net.make()).from_pretrained(made).eval()
+        teacher = None if net.teacher is None else self.float_model(net.teacher, seed)
+        model = train_float(net, self.train(seed), str(made), seed, teacher)
+        model.save_pretrained(made)
+        return model
+
+
+def versions() -> dict[str, str]:
+    """Of what has a part in the figures."""
+    found = {"hf_qat": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        **found,
+        "onnxruntime": onnxruntime.__version__,
+        "onnx": onnx.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row:
+    """Quantize one net in one way, and measure it."""
+    net, how = NETS[name], METHODS[method]
+    model = bench.float_model(name, seed)
+    before = points(list(_answers(model, bench.test)), bench.test, net.dense)
+    directory = bench.directory / "quantized"
+    options = arguments(str(directory), net, seed, net.learning_rate * SHARES[target] * how.share, max(how.epochs, 1))
+    trainer = QATTrainer(
+        copy.deepcopy(model),
+        options,
+        qat_config=QATConfig(target, **how.config),
+        train_dataset=Rows(bench.train(seed), net.dense),
+        eval_dataset=Rows(bench.test, net.dense),
+        teacher="float" if how.distil else None,
+    )
+    trainer.calibrate(effort=how.effort)
+    if how.epochs:
+        trainer.train()
+    simulated = points(torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions), bench.test, net.dense)
+    converted = trainer.convert()
+    file = directory / f"{name}-{target}-{seed}.onnx"
+    export_onnx(converted, file, {"pixel_values": bench.test.pixels[:8]}, dynamic_batch=True)
+    plain, optimized = (points(list(_on_runtime(file, bench.test, on)), bench.test, net.dense) for on in (False, True))
+    in_torch = points(list(_answers(converted, bench.test)), bench.test, net.dense)
+    figures = [round(figure, 3) for figure in (simulated, in_torch, plain, optimized, before)]
+    return Row(name, target, method, seed, *figures, trainer.state.global_step, versions())
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, images: Images) -> Iterator[Tensor]:
+    """Logits, batch by batch."""
+    for pixels in images.pixels.split(100):
+        yield model(pixel_values=pixels).logits
+
+
+def _on_runtime(file: Path, images: Images, optimized: bool) -> Iterator[Tensor]:
+    """Logits of a file, batch by batch."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    for pixels in images.pixels.split(100):
+        yield torch.from_numpy(session.run(["logits"], {"pixel_values": pixels.numpy()})[0])

@@ -1,0 +1,98 @@
+"""The rows as text, means and spreads over seeds, and as a plot of points against steps of training."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+
+from hf_qat.files.atomic import whole_file
+from tests.benchmarks.accuracy.rows import Row
+
+
+RESULTS = Path(__file__).parent / "results"
+
+Key = tuple[str, str, str]
+
+
+def read(directory: Path = RESULTS) -> list[Row]:
+    """All rows measured so far."""
+    return [Row(**row) for file in sorted(directory.glob("*.json")) for row in json.loads(file.read_text())]
+
+
+def add(row: Row, directory: Path = RESULTS) -> None:
+    """Write a row to the file of its net, in place of one that was measured before."""
+    file = directory / f"{row.net}.json"
+    rows = [Row(**old) for old in json.loads(file.read_text())] if file.is_file() else []
+    kept = [old for old in rows if (*key(old), old.seed) != (*key(row), row.seed)]
+    ordered = sorted([*kept, row], key=lambda one: (*key(one), one.seed))
+    with whole_file(file) as temporary:
+        temporary.write_text(json.dumps([asdict(one) for one in ordered], indent=1) + "\n")
+
+
+def key(row: Row) -> Key:
+    """What its seeds share."""
+    return row.net, row.target, row.method
+
+
+def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """The seeds of each row."""
+    groups: dict[Key, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return dict(groups)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Points on ONNX Runtime, with its optimizations, against float; `apart` is the most that any two ways differ."""
+    lines = [f"{'':<12}{'':<8}{'':<44}{'seeds':>6}{'float':>8}{'int':>8}{'±':>6}{'change':>8}{'±':>6}{'apart':>7}"]
+    for (net, target, method), group in grouped(rows).items():
+        changes = [row.optimized - row.in_float for row in group]
+        figures = [mean(row.in_float for row in group), mean(row.optimized for row in group)]
+        spreads = [spread([row.optimized for row in group]), spread(changes)]
+        apart = max(max(ways(row)) - min(ways(row)) for row in group)
+        lines.append(
+            f"{net:<12}{target:<8}{method:<44}{len(group):>6}{figures[0]:>8.2f}{figures[1]:>8.2f}{spreads[0]:>6.2f}"
+            f"{mean(changes):>+8.2f}{spreads[1]:>6.2f}{apart:>7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def ways(row: Row) -> tuple[float, float, float, float]:
+    """Points of the same quantized net, by all who compute it."""
+    return row.trainer, row.converted, row.plain, row.optimized
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; 0 of one value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def plot(rows: Iterable[Row], file: Path) -> None:
+    """Points lost against steps of QAT, a panel for each net, a line for each target, from calibration on."""
+    from matplotlib import pyplot
+
+    groups = grouped(
+        row for row in rows if row.method == "calibrated" or row.method in ("QAT, 1 epoch", "QAT, 3 epochs")
+    )
+    nets = list(dict.fromkeys(net for net, _, _ in groups))
+    figure, panels = pyplot.subplots(1, len(nets), figsize=(3.4 * len(nets), 3.4), squeeze=False, layout="constrained")
+    for panel, net in zip(panels[0], nets, strict=True):
+        for style, target in zip(
+            ("o-", "s--", "^-.", "D:", "v-"), ("int8", "AM68A", "TDA4VM", "w4a8", "w4a4"), strict=True
+        ):
+            line = sorted(
+                (mean(row.steps for row in group), mean(row.optimized - row.in_float for row in group))
+                for (of, at, _), group in groups.items()
+                if (of, at) == (net, target)
+            )
+            panel.plot([steps for steps, _ in line], [change for _, change in line], style, label=target)
+        panel.set(title=net, xlabel="steps of QAT")
+        panel.axhline(0, color="black", linewidth=0.8)
+    panels[0][0].set_ylabel("points against float, ONNX Runtime")
+    panels[0][0].legend()
+    figure.savefig(file)
+    pyplot.close(figure)

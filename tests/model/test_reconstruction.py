@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_qat import QATConfig, calibrate, convert, export_onnx, freeze_ranges, prepare_qat
+from hf_qat.errors import CalibrationError
+from hf_qat.export.verify import Session
+from hf_qat.model import reconstruction
+from hf_qat.quantization.layers import qat_layers
+from hf_qat.quantization.quantizer import fake_quantizers
+from tests.models import hand_written
+
+
+def images(count: int, seed: int) -> Tensor:
+    """Smooth ones, so that what is learned of some holds for others."""
+    coarse = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(coarse, size=32, mode="bilinear")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(reconstruction, "STEPS", 60)
+
+
+def calibrated(effort: str, target: str = "w4a4", prepare=lambda model: model, **options) -> nn.Module:
+    model = prepare(prepare_qat(hand_written().eval(), QATConfig(target), torch.zeros(2, 3, 32, 32)))
+    return calibrate(model, list(images(64, seed=1).split(16)), effort=effort, **options)
+
+
+@torch.no_grad()
+def output_error(model: nn.Module) -> float:
+    """Squared error of the output on images of its own, against the model that was never prepared."""
+    x = images(64, seed=2)
+    expected = hand_written().eval()(x)
+    return ((model(x) - expected).square().mean() / expected.var()).item()
+
+
+@pytest.mark.parametrize("target", ["w4a4", "w4a8", "TDA4VM"])
+def test_the_output_is_nearer_to_that_of_the_float_model_on_images_never_seen(target):
+    fast, best = (output_error(calibrated(effort, target)) for effort in ("fast", "best"))
+    assert best < (0.9 if target == "TDA4VM" else 0.7) * fast
+
+
+def test_no_code_of_a_weight_moves_by_more_than_one_and_some_do():
+    fast, best = (qat_layers(calibrated(effort)) for effort in ("fast", "best"))
+    moves = []
+    for path, layer in best.items():
+        moves.append((layer.codes(layer.device_scale()) - fast[path].codes(fast[path].device_scale())).abs().flatten())
+        assert torch.equal(layer.weight_quantizer.scale, fast[path].weight_quantizer.scale)
+    assert torch.cat(moves).max() == 1 and 0 < torch.cat(moves).float().mean() < 0.5
+
+
+def test_the_converted_model_computes_what_the_prepared_one_does_and_so_does_onnx_runtime(tmp_path):
+    model, x = calibrated("best", "int8"), images(16, seed=3)
+    with torch.no_grad():
+        prepared = model(x)
+        convert(model)
+        assert torch.equal(model(x), prepared)
+    report = export_onnx(model, tmp_path / "model.onnx", x)
+    assert report.top1_agreement == 1.0
+    (found,) = Session(tmp_path / "model.onnx", True).run([x.numpy()])
+    step = model.head.activation_quantizer.scale.item()
+    assert np.abs(found - prepared.numpy()).max() <= 1.01 * step
+
+
+def test_the_same_images_lead_to_the_same_model_whatever_random_numbers_were_drawn():
+    first = calibrated("best").state_dict()
+    torch.manual_seed(99)
+    drawn = torch.random.get_rng_state()
+    second = calibrated("best").state_dict()
+    assert all(torch.equal(first[key], value) for key, value in second.items())
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_what_does_not_require_gradients_and_frozen_ranges_stay():
+    def freeze(model: nn.Module) -> nn.Module:
+        for parameter in (model.stem.weight, model.body_norm.bias, model.x_quantizer.log2_scale):
+            parameter.requires_grad_(False)
+        return model
+
+    fast, best = (
+        calibrated(effort, prepare=freeze, bias_correction=effort == "best").state_dict()
+        for effort in ("fast", "best")
+    )
+    for key in ("stem.weight", "body_norm.bias", "stem_norm.weight", "stem_norm.running_mean"):
+        assert torch.equal(best[key], fast[key]), key
+    for key in ("body.weight", "stem_norm.bias", "head.bias", "cat_0_quantizer.log2_scale"):
+        assert not torch.equal(best[key], fast[key]), key
+    model = freeze_ranges(calibrated("fast"))
+    before = {path: quantizer.scale.clone() for path, quantizer in fake_quantizers(model).items()}
+    calibrate(model, [images(16, seed=1)], effort="best")
+    assert all(torch.equal(fake_quantizers(model)[path].scale, scale) for path, scale in before.items())
+
+
+def test_biases_stay_where_they_are_not_to_be_corrected():
+    fast, best = (calibrated(effort, bias_correction=False).state_dict() for effort in ("fast", "best"))
+    for key in ("stem_norm.bias", "body_norm.bias", "head.bias"):
+        assert torch.equal(best[key], fast[key]), key
+    assert not torch.equal(best["body.weight"], fast["body.weight"])
+
+
+def test_if_nothing_is_gained_all_stays(monkeypatch):
+    monkeypatch.setattr(reconstruction, "ROUNDING_RATE", 30.0)  # codes by chance
+    monkeypatch.setattr(reconstruction, "STEPS", 1)
+    fast, best = (calibrated(effort, "int8", bias_correction=False) for effort in ("fast", "best"))
+    for path, layer in qat_layers(best).items():
+        assert torch.equal(layer.weight, qat_layers(fast)[path].weight)
+    with_scales = calibrated("best", "int8", bias_correction=False, prepare=freeze_ranges)
+    scales = {path: quantizer.scale for path, quantizer in fake_quantizers(with_scales).items()}
+    assert all(torch.equal(quantizer.scale, scales[path]) for path, quantizer in fake_quantizers(best).items())
+
+
+def test_modes_gradients_and_statistics_are_left_alone():
+    model = prepare_qat(hand_written().eval(), QATConfig("w4a4"), torch.zeros(2, 3, 32, 32)).train()
+    model.body_norm.eval()
+    statistics = copy.deepcopy([model.stem_norm.state_dict(), model.body_norm.running_var])
+    calibrate(model, [images(16, seed=1)], effort="best")
+    assert model.training and model.stem_norm.training and not model.body_norm.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(model.stem_norm.running_var, statistics[0]["running_var"])
+    assert torch.equal(model.body_norm.running_var, statistics[1])
+
+
+def test_another_effort_is_refused():
+    with pytest.raises(CalibrationError, match="'fast' or 'best', not 'most'"):
+        calibrated("most")

@@ -267,8 +267,10 @@ class QATConfig(QuantizationConfigMixin):
             ConfigError: not one of the two budgets, one that cannot be kept, or a report without sensitivities.
 
         Examples:
-            >>> report = analyze(calibrate(prepare_qat(net, QATConfig("w4a4"), images), batches), batches, metric=top1)
-            >>> config = QATConfig.from_analysis(report, budget={"at_least": 0.9})
+            Of a model that is prepared by `QATConfig("w4a4")`, with a measure of one's own::
+
+                report = hf_qat.analyze(model, batches, metric=accuracy_of)
+                config = QATConfig.from_analysis(report, budget={"at_least": 0.9})
         """
         if not isinstance(report.config, QATConfig):
             raise ConfigError("the report is of a file, which has no recipe: analyze the prepared model.")

@@ -259,6 +259,8 @@ def test_unsigned_softmax_and_sigmoid_have_fixed_scales(results, target, name, k
     scale, zero_point = graph.parameters(quantize)
     if (target, kind) == ("TDA4VM", "Softmax"):  # signed, for the product behind it: its scale is calibrated
         assert zero_point.dtype == np.int8 and zero_point == 0 and np.frexp(scale)[0] == 0.5 and scale <= 1 / 128
+    elif (target, kind) == ("w4a4", "Softmax"):  # rows of 6 are long for 16 codes: its scale is calibrated
+        assert zero_point == 0 and 1 / 32 < scale <= 1 / 15
     else:
         assert (float(scale), int(zero_point)) == (1 / (16 if target == "w4a4" else 256), 0)
 

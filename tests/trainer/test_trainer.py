@@ -19,7 +19,7 @@ from hf_qat.model.state import state_of
 from hf_qat.model.switches import fake_quant_disabled, freeze_batch_norm
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.trainer import QATTrainer
-from tests.models import HUGGING_FACE, LABELS, resnet
+from tests.models import HUGGING_FACE, LABELS, resnet, tiny_yolos
 from tests.training import FOLLOWED, arguments, differing, images, recipe, trainer_of, values, values_in, vit
 
 
@@ -207,11 +207,11 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="same classes"):
             trainer_of(resnet(), tmp_path, teacher=teacher)
 
-    def test_a_teacher_for_boxes(self, tmp_path: Path):
+    def test_a_teacher_of_other_boxes(self, tmp_path: Path):
         case = HUGGING_FACE["yolos"]
         rows = [{"pixel_values": pixels} for pixels in case.pixels(4)]
-        with pytest.raises(ConfigError, match="distillation takes scores"):
-            trainer_of(case.make(), tmp_path, teacher="float", train_dataset=rows)
+        with pytest.raises(ConfigError, match="must be trained on the same classes"):
+            trainer_of(case.make(), tmp_path, teacher=tiny_yolos(7, 5), train_dataset=rows)
 
     def test_calibration_without_data(self, tmp_path: Path):
         trainer = trainer_of(vit(), tmp_path, train_dataset=None)

@@ -42,4 +42,7 @@ def without_weights(model: nn.Module, keep_buffers: bool = False) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(META), p.requires_grad) for p in model.parameters()}
     if not keep_buffers:
         memo |= {id(buffer): buffer.to(META) for buffer in model.buffers()}
+    attributes = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    # A weight that a hook computes at each call, as pruning has it, is a result, which `deepcopy` refuses.
+    memo |= {id(value): value.detach().to(META) for value in attributes if value.grad_fn is not None}
     return copy.deepcopy(model, memo)

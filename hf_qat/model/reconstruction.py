@@ -22,6 +22,7 @@ from transformers.utils import logging
 from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.graph.progress import progress
+from hf_qat.model.analysis.noise import energy, run, sqnr
 from hf_qat.model.batches import call_of
 from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
@@ -41,8 +42,12 @@ STEPS = 600
 #: (log2) and offsets, and of biases, in units of the standard deviation of what the layer puts out.
 ROUNDING_RATE, SCALE_RATE, BIAS_RATE = 1e-2, 5e-3, 3e-3
 
-#: Batches by which it is judged whether anything was gained.
-JUDGED_BATCHES = 8
+#: The share of the batches that are not learned from, at most so many: what is learned of few images need not hold for
+#: others, and these tell how far it does.
+JUDGED_SHARE, JUDGED_BATCHES = 0.25, 8
+
+#: So often they are asked; what was best is kept.
+JUDGEMENTS = 6
 
 #: Least relative error that counts, 60 dB below the signal: finer than anything of 8 bits.
 LEAST_ERROR = 1e-6
@@ -53,8 +58,8 @@ def reconstruct(
 ) -> dict[QATLayer, Tensor]:
     """Learn, in place but for the biases, what makes the quantized model compute what the float model does.
 
-    Weights, scales and biases that are frozen or do not require gradients stay as they are; and so do all, if in the
-    end the ratio of signal to noise is no higher than it was.
+    Weights, scales and biases that are frozen or do not require gradients stay as they are; and so do all, if the
+    model's outputs are never nearer to those in float, on batches that are not learned from.
 
     Collective: all ranks learn alike, each from its own batches.
 
@@ -70,18 +75,20 @@ def reconstruct(
     student = _Student(model, shifts)
     if not student.parameters():
         return dict(shifts)
+    learned_from, judged_by = _split(batches)
     with evaluating(model), student.collecting():
         student.measure_outputs(batches[0])
-        before = student.ratio(batches[:JUDGED_BATCHES])
-        _learn(student, batches, torch.Generator().manual_seed(seed))
-        after = student.ratio(batches[:JUDGED_BATCHES])
-    found = f"signal to quantization noise {before:.2f} dB before, {after:.2f} dB afterwards"
-    if after > before:
-        logger.info(f"Reconstruction: {student.write()} weights have other codes; {found}.")
-        return {layer: student.shift(layer).detach() for layer in shifts}
-    student.restore_scales()
-    logger.info(f"Reconstruction gains nothing, and all stays: {found}.")
-    return dict(shifts)
+        before = student.ratio(judged_by)
+        after = _learn(student, learned_from, judged_by, before, torch.Generator().manual_seed(seed))
+    found = f"signal to quantization noise of the outputs {before:.2f} dB before, {after:.2f} dB afterwards"
+    logger.info(f"Reconstruction: {student.write()} weights have other codes; {found}.")
+    return {layer: student.shift(layer).detach() for layer in shifts}
+
+
+def _split(batches: Sequence[Inputs]) -> tuple[Sequence[Inputs], Sequence[Inputs]]:
+    """Those to learn from, and those to judge by: the same, where there is one alone."""
+    judged = min(JUDGED_BATCHES, math.ceil(JUDGED_SHARE * len(batches)))
+    return (batches[:-judged], batches[-judged:]) if judged < len(batches) else (batches, batches)
 
 
 class _Student:
@@ -107,7 +114,6 @@ class _Student:
         # A power of two stays or doubles: small steps lead nowhere, and back and forth between two exponents.
         on = [q for q in self.activations if q.learned and not q.frozen and not q.spec.power_of_two]
         self.scales = [parameter for quantizer in on for parameter in quantizer.parameters() if _learns(parameter)]
-        self.first_scales = [scale.detach().clone() for scale in self.scales]
         self.units: dict[QATLayer, Tensor] = {}
         self.outputs: list[Tensor] = []
 
@@ -162,10 +168,20 @@ class _Student:
         pairs = [(got, want) for got, want in zip(found, wanted, strict=False) if got.shape == want.shape]
         return torch.stack([_noise_to_signal(got, want) for got, want in pairs]).mean()
 
+    @torch.no_grad()
     def ratio(self, batches: Sequence[Inputs]) -> float:
-        """The mean signal-to-noise ratio of some batches in decibels, over all ranks."""
-        with torch.no_grad():
-            return -float(mean_over_ranks(torch.stack([self.error(batch) for batch in batches]).mean()))
+        """Signal to noise of what the model returns for some batches, in decibels, over all ranks."""
+        signal = noise = 0.0
+        for batch in batches:
+            with fake_quant_disabled(self.model):
+                wanted = run(self.model, batch)
+            with computing_by(self.layers, self._change()):
+                found = run(self.model, batch)
+            self.outputs.clear()
+            pairs = [(got, want) for got, want in zip(found, wanted, strict=True) if got.shape == want.shape]
+            signal += sum(energy(want - want.mean()) for _, want in pairs)
+            noise += sum(energy(got - want) for got, want in pairs)
+        return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), device=device_of(self.model))))
 
     def _change(self) -> Callable[[QATLayer, Compute], Compute]:
         """Lets layers compute with the weights and biases as learned so far."""
@@ -195,12 +211,6 @@ class _Student:
         """Put what was learned of weights into the model; returns how many have another code."""
         return 0 if self.rounding is None else self.rounding.write()
 
-    @torch.no_grad()
-    def restore_scales(self) -> None:
-        """Set the scales, which are learned in place, to what they were."""
-        for scale, first in zip(self.scales, self.first_scales, strict=True):
-            scale.copy_(first)
-
 
 def _learns(tensor: Tensor | None) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
@@ -212,13 +222,21 @@ def _noise_to_signal(got: Tensor, want: Tensor) -> Tensor:
     return 10 * torch.log10((got - want).square().mean() / power + LEAST_ERROR)
 
 
-def _learn(student: _Student, batches: Sequence[Inputs], order: torch.Generator) -> None:
+def _learn(
+    student: _Student,
+    batches: Sequence[Inputs],
+    judged_by: Sequence[Inputs],
+    best: float,
+    order: torch.Generator,
+) -> float:
+    """Learn from `batches`, and end with what gave the best `ratio` on `judged_by`; returns that, `best` at first."""
     optimizer = torch.optim.Adam(student.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / STEPS)))
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [parameter.detach().clone() for parameter in learned]
     waiting: list[int] = []
     with progress("Reconstructing", STEPS, "step") as bar:
-        for _ in range(STEPS):
+        for step in range(1, STEPS + 1):
             waiting = waiting or torch.randperm(len(batches), generator=order).tolist()
             with torch.enable_grad():
                 error = student.error(batches[waiting.pop()])
@@ -229,5 +247,11 @@ def _learn(student: _Student, batches: Sequence[Inputs], order: torch.Generator)
             schedule.step()
             if student.rounding is not None:
                 student.rounding.limit()
+            if step % max(1, STEPS // JUDGEMENTS) == 0 and (ratio := student.ratio(judged_by)) > best:
+                best, kept = ratio, [parameter.detach().clone() for parameter in learned]
             bar.update()
     optimizer.zero_grad()
+    with torch.no_grad():
+        for parameter, value in zip(learned, kept, strict=True):
+            parameter.copy_(value)
+    return best

@@ -216,6 +216,7 @@ def test_trainer_learns_by_the_loss(folder, tmp_path):
     assert found.mean().item() == pytest.approx((LEFT * RIGHT) ** 0.5, rel=0.03)  # the arithmetic mean is 4 % more
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_calibrate_needs_no_depth(folder, tmp_path, capsys):
     arguments = [*options(folder, "float", "photos"), "--output_dir", str(tmp_path / "int8"), "--batch_size", "4"]
@@ -229,6 +230,7 @@ def test_calibrate_needs_no_depth(folder, tmp_path, capsys):
     assert (tmp_path / "int8" / "onnx" / "model.onnx").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_dry_run_of_depth_names_no_classes(folder, tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path / "out"), "--dry_run", "--use_cpu"]

@@ -154,6 +154,7 @@ def test_every_figure_is_a_picture_for_papers_too(page: Path):
             assert image.width in (2400, 3000) and len(image.convert("L").getcolors(256)) > 5
 
 
+@pytest.mark.slow
 def test_without_training_there_is_no_training_part(tmp_path: Path):
     from dataclasses import replace
 

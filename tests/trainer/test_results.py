@@ -34,8 +34,8 @@ class TestResuming:
         ("make", "scheme"),
         [
             (vit, {}),
-            (vit, FOLLOWED),
-            (resnet, {}),
+            pytest.param(vit, FOLLOWED, marks=pytest.mark.slow),
+            pytest.param(resnet, {}, marks=pytest.mark.slow),
             (resnet, FOLLOWED),
             pytest.param(segformer, {}, marks=pytest.mark.slow),
         ],
@@ -119,7 +119,9 @@ class TestResuming:
 
 
 class TestConverting:
-    @pytest.mark.parametrize("changes", [{}, {"bf16": True}], ids=["float32", "bf16"])
+    @pytest.mark.parametrize(
+        "changes", [pytest.param({}, marks=pytest.mark.slow), {"bf16": True}], ids=["float32", "bf16"]
+    )
     def test_it_gives_a_copy_and_training_can_go_on(self, tmp_path: Path, changes: dict):
         trainer = trainer_of(resnet(), tmp_path, **changes)
         trainer.train()

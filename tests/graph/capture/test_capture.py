@@ -94,7 +94,9 @@ def constants(children: dict[str, CapturedModule]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit", "swin", "detr"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "vit", *(pytest.param(n, marks=pytest.mark.slow) for n in ("swin", "detr"))]
+)
 def test_capture_on_the_meta_device_gives_the_same_operations_and_constants(name):
     case = HUGGING_FACE[name]
     here, there = case.make().eval(), case.make().eval().to("meta")

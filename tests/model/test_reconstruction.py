@@ -30,7 +30,7 @@ def few_steps(monkeypatch):
 
 def calibrated(effort: str, target: str = "w4a4", prepare=lambda model: model, **options) -> nn.Module:
     model = prepare(prepare_qat(hand_written().eval(), QATConfig(target), torch.zeros(2, 3, 32, 32)))
-    return calibrate(model, list(images(64, seed=1).split(16)), effort=effort, **options)
+    return calibrate(model, list(images(256, seed=1).split(16)), effort=effort, **options)
 
 
 @cache
@@ -76,7 +76,7 @@ def test_the_converted_model_computes_what_the_prepared_one_does_and_so_does_onn
 
 
 def test_the_same_images_lead_to_the_same_model_whatever_random_numbers_were_drawn():
-    first, x = both()[1].state_dict(), list(images(64, seed=1).split(16))
+    first, x = both()[1].state_dict(), list(images(256, seed=1).split(16))
     model = prepare_qat(hand_written().eval(), QATConfig("w4a4"), torch.zeros(2, 3, 32, 32))
     torch.manual_seed(99)
     drawn = torch.random.get_rng_state()

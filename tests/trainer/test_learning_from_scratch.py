@@ -93,18 +93,24 @@ def vit() -> nn.Module:
 
 
 def accuracies(
-    make: Callable[[], nn.Module], directory: Path, epochs: int, lr: float, seed: int = 0, **data: Any
+    make: Callable[[], nn.Module],
+    directory: Path,
+    epochs: int,
+    lr: float,
+    start: int = 0,
+    order: int = 42,
+    **data: Any,
 ) -> list[float]:
-    """After training with Trainer and with ours, from the same start."""
+    """After training with Trainer and with ours, from the same weights, and on the same batches."""
     found = []
     for kind in (Trainer, QATTrainer):
-        torch.manual_seed(seed)
+        torch.manual_seed(start)
         args = arguments(
             directory,
             max_steps=-1,
             num_train_epochs=epochs,
             learning_rate=lr,
-            seed=seed,
+            seed=order,
             logging_steps=100,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=128,
@@ -124,7 +130,7 @@ def test_a_net_from_scratch(tmp_path: Path):
 def test_a_vision_transformer_from_scratch_at_a_high_learning_rate(tmp_path: Path):
     """It is on its way after ten epochs, and one seed is points from the next: the mean of three is compared."""
     data = {"train_dataset": rows(TRAIN), "eval_dataset": rows(TEST), "compute_metrics": accuracy}
-    found = [accuracies(vit, tmp_path, 10, 2e-3, seed, **data) for seed in range(3)]
+    found = [accuracies(vit, tmp_path, 10, 2e-3, seed, seed, **data) for seed in range(3)]
     plain, ours = (sum(values) / 3 for values in zip(*found, strict=True))
     assert plain > 0.65 and ours >= plain - MARGIN
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from hf_qat.errors import listed
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.progress import progress
 from hf_qat.model.batches import run_batches
+from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks, min_over_ranks
 from hf_qat.quantization.layers import QATLayer, qat_layers
@@ -87,30 +88,21 @@ def _has_frozen_bias(layer: QATLayer) -> bool:
     return isinstance(bias, nn.Parameter) and not bias.requires_grad
 
 
-@contextmanager
-def _hooked(layers: dict[str, QATLayer], action: Callable[[str, QATLayer, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `action(path, layer, output)` after each layer; what it returns replaces the output."""
-    shadowed = list(layers.items())
-    for path, layer in shadowed:
-        original = layer.compute
+def _hooked(
+    layers: dict[str, QATLayer], action: Callable[[str, QATLayer, Tensor], Tensor | None]
+) -> AbstractContextManager[None]:
+    """Inside, `action(path, layer, output)` is called after each layer; what it returns replaces the output."""
+    paths = {layer: path for path, layer in layers.items()}
 
-        def compute(
-            x: Tensor,
-            arguments: tuple[Any, ...] | None = None,
-            path: str = path,
-            layer: QATLayer = layer,
-            original: Callable[..., Tensor] = original,
-        ) -> Tensor:
+    def change(layer: QATLayer, original: Compute) -> Compute:
+        def compute(x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
             output = original(x, arguments)
-            replaced = action(path, layer, output)
+            replaced = action(paths[layer], layer, output)
             return output if replaced is None else replaced
 
-        object.__setattr__(layer, "compute", compute)
-    try:
-        yield
-    finally:
-        for _, layer in shadowed:
-            object.__delattr__(layer, "compute")
+        return compute
+
+    return computing_by(paths, change)
 
 
 def channel_mean(output: Tensor, layer: QATLayer) -> Tensor:

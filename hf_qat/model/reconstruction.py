@@ -78,8 +78,9 @@ def reconstruct(
     learned_from, judged_by = _split(batches)
     with evaluating(model), student.collecting():
         student.measure_outputs(batches[0])
-        before = student.ratio(judged_by)
-        after = _learn(student, learned_from, judged_by, before, torch.Generator().manual_seed(seed))
+        judge = student.judge(judged_by)
+        before = judge()
+        after = _learn(student, learned_from, judge, before, torch.Generator().manual_seed(seed))
     found = f"signal to quantization noise of the outputs {before:.2f} dB before, {after:.2f} dB afterwards"
     logger.info(f"Reconstruction: {student.write()} weights have other codes; {found}.")
     return {layer: student.shift(layer).detach() for layer in shifts}
@@ -168,20 +169,28 @@ class _Student:
         pairs = [(got, want) for got, want in zip(found, wanted, strict=False) if got.shape == want.shape]
         return torch.stack([_noise_to_signal(got, want) for got, want in pairs]).mean()
 
-    @torch.no_grad()
-    def ratio(self, batches: Sequence[Inputs]) -> float:
-        """Signal to noise of what the model returns for some batches, in decibels, over all ranks."""
-        signal = noise = 0.0
-        for batch in batches:
-            with fake_quant_disabled(self.model):
-                wanted = run(self.model, batch)
-            with computing_by(self.layers, self._change()):
-                found = run(self.model, batch)
-            self.outputs.clear()
-            pairs = [(got, want) for got, want in zip(found, wanted, strict=True) if got.shape == want.shape]
-            signal += sum(energy(want - want.mean()) for _, want in pairs)
-            noise += sum(energy(got - want) for got, want in pairs)
-        return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), device=device_of(self.model))))
+    def judge(self, batches: Sequence[Inputs]) -> Callable[[], float]:
+        """Tells, each time it is called, how near the outputs for some batches are to those in float by now.
+
+        In decibels of signal to noise, over all ranks. What the float model returns is computed once.
+        """
+        with fake_quant_disabled(self.model):
+            expected = [run(self.model, batch) for batch in batches]
+        self.outputs.clear()
+
+        @torch.no_grad()
+        def ratio() -> float:
+            signal = noise = 0.0
+            for batch, wanted in zip(batches, expected, strict=True):
+                with computing_by(self.layers, self._change()):
+                    found = run(self.model, batch)
+                self.outputs.clear()
+                pairs = [(got, want) for got, want in zip(found, wanted, strict=True) if got.shape == want.shape]
+                signal += sum(energy(want - want.mean()) for _, want in pairs)
+                noise += sum(energy(got - want) for got, want in pairs)
+            return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), device=device_of(self.model))))
+
+        return ratio
 
     def _change(self) -> Callable[[QATLayer, Compute], Compute]:
         """Lets layers compute with the weights and biases as learned so far."""
@@ -225,11 +234,11 @@ def _noise_to_signal(got: Tensor, want: Tensor) -> Tensor:
 def _learn(
     student: _Student,
     batches: Sequence[Inputs],
-    judged_by: Sequence[Inputs],
+    judge: Callable[[], float],
     best: float,
     order: torch.Generator,
 ) -> float:
-    """Learn from `batches`, and end with what gave the best `ratio` on `judged_by`; returns that, `best` at first."""
+    """Learn from `batches`, and end with what `judge` finds best; returns its figure, which is `best` at first."""
     optimizer = torch.optim.Adam(student.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / STEPS)))
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -247,7 +256,7 @@ def _learn(
             schedule.step()
             if student.rounding is not None:
                 student.rounding.limit()
-            if step % max(1, STEPS // JUDGEMENTS) == 0 and (ratio := student.ratio(judged_by)) > best:
+            if step % max(1, STEPS // JUDGEMENTS) == 0 and (ratio := judge()) > best:
                 best, kept = ratio, [parameter.detach().clone() for parameter in learned]
             bar.update()
     optimizer.zero_grad()

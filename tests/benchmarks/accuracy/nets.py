@@ -23,7 +23,6 @@ class Net:
         learning_rate: of AdamW with a cosine schedule, from scratch.
         epochs: of the float training.
         batch: of all trainings.
-        kind: of recipe: "cnn", "depthwise" or "transformer".
         dense: it says of each pixel what it is, not of the whole image.
         teacher: the net whose answers it learns with the labels, as transformers need on few images
             (Touvron et al., "Training data-efficient image transformers", 2021, 4).
@@ -32,7 +31,6 @@ class Net:
     make: Callable[[], nn.Module]
     learning_rate: float
     epochs: int
-    kind: str
     batch: int = 32
     dense: bool = False
     teacher: str | None = None
@@ -71,7 +69,6 @@ NETS = {
         ),
         learning_rate=5e-3,
         epochs=16,
-        kind="depthwise",
         batch=64,
     ),
     "ResNet": Net(
@@ -85,7 +82,6 @@ NETS = {
         ),
         learning_rate=3e-3,
         epochs=6,
-        kind="cnn",
     ),
     "RegNet": Net(
         _of(
@@ -99,7 +95,6 @@ NETS = {
         ),
         learning_rate=3e-3,
         epochs=6,
-        kind="cnn",
     ),
     "EfficientNet": Net(
         _of(
@@ -114,7 +109,6 @@ NETS = {
         ),
         learning_rate=5e-3,
         epochs=16,
-        kind="depthwise",
         batch=64,
     ),
     "ConvNeXt": Net(
@@ -129,7 +123,6 @@ NETS = {
         ),
         learning_rate=3e-3,
         epochs=14,
-        kind="transformer",
     ),
     "ViT": Net(
         _of(
@@ -144,7 +137,6 @@ NETS = {
         ),
         learning_rate=1e-3,
         epochs=24,
-        kind="transformer",
         teacher="ResNet",
     ),
     "Swin": Net(
@@ -160,7 +152,6 @@ NETS = {
         ),
         learning_rate=1e-3,
         epochs=16,
-        kind="transformer",
         teacher="ResNet",
     ),
     "SegFormer": Net(
@@ -175,7 +166,6 @@ NETS = {
         ),
         learning_rate=2e-3,
         epochs=20,
-        kind="transformer",
         dense=True,
     ),
 }

@@ -6,6 +6,7 @@ import copy
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, QATTrainer, __version__, export_onnx
+from hf_qat.export.verify import Session
 from tests.benchmarks.accuracy.nets import NETS, Rows, arguments, points, train_float
 from tests.benchmarks.accuracy.textures import Images, draw
 
@@ -87,22 +89,23 @@ class Row:
     versions: dict[str, str]
 
 
+@lru_cache(maxsize=1)
+def train_images(seed: int) -> Images:
+    """What the runs of a seed learn from; drawn once for all of its rows."""
+    return draw(TRAIN_IMAGES, seed)
+
+
 @dataclass(frozen=True)
 class Bench:
     """Where trained nets and files lie, and the images.
 
     Attributes:
         directory: kept between runs, so that a net is trained once.
-        train_images: fewer for a trial.
+        test: what all are measured on.
     """
 
     directory: Path
     test: Images
-    train_images: int = TRAIN_IMAGES
-
-    def train(self, seed: int) -> Images:
-        """What a run of this seed learns from."""
-        return draw(self.train_images, seed)
 
     def float_model(self, name: str, seed: int) -> nn.Module:
         """Trained from scratch, or read where an earlier run has left it."""
@@ -110,7 +113,7 @@ class Bench:
         if (made / "config.json").is_file():
             return type(net.make()).from_pretrained(made).eval()
         teacher = None if net.teacher is None else self.float_model(net.teacher, seed)
-        model = train_float(net, self.train(seed), str(made), seed, teacher)
+        model = train_float(net, train_images(seed), str(made), seed, teacher)
         model.save_pretrained(made)
         return model
 
@@ -137,7 +140,7 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
         copy.deepcopy(model),
         options,
         qat_config=QATConfig(target, **how.config),
-        train_dataset=Rows(bench.train(seed), net.dense),
+        train_dataset=Rows(train_images(seed), net.dense),
         eval_dataset=Rows(bench.test, net.dense),
         teacher="float" if how.distil else None,
     )
@@ -163,10 +166,6 @@ def _answers(model: nn.Module, images: Images) -> Iterator[Tensor]:
 
 def _on_runtime(file: Path, images: Images, optimized: bool) -> Iterator[Tensor]:
     """Logits of a file, batch by batch."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    session = Session(file, optimized)
     for pixels in images.pixels.split(100):
-        yield torch.from_numpy(session.run(["logits"], {"pixel_values": pixels.numpy()})[0])
+        yield torch.from_numpy(session.run([pixels.numpy()])[0])

@@ -28,7 +28,7 @@ from hf_qat.export.pairs import repeat_pairs
 from hf_qat.export.pooling import spell_out_windows
 from hf_qat.export.selection import select_directly
 from hf_qat.export.weight_codes import split_quantized_weights, transpose_quantized_weights
-from hf_qat.export.zero_points import separate_zero_points
+from hf_qat.export.zero_points import separate_elementwise_constants, separate_zero_points
 
 
 def clean_up(model: ModelProto) -> ModelProto:
@@ -210,6 +210,7 @@ PASSES: tuple[Callable[[ModelProto], None], ...] = (
     name_after_modules,
     drop_exporter_notes,
     repeat_pairs,
+    separate_elementwise_constants,
     separate_zero_points,
     infer_shapes,
 )

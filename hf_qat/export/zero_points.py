@@ -4,9 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 
 from hf_qat.export.onnx_graph import OnnxGraph, names_read
+
+
+#: Their quantized constants, such as position embeddings, are small. Weights that layers share are not, and stay one.
+ELEMENTWISE = frozenset({"Add", "Div", "Mul", "Sub"})
+
+
+def separate_elementwise_constants(model: ModelProto) -> None:
+    """Give every elementwise operator that reads a quantized constant one that no other operator reads.
+
+    For the option of ONNX Runtime that `separate_zero_points` tells of, which replaces the codes, too.
+    """
+    graph, scope, nodes = model.graph, OnnxGraph(model.graph), list(model.graph.node)
+    readers: dict[str, list[tuple[NodeProto, int]]] = {}
+    for node in nodes:
+        for position, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, position))
+    for node in nodes:
+        codes = scope.tensor(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        for reader, position in readers.get(node.output[0], [])[1:] if codes is not None else []:
+            if reader.op_type in ELEMENTWISE:
+                own, dequantize = graph.initializer.add(), NodeProto()
+                own.CopyFrom(codes)
+                own.name = scope.fresh(node.input[0])
+                dequantize.CopyFrom(node)
+                dequantize.name = dequantize.output[0] = reader.input[position] = scope.fresh(node.output[0])
+                dequantize.input[0] = own.name
+                graph.node.insert(list(graph.node).index(node), dequantize)
 
 
 def separate_zero_points(model: ModelProto) -> None:

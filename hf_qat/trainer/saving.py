@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+from torch import nn
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, sort_checkpoints
 
 from hf_qat.files.atomic import INCOMPLETE, discard, put_in_place, written_whole
+from hf_qat.trainer import checks
+from hf_qat.trainer.pushing import BackgroundPush, Destination
 
 
 class CheckpointFolder:
@@ -58,6 +62,68 @@ class CheckpointFolder:
             put_in_place(os.path.join(aside, name), os.path.join(run, name))
             discard(aside)
         together()
+
+
+class CheckpointingTrainer(Trainer):
+    """The hooks of Trainer around a checkpoint: whole or not at all, pushed with patience, loaded only if it fits."""
+
+    model: nn.Module
+    hub_model_id: Any
+    push_in_progress: Any
+
+    def __init__(self, *trainer_positional: Any, **trainer_arguments: Any) -> None:
+        self._checkpoints, self._pushes = CheckpointFolder(), BackgroundPush()
+        super().__init__(*trainer_positional, **trainer_arguments)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load what training goes on from; `WeightsError` for a checkpoint of a float training."""
+        checks.check_resumable(self.model, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise `WeightsError` for a checkpoint that leaves a part of the model unfilled, where Trainer warns."""
+        checks.check_loaded(self.model, load_result.missing_keys, load_result.unexpected_keys)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the checkpoints of a run are; the directory aside while one is being written."""
+        return self._checkpoints.path(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, and give it its name when it is complete; then push it, and delete older ones."""
+        run = self._get_output_dir(trial)
+        with self._checkpoints.completed(self, run) as checkpoint:
+            super()._save_checkpoint(model, trial)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(checkpoint)
+        if is_about_to_go(self):
+            self._finish_current_push()
+        if self.args.should_save:
+            delete_older(self.state, run, self.args.save_total_limit, self._pushes.in_use())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write model, processor and arguments; all of them are there or none."""
+        directory = str(self.args.output_dir if output_dir is None else output_dir)
+        with model_written_whole(directory) if self.args.should_save else nullcontext(directory) as place:
+            super()._save(place, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push `output_dir` with the model of a checkpoint, and the checkpoint itself if `hub_strategy` says so.
+
+        Trainer asks for that while the checkpoint is written aside, and `_save_checkpoint` again when it has its name.
+        """
+        if is_unfinished(checkpoint_folder) or not self.is_world_process_zero():
+            return
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        saved = self._pushes.add(checkpoint_folder, self.state.global_step)
+        if self._pushes.is_idle(wait_for_it=self.args.hub_always_push):
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self._pushes.start(saved, self._destination())
+            self.push_in_progress = self._pushes.in_progress()
+
+    def _destination(self) -> Destination:
+        """Where the checkpoints of a training are pushed to."""
+        return Destination.of(self.args, self.hub_model_id)
 
 
 def is_unfinished(directory: str | Path) -> bool:

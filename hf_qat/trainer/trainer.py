@@ -1,7 +1,7 @@
 """`QATTrainer`: the Trainer that users of transformers know, for quantization-aware training.
 
 A subclass that adds to the hooks of `transformers.Trainer` and copies none of its loop. The hooks stand in the order
-of a run; what they add is in the other files of this room.
+of a run; what they add is in the other files of this room, and those around a checkpoint are in `saving.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from hf_qat.config.checkpoint_info import Stage
@@ -37,7 +36,7 @@ from hf_qat.publish.card import CardFacts, CardOptions, render
 from hf_qat.publish.directory import CARD, save_model
 from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
-from hf_qat.trainer import checks, distributed, preparing, publishing, saving
+from hf_qat.trainer import checks, distributed, preparing, publishing
 from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
 from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, of_first_size, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
@@ -46,8 +45,9 @@ from hf_qat.trainer.distillation import Distillation, loss_is_scaled
 from hf_qat.trainer.loss_scale import has_own_loss, scaled_as_it_turns_out
 from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
-from hf_qat.trainer.pushing import BackgroundPush, Destination
+from hf_qat.trainer.pushing import BackgroundPush
 from hf_qat.trainer.random_state import random_state_kept
+from hf_qat.trainer.saving import CheckpointingTrainer
 from hf_qat.trainer.streams import keep_what_is_looked_at
 from hf_qat.trainer.suspicions import ImageStatistics
 from hf_qat.trainer.training_facts import schedule_of
@@ -56,7 +56,7 @@ from hf_qat.trainer.training_facts import schedule_of
 logger = logging.get_logger(__name__)
 
 
-class QATTrainer(Trainer):
+class QATTrainer(CheckpointingTrainer):
     """A `transformers.Trainer` that makes a model ready for int8: exchange the class, keep the rest of the script.
 
     It prepares the model in place, calibrates it before the first step (batches of the train set; the order in which
@@ -117,7 +117,6 @@ class QATTrainer(Trainer):
 
     model: nn.Module  # from the constructor on, never None
     hub_model_id: Any
-    push_in_progress: Any
     exported: CardFacts | None = None  # what the latest `export` has measured and written, in the main process
 
     def __init__(
@@ -136,8 +135,7 @@ class QATTrainer(Trainer):
         checks.check_teacher(teacher, model)
         self._qat_config, self._teacher = qat_config, teacher
         self._record, self._images = Record(), ImageStatistics()
-        self._checkpoints = saving.CheckpointFolder()
-        self._pushes, self._bad_steps = BackgroundPush(), BadSteps()
+        self._bad_steps = BadSteps()
         self._examples: preparing.Examples | None = None
         self._constructed = self._waits = self._loss_scale_unknown = False
         self._loss_facts: distributed.LossFacts | None = None
@@ -251,11 +249,6 @@ class QATTrainer(Trainer):
         if self.is_in_train:
             self._prepare_model(model)
         return model
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load what training goes on from; `WeightsError` for a checkpoint of a float training."""
-        checks.check_resumable(self.model, Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
@@ -396,22 +389,6 @@ class QATTrainer(Trainer):
         """What was done to the model, a key of `publish.accuracy.MEASURED_AS`; `None` while it has no ranges."""
         return self._record.measured_as(self.model, self.state.global_step)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where the checkpoints of a run are; the directory aside while one is being written."""
-        return self._checkpoints.path(super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint aside, and give it its name when it is complete; then push it, and delete older ones."""
-        run = self._get_output_dir(trial)
-        with self._checkpoints.completed(self, run) as checkpoint:
-            super()._save_checkpoint(model, trial)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(checkpoint)
-        if saving.is_about_to_go(self):
-            self._finish_current_push()
-        if self.args.should_save:
-            saving.delete_older(self.state, run, self.args.save_total_limit, self._pushes.in_use())
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what `from_pretrained` loads and training goes on from; of a split model, too.
 
@@ -419,31 +396,6 @@ class QATTrainer(Trainer):
         """
         with distributed.gathered_to_save(self):
             super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write model, processor and arguments; all of them are there or none."""
-        directory = str(self.args.output_dir if output_dir is None else output_dir)
-        with saving.model_written_whole(directory) if self.args.should_save else nullcontext(directory) as place:
-            super()._save(place, state_dict)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raise `WeightsError` for a checkpoint that leaves a part of the model unfilled, where Trainer warns."""
-        checks.check_loaded(self.model, load_result.missing_keys, load_result.unexpected_keys)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push `output_dir` with the model of a checkpoint, and the checkpoint itself if `hub_strategy` says so.
-
-        Trainer asks for that while the checkpoint is written aside, and `_save_checkpoint` again when it has its name.
-        """
-        if saving.is_unfinished(checkpoint_folder) or not self.is_world_process_zero():
-            return
-        if self.args.hub_strategy == HubStrategy.END:
-            return
-        saved = self._pushes.add(checkpoint_folder, self.state.global_step)
-        if self._pushes.is_idle(wait_for_it=self.args.hub_always_push):
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            self._pushes.start(saved, self._destination())
-            self.push_in_progress = self._pushes.in_progress()
 
     def convert(self) -> nn.Module:
         """A converted copy of the model, for inference; `trainer.model` stays as it is, and trains on.
@@ -599,7 +551,3 @@ class QATTrainer(Trainer):
     def _repository(self, otherwise: str) -> str:
         """The name of the repository, as far as it is known."""
         return str(self.hub_model_id or self.args.hub_model_id or otherwise)
-
-    def _destination(self) -> Destination:
-        """Where the checkpoints of a training are pushed to."""
-        return Destination.of(self.args, self.hub_model_id)

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
-from hf_qat.export.zero_points import separate_zero_points
+from hf_qat.export.zero_points import separate_elementwise_constants, separate_zero_points
 from tests.models import HUGGING_FACE
 
 
@@ -62,6 +62,34 @@ def test_each_constant_has_its_own_and_activations_keep_theirs():
     assert readers["o"] == 6
     before = model.SerializeToString()
     separate_zero_points(model)
+    assert model.SerializeToString() == before
+
+
+def test_sums_that_share_a_constant_get_one_each_and_shared_weights_stay_one():
+    """As DETR adds position embeddings in each of its layers. The weight is the identity: 8 steps of 1/8."""
+    identity = ", ".join(str(code) for code in 8 * np.eye(4, dtype=int).ravel())
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]> g (float[1, 4] x) => (float[1, 4] z)
+        <float s = {{0.125}}, int8 o = {{0}}, int8[4] c = {{8, 16, 24, 32}}, int8[4, 4] w = {{{identity}}}> {{
+            q = QuantizeLinear(x, s, o) d = DequantizeLinear(q, s, o)
+            dc = DequantizeLinear(c, s, o) dw = DequantizeLinear(w, s, o)
+            a = Add(d, dc) qa = QuantizeLinear(a, s, o) da = DequantizeLinear(qa, s, o)
+            m = MatMul(da, dw) qm = QuantizeLinear(m, s, o) dm = DequantizeLinear(qm, s, o)
+            n = MatMul(dm, dw) qn = QuantizeLinear(n, s, o) dn = DequantizeLinear(qn, s, o)
+            b = Add(dn, dc) qb = QuantizeLinear(b, s, o) z = DequantizeLinear(qb, s, o)
+        }}"""
+    )
+    separate_elementwise_constants(model)
+    onnx.checker.check_model(model, full_check=True)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    addends = [makers[node.input[1]].input[0] for node in model.graph.node if node.op_type == "Add"]
+    weights = [makers[node.input[1]].input[0] for node in model.graph.node if node.op_type == "MatMul"]
+    assert len(set(addends)) == 2 and weights == ["w", "w"]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.array([[1.0, 2.0, 3.0, 4.0]], np.float32)})
+    np.testing.assert_array_equal(found, [[3.0, 6.0, 9.0, 12.0]])  # x + 2c, with c of 1, 2, 3, 4
+    before = model.SerializeToString()
+    separate_elementwise_constants(model)
     assert model.SerializeToString() == before
 
 

@@ -32,7 +32,7 @@ def mask() -> np.ndarray:
 
 
 def test_measures_of_a_map_with_one_pixel_wrong():
-    """Class 0 is found in 1 of its 2 pixels, class 1 in both of its 2 and in 1 beside; nothing is known of the last."""
+    """Class 0 is found in 1 of its 2 pixels, class 1 in its 2 and in 1 more; nothing is known of the last."""
     truth = np.array([[[0, 0, 1], [1, 255, 255]]])
     said = np.array([[[0, 1, 1], [1, 0, 1]]])
     logits = np.moveaxis(np.eye(3, dtype=np.float32)[said], -1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,13 @@ class CapturedGraph:
         """Make the graph and its function again."""
         vars(self).update(state, graph=restore_graph(state["graph"]))
         self.__post_init__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedGraph:
+        """A copy that shares what is never changed: PyTorch warns of its own class where a spec is copied."""
+        memo[id(self.signature)], memo[id(self.result_spec)] = self.signature, self.result_spec
+        made = object.__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
 
     def inputs(self) -> list[fx.Node]:
         """The nodes of the inputs, in order."""

@@ -100,8 +100,8 @@ def _require_trainable_for_other_labels(model: PreTrainedModel, saved: Checkpoin
     labels = getattr(model.config, "num_labels", 0)
     if saved.stage is Stage.CONVERTED and saved.num_labels not in (0, labels):
         raise WeightsError(
-            f"the checkpoint has integer codes for {saved.num_labels} labels, and num_labels is {labels}: codes do "
-            "not learn any more. Load the float model, or what QATTrainer.save_model wrote, for that number, and train."
+            f"the checkpoint has integer codes for {saved.num_labels} labels, and num_labels is {labels}: codes learn "
+            "no more. Load the float model, or what QATTrainer.save_model wrote, for that number, and train."
         )
 
 

@@ -180,10 +180,11 @@ def _exchanged(owner: CapturedModule, place: Place) -> StageError:
 
 
 def _warn_of_hook(owner: CapturedModule, place: Place) -> None:
-    """A graph cannot follow hooks that the modules inside got after it was captured."""
+    """A graph cannot follow hooks that the modules inside got after it was captured; it calls layers alone."""
     logger.warning(
-        "A hook was added to a %s inside %s after prepare_qat: it is not called, because the captured graph computes "
-        "in its place. Add hooks before prepare_qat.",
+        "A hook was added to a %s inside %s after prepare_qat: the captured graph computes in its place. It is not "
+        "called, or on a convolution or linear layer with what comes out of the batch norm after it. Add hooks before "
+        "prepare_qat.",
         type(place.module).__name__,
         type(owner).__name__,
     )

@@ -4,9 +4,9 @@
 
 A mutant is one change of one file: another comparison, operator, number or truth value, a condition turned round, a
 result that is not returned. For each, the tests of that file run in a process that is forked, which imports the
-changed code in place of the file. The tests that fail run once more at the end, on the code as it is, where they have to pass.
-A mutant that no test fails for is printed, and is to be read: it needs a test, or changes nothing that can be seen.
-Nothing is written to the disk.
+changed code in place of the file. The tests that fail run once more at the end, on the code as it is, where they have
+to pass. A mutant that no test fails for is printed, and is to be read: it needs a test, or changes nothing that can be
+seen. Nothing is written to the disk.
 """
 
 from __future__ import annotations
@@ -67,6 +67,15 @@ PATIENCE = 20
 #: Of pytest. Its plugins are imported already, by libraries.
 OPTIONS = ["-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider", "-o", "timeout=0"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+
+#: Libraries that are imported once, for all processes.
+HEAVY = (
+    "torch._dynamo",
+    "torch.fx.experimental.symbolic_shapes",
+    "transformers.trainer",
+    "transformers.image_processing_utils",
+)
+HEAVY += ("onnx", "onnxruntime", "onnxscript", "datasets", "hypothesis", "networkx", "PIL.Image")
 
 #: What an operator becomes.
 OPERATORS: dict[type, type] = {
@@ -300,7 +309,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=150, help="seconds of a core for the tests of one mutant")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"  # as in tests/conftest.py
-    for heavy in ("torch.export", "transformers", "onnx", "onnxruntime", "datasets", "hypothesis"):
+    for heavy in HEAVY:
         importlib.import_module(heavy)
     tried: Counter[str] = Counter()
     killed: Counter[str] = Counter()

@@ -28,7 +28,14 @@ class Captured:
     children: dict[str, CapturedModule]
 
 
-@pytest.fixture(scope="module", params=HUGGING_FACE)
+#: Nets that take long to capture, of which tests/coverage trains a step in every run.
+LONG = ("mobilenet_v2", "swin", "segformer", "detr")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in HUGGING_FACE],
+)
 def captured(request: pytest.FixtureRequest) -> Captured:
     case = HUGGING_FACE[request.param]
     float_model = case.make().eval()

@@ -66,13 +66,13 @@ NETS = {
             transformers.MobileNetV2Config,
             image_size=SIDE,
             depth_multiplier=0.35,
+            output_stride=16,  # its last kernels of 3 × 3 would see maps of 2 × 2
             finegrained_output=False,
             classifier_dropout_prob=0.1,
         ),
         kind="depthwise",
         learning_rate=5e-3,
-        epochs=16,
-        batch=64,
+        epochs=20,
     ),
     "ResNet": Net(
         _of(
@@ -235,7 +235,7 @@ class TaughtTrainer(Trainer):
 def train_float(net: Net, train: Images, directory: str, seed: int, teacher: nn.Module | None) -> nn.Module:
     """A net from scratch, in evaluation mode."""
     torch.manual_seed(seed)
-    model = net.make()
+    model = net.make().to(memory_format=torch.channels_last)  # of a CNN, in two thirds of the time
     options = arguments(
         directory, net, seed, net.learning_rate, net.epochs, warmup_steps=0.05, weight_decay=0.05, max_grad_norm=1.0
     )
@@ -244,7 +244,7 @@ def train_float(net: Net, train: Images, directory: str, seed: int, teacher: nn.
     if teacher is not None:
         trainer.teacher = teacher.eval()
     trainer.train()
-    return model.eval()
+    return model.eval().to(memory_format=torch.contiguous_format)
 
 
 def points(logits: Sequence[Tensor] | Tensor, images: Images, dense: bool) -> float:

@@ -55,7 +55,9 @@ METHODS = {
     "calibrated": Method(0),
     "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
+    "calibrated, best, then QAT, 1 epoch": Method(1, effort="best"),
     "QAT, 3 epochs": Method(3),
+    "calibrated, best, then QAT, 3 epochs": Method(3, effort="best"),
     "QAT, 3 epochs, distilled": Method(3, distil=True),
     "QAT, 3 epochs, half the rate": Method(3, share=0.5),
     "QAT, 3 epochs, twice the rate": Method(3, share=2.0),
@@ -145,7 +147,7 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
     directory = bench.directory / "quantized" / f"{name}-{target}-{seed}"
     options = arguments(str(directory), net, seed, learning_rate(net, target) * how.share, max(how.epochs, 1))
     trainer = QATTrainer(
-        copy.deepcopy(model),
+        copy.deepcopy(model).to(memory_format=torch.channels_last),
         options,
         qat_config=QATConfig(target, **how.config),
         train_dataset=Rows(train_images(seed), net.dense),

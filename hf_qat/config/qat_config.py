@@ -33,6 +33,7 @@ from hf_qat.config.checks import (
     scheme_changes,
 )
 from hf_qat.config.mixed_precision import Measured, merged, propose
+from hf_qat.config.recipes import read_recipe
 from hf_qat.config.targets import Restrictions, Target, TensorScheme, check_schemes, did_you_mean, find_target
 from hf_qat.errors import ConfigError
 from hf_qat.version import __version__
@@ -248,6 +249,23 @@ class QATConfig(QuantizationConfigMixin):
     def with_checkpoint(self, checkpoint: Mapping[str, Any] | None) -> QATConfig:
         """The same recipe with another entry `checkpoint`; with `None`, the recipe alone."""
         return type(self)(**{**self.to_dict(), "checkpoint": checkpoint})
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> QATConfig:
+        """The config of a recipe that comes with the package; `hf_qat.config.recipes` says how to train by it.
+
+        Args:
+            name: of a recipe, e.g. `"depthwise_w4a4"`.
+            changes: arguments of `QATConfig` that replace those of the recipe, e.g. `target="AM68A"`.
+
+        Raises:
+            ConfigError: there is no such recipe, or as the constructor.
+
+        Examples:
+            >>> QATConfig.from_recipe("cnn_int8", target="TDA4VM").target
+            'TDA4VM'
+        """
+        return cls(**{**read_recipe(name).config, **changes})
 
     @classmethod
     def from_analysis(cls, report: Measured, budget: Mapping[str, float]) -> QATConfig:

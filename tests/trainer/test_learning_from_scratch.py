@@ -34,7 +34,7 @@ MARGIN = 0.01
 #: One seed is a point from the next, and a vision transformer, which is on its way after ten epochs, several.
 SEEDS = range(3)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -31,6 +31,10 @@ Phase = Literal["batch norm live", "batch norm frozen", "ranges frozen"]
 PHASES: tuple[Phase, ...] = ("batch norm live", "batch norm frozen", "ranges frozen")
 
 
+#: Ranges of fewer bits clip on purpose: in a model that is trained already, learning alone moves them. Measured: a
+#: MobileNetV2 at w4a4, one epoch, ended at 77.0 where they were set anew, and at 82.9 where not.
+CLIP_BELOW_BITS = 8
+
 #: Fraction of training for which a net from scratch without batch norm learns in float. Measured: a ViT on digits.
 FLOAT_UNTIL = 0.25
 
@@ -202,7 +206,9 @@ class QATSchedule:
             call = None
         if self.phase == "ranges frozen":
             return
-        outgrown = set() if call is None else set(renew_outgrown_ranges(self._model, call)) - self._outgrown
+        fewest_bits = 0 if self._begins_anew() else CLIP_BELOW_BITS
+        renewed = set() if call is None else set(renew_outgrown_ranges(self._model, call, fewest_bits))
+        outgrown = renewed - self._outgrown
         if outgrown:
             log = logger.info if self._outgrown else logger.warning
             log(
@@ -215,6 +221,10 @@ class QATSchedule:
         is_last_in_float = bool(self._waits) and not self._is_in_float(self._step + 1)
         if is_last_in_float or is_observed_again(self._step + 1, self._total_steps):
             self._call.listen()
+
+    def _begins_anew(self) -> bool:
+        """Whether the model was untrained, or had a new head, when training began."""
+        return self._freeze_bn_at > self.config.freeze_bn_at or self._quantize_at > 0
 
     def _is_in_float(self, step: int) -> bool:
         """Whether the step after `step` others is computed in float."""

@@ -151,9 +151,7 @@ def restore_after_loading(model: PreTrainedModel, pending: PendingRestore) -> No
     """
     for path, value in pending.constants.items():
         owner, _, name = path.rpartition(".")
-        buffers = model.get_submodule(owner)._buffers
-        present = buffers[name]
-        buffers[name] = value if present is None else value.to(present.device)
+        model.get_submodule(owner)._buffers[name] = value.to(model.get_buffer(path).device)
     for layer in set(quantized_layers(model).values()):
         restore_codes(layer)
     if pending.new_heads:

@@ -115,7 +115,7 @@ class GraphFacts:
         inputs = tensor_inputs(node, self.rules[node])
         if self.rules[node].name == "div":
             inputs = [n for n in inputs if n is node.args[0] or n not in self.static]  # a small divisor would become 0
-        return [n for n in inputs if n not in self.prelude and self.source(n) not in self._epsilon_guards]
+        return [n for n in inputs if self.source(n) not in self.prelude | self._epsilon_guards]
 
     def layer_calls(self) -> dict[fx.Node, str]:
         """The nodes that call a quantized layer → its path from the model."""

@@ -67,7 +67,7 @@ def _insertion_points(facts: GraphFacts, quantized_already: set[fx.Node]) -> lis
     found = set(facts.insertion_points())
     for node in facts.nodes:
         for source in map(facts.source, facts.inputs_to_quantize(node)):
-            if source not in quantized_already and not (facts.is_quantized(source) and source not in facts.prelude):
+            if source not in quantized_already and not facts.is_quantized(source):
                 found.add(source)
     return [node for node in facts.nodes if node in found]
 

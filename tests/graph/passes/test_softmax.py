@@ -54,6 +54,7 @@ MASKS = {
     "addition to the mask": lambda scores, keep: (1 - keep.float()) * -1e4 + scores,
     "subtraction": lambda scores, keep: scores - (1 - keep.float()) * 1e4,
     "product and addition": lambda scores, keep: scores * keep.float() + (1 - keep.float()) * -1e9,
+    "moved after the mask": lambda scores, keep: scores.masked_fill(~keep, -1e9).unsqueeze(1).squeeze(1),
     "scaled after the mask": lambda scores, keep: scores.masked_fill(~keep, -1e9) / 2**0.5,
 }
 

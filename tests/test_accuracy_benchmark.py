@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.accuracy.nets import points
-from tests.benchmarks.accuracy.rows import Row
+from tests.benchmarks.accuracy.nets import NETS, points
+from tests.benchmarks.accuracy.rows import Row, learning_rate
 from tests.benchmarks.accuracy.table import add, read, table
 from tests.benchmarks.accuracy.textures import BACKGROUND, CLASSES, Images, draw
 
@@ -62,3 +62,12 @@ def test_the_table_has_means_and_spreads_over_seeds(tmp_path):
         add(each, tmp_path)
     line = table(read(tmp_path)).splitlines()[1].split()
     assert line == ["ResNet", "int8", "calibrated", "2", "90.00", "89.00", "1.41", "-1.00", "1.41", "0.50"]
+
+
+@pytest.mark.parametrize(
+    ("net", "target", "share"),
+    [("ResNet", "AM68A", 0.05), ("MobileNetV2", "w4a4", 0.4), ("ViT", "int8", 0.2), ("ViT", "w4a8", 0.1)],
+)
+def test_the_learning_rate_is_the_share_that_the_recipe_for_the_net_says(net: str, target: str, share: float):
+    """That of CNNs where transformers have none."""
+    assert learning_rate(NETS[net], target) == pytest.approx(share * NETS[net].learning_rate)

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hf_qat.errors import ConfigError
+
 
 if TYPE_CHECKING:
     from hf_qat.config.qat_config import QATConfig
@@ -67,6 +69,27 @@ class QATArguments:
         default=None, metadata={"help": "Share of training after which batch norm is frozen."}
     )
     freeze_ranges_at: float = field(default=0.9, metadata={"help": "Share of training after which no scale changes."})
+    float_learning_rate: float | None = field(
+        default=None, metadata={"help": "What the float model was trained with, for a recipe's learning_rate_share."}
+    )
+    learning_rate_share: float | None = field(
+        default=None, metadata={"help": "Take this share of float_learning_rate in place of learning_rate."}
+    )
+
+    def learning_rate(self, otherwise: float) -> float:
+        """The share of the float model's learning rate; or `otherwise`, if neither is given.
+
+        Raises:
+            ConfigError: one of the two is given without the other.
+        """
+        if self.float_learning_rate is None and self.learning_rate_share is None:
+            return otherwise
+        if self.float_learning_rate is None or self.learning_rate_share is None:
+            raise ConfigError(
+                "learning_rate_share (of a recipe) and float_learning_rate belong together: give the rate that the "
+                "float model was trained with, e.g. --float_learning_rate 1e-3, and the share of it to train with."
+            )
+        return self.learning_rate_share * self.float_learning_rate
 
     def to_config(self) -> QATConfig:
         """The recipe.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from hf_qat.config.recipes import recipe_file, recipe_names
 from hf_qat.errors import ConfigError
 
 
@@ -34,7 +35,7 @@ def words_with_config(argv: Sequence[str], spell_out: bool = False) -> list[str]
     """What is typed, after what the file of its `--config` says, which is left in it.
 
     Args:
-        argv: what follows the command.
+        argv: what follows the command; the file may be the name of a recipe that comes with the package.
         spell_out: write truth values out, `--fp16 False`, as the flags of TrainingArguments take them.
 
     Raises:
@@ -44,7 +45,12 @@ def words_with_config(argv: Sequence[str], spell_out: bool = False) -> list[str]
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", type=Path, nargs="?")
     file = finder.parse_known_args(argv)[0].config
-    return [*(_words(file, spell_out) if file is not None else ()), *argv]
+    return [*(_words(_found(file), spell_out) if file is not None else ()), *argv]
+
+
+def _found(file: Path) -> Path:
+    """The file, or the recipe of that name that comes with the package."""
+    return recipe_file(file.name) if not file.exists() and file.stem in recipe_names() else file
 
 
 def _words(file: Path, spell_out: bool) -> list[str]:

@@ -28,7 +28,8 @@ DESCRIPTION = (
     "Quantization-aware training of a float model on your images: measures it in float, calibrates, trains, exports "
     "(int8 safetensors, QDQ ONNX, TIDL bundle for TI's devices, model card) and writes report.html. All flags of "
     "transformers' TrainingArguments hold. For example: hf-qat train --model_name_or_path my/float-model "
-    "--dataset_name photos/ --target AM68A --output_dir out --learning_rate 1e-4 --num_train_epochs 3"
+    "--dataset_name photos/ --target AM68A --output_dir out --learning_rate 1e-4 --num_train_epochs 3; or, by a "
+    "recipe that was measured, --config cnn_int8 --float_learning_rate 2e-3 in place of the last two"
 )
 
 #: Where the results lie in the output directory.
@@ -53,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Say what would be done, and stop.")
     model, data, qat, args, other = parse(parser, argv)
     config = qat.to_config()
+    args.learning_rate = qat.learning_rate(args.learning_rate)
     args.remove_unused_columns = False  # images become pixels only when a batch is read
     session = open_session(model, data)
     if other.dry_run:

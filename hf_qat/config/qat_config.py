@@ -33,6 +33,7 @@ from hf_qat.config.checks import (
     scheme_changes,
 )
 from hf_qat.config.mixed_precision import Measured, merged, propose
+from hf_qat.config.recipes import read_recipe
 from hf_qat.config.targets import Restrictions, Target, TensorScheme, check_schemes, did_you_mean, find_target
 from hf_qat.errors import ConfigError
 from hf_qat.version import __version__
@@ -68,7 +69,8 @@ class QATConfig(QuantizationConfigMixin):
         symmetric_input: of these restrictions, the one on what enters the model; TI's own training leaves it out.
         freeze_bn_at: fraction of training, 0 to 1, after which batch norm stops following the data and becomes a part
             of the convolution, as it is on the chip. `None`: 0 (from the first step) if the scales of activations are
-            learned, else 0.5. A 0 is taken as 0.5 where batch norm has no statistics yet, or the head is new.
+            learned, else 0.5. Where batch norm has no statistics yet, or the head is new, 0 is taken as
+            `freeze_ranges_at`.
         freeze_ranges_at: fraction of training after which no scale changes any more, so that the weights settle to the
             very numbers that will be exported; not before `freeze_bn_at`.
         calibration_batches: batches to look at for the first ranges, before the first training step.
@@ -247,6 +249,23 @@ class QATConfig(QuantizationConfigMixin):
     def with_checkpoint(self, checkpoint: Mapping[str, Any] | None) -> QATConfig:
         """The same recipe with another entry `checkpoint`; with `None`, the recipe alone."""
         return type(self)(**{**self.to_dict(), "checkpoint": checkpoint})
+
+    @classmethod
+    def from_recipe(cls, name: str, **changes: Any) -> QATConfig:
+        """The config of a recipe that comes with the package; `hf_qat.config.recipes` says how to train by it.
+
+        Args:
+            name: of a recipe, e.g. `"depthwise_w4a4"`.
+            changes: arguments of `QATConfig` that replace those of the recipe, e.g. `target="AM68A"`.
+
+        Raises:
+            ConfigError: there is no such recipe, or as the constructor.
+
+        Examples:
+            >>> QATConfig.from_recipe("cnn_int8", target="TDA4VM").target
+            'TDA4VM'
+        """
+        return cls(**{**read_recipe(name).config, **changes})
 
     @classmethod
     def from_analysis(cls, report: Measured, budget: Mapping[str, float]) -> QATConfig:

@@ -16,7 +16,7 @@ from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.fsdp import gathered
 from hf_qat.trainer.histories import CodeHistory
-from hf_qat.trainer.suspicions import warn_of_few_samples
+from hf_qat.trainer.suspicions import warn_against_recipe, warn_of_few_samples
 
 
 def needs_calibration(model: nn.Module) -> bool:
@@ -68,6 +68,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         self._follow(self.schedule, state, _recorded(state) if state.global_step else {})
         live_until = freezing_of_batch_norm([self], self.schedule.config)
         warn_of_few_samples(model, self.schedule.config, live_until, args, state.max_steps)
+        if kwargs.get("optimizer") is not None:
+            warn_against_recipe(model, self.schedule.config, kwargs["optimizer"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.model.untrained import has_batch_norms, untrained_batch_norms
+from hf_qat.model.parameter_groups import scale_parameters
+from hf_qat.model.untrained import has_batch_norms, is_untrained, untrained_batch_norms
 from hf_qat.publish.accuracy import Accuracy
+from hf_qat.quantization.layers import qat_layers
+from hf_qat.trainer.fsdp import gathered
 
 
 logger = logging.get_logger(__name__)
@@ -27,6 +30,15 @@ FAR, WIDER = 1.5, 2.5
 
 #: The largest share of a metric that ONNX Runtime may change, and how many images more: both are near-ties.
 LARGEST_CHANGE, NEAR_TIES = 0.02, 2
+
+#: From so many bits on, codes are fine enough to be trained as an 8-bit net is.
+FINE_BITS = 8
+
+#: The share of a layer's weights (root of the mean square) that a step of Adam may change at 8 bits.
+LARGEST_STEP = 0.03
+
+#: Keeps the size of a layer without weights from being divided by.
+TINY = 1e-12
 
 
 class ImageStatistics:
@@ -87,6 +99,58 @@ def warn_of_few_samples(
             f"Batch norm follows the data for {live_steps} steps only: too few samples, as its statistics are those "
             "of an untrained model. Train longer, or begin with a model that is trained."
         )
+
+
+def warn_against_recipe(model: nn.Module, config: QATConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Say so where training is set up otherwise than what was measured to work (`hf_qat.config.recipes`).
+
+    Args:
+        model: prepared.
+        config: its recipe. Batch norms that are live without its asking for it have a reason.
+        optimizer: that trains it; of `accelerate` perhaps.
+    """
+    groups = optimizer.param_groups
+    scales = {id(scale) for scale in scale_parameters(model)}
+    decayed = [p for group in groups if group.get("weight_decay") for p in group["params"] if id(p) in scales]
+    if decayed:
+        logger.warning(
+            f"Weight decay draws {len(decayed)} learned scales and offsets towards 1 and 0, which nothing in the data "
+            "asks for. Leave them out of it: `parameter_groups(model, ...)` makes groups for an optimizer of your own."
+        )
+    if is_untrained(model) or untrained_batch_norms(model):  # has much to learn before it is a matter of codes
+        return
+    bits = min(config.weight_scheme.bits, config.activation_scheme.bits)
+    if bits < FINE_BITS and config.freeze_bn_at > 0 and has_batch_norms(model):
+        logger.warning(
+            f"Batch norm is live for the first {config.freeze_bn_at:.0%} of a training at {bits} bits: codes that "
+            "turn back and forth keep its statistics from settling. Leave freeze_bn_at at 0."
+        )
+    step = relative_step(model, _rate_of_weights(optimizer, scales))
+    if bits >= FINE_BITS and step > LARGEST_STEP:
+        logger.warning(
+            f"The learning rate changes half of the layers by more than {step:.1%} of their weights in each step, too "
+            "much for what is trained already. Start from a twentieth of the float model's rate."
+        )
+
+
+@torch.no_grad()
+def relative_step(model: nn.Module, rate: float) -> float:
+    """By how much a step of Adam at this learning rate changes the weights of a layer: each one by about `rate`.
+
+    Returns:
+        The rate by the root mean square of a layer's weights; of all layers that are trained, the median; 0 for none.
+    """
+    with gathered(model):
+        sizes = [layer.weight.square().mean().sqrt() for layer in qat_layers(model).values()]
+        return rate / max(float(torch.stack(sizes).median()), TINY) if sizes else 0.0
+
+
+def _rate_of_weights(optimizer: torch.optim.Optimizer, scales: Collection[int]) -> float:
+    """The highest learning rate of anything but scales, before a schedule; 0 for an optimizer that is no Adam."""
+    if "adam" not in type(getattr(optimizer, "optimizer", optimizer)).__name__.lower():
+        return 0.0
+    of_weights = [group for group in optimizer.param_groups if any(id(p) not in scales for p in group["params"])]
+    return max((float(group.get("initial_lr", group["lr"]) or 0.0) for group in of_weights), default=0.0)
 
 
 def warn_of_lost_accuracy(accuracy: Accuracy, stage: str, images: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_qat.cli.options_file import parse_with_config
+from hf_qat.cli.options_file import parse_with_config, words_with_config
 from hf_qat.errors import ConfigError
 
 
@@ -80,3 +80,12 @@ def test_a_value_that_the_option_does_not_take_is_refused_as_if_it_were_typed(tm
 
 def test_without_a_file_nothing_changes():
     assert parse_with_config(parser(), ["out"]).config is None
+
+
+def test_the_name_of_a_recipe_stands_for_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Unless there is a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    words = words_with_config(["--config", "cnn_int8", "--target", "AM68A"])
+    assert words[words.index("--learning-rate-share") + 1] == "0.05" and words[-1] == "AM68A"
+    Path("cnn_int8").write_text("revision: dev")
+    assert words_with_config(["--config", "cnn_int8"])[:2] == ["--revision", "dev"]

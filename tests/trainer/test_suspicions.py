@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from hf_qat import QATConfig, parameter_groups, prepare_qat
 from hf_qat.export.runtime_model import RuntimeModel
 from hf_qat.trainer.distillation import Distillation
-from hf_qat.trainer.suspicions import ImageStatistics, warn_of_few_samples, warn_of_lost_accuracy
+from hf_qat.trainer.suspicions import (
+    LARGEST_STEP,
+    ImageStatistics,
+    relative_step,
+    warn_against_recipe,
+    warn_of_few_samples,
+    warn_of_lost_accuracy,
+)
 from tests.exported import publisher
 from tests.training import arguments, images, recipe, trainer_of, vit
 
@@ -76,6 +84,75 @@ def test_few_steps_for_untrained_batch_norms_are_warned_of(tmp_path: Path, caplo
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     warn_of_few_samples(model, recipe(), 0.5, arguments(tmp_path, per_device_train_batch_size=8), 10)
     assert "for 5 steps only: too few samples" in caplog.text
+
+
+def small_net(**changes: object) -> nn.Module:
+    """A convolution, with or without a batch norm, and a linear layer, whose weights are all 0.1 or -0.1."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    for layer in (model[0], model[4]):
+        nn.init.constant_(layer.weight, 0.1)
+        layer.weight.data[0] = -0.1
+    model[1].weight.data.copy_(torch.linspace(0.5, 1.5, 4))  # as training leaves them
+    model[1].running_mean.fill_(0.1)
+    return prepare_qat(model, QATConfig(**changes), torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(2e-4, False), (0.9 * LARGEST_STEP / 10, False), (0.02, True)])
+def test_a_rate_that_changes_much_of_a_weight_in_a_step_is_warned_of_at_8_bits(rate: float, warned: bool, caplog):
+    """A rate of 0.02 changes a fifth of weights of 0.1, of Adam's; the scales' own rate does not count."""
+    for target in ("int8", "w4a4"):
+        model = small_net(target=target)
+        optimizer = torch.optim.AdamW(parameter_groups(model, rate, 0.0))
+        warn_against_recipe(model, QATConfig(target), optimizer)
+    assert caplog.text.count("changes half of the layers by more than") == warned
+    assert relative_step(model, rate) == pytest.approx(10 * rate)
+
+
+def test_what_is_no_adam_may_have_any_rate(caplog):
+    model = small_net()
+    warn_against_recipe(model, QATConfig(), torch.optim.SGD(model.parameters(), lr=0.5))
+    assert "learning rate" not in caplog.text
+
+
+def test_decay_of_scales_is_warned_of_with_their_number(caplog):
+    model = small_net()
+    own = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)
+    expected = sum(name.endswith(("log2_scale", "offset")) for name, _ in model.named_parameters())
+    warn_against_recipe(model, QATConfig(), own)
+    assert f"Weight decay draws {expected} learned scales" in caplog.text
+    caplog.clear()
+    warn_against_recipe(model, QATConfig(), torch.optim.AdamW(parameter_groups(model, 1e-5, 0.01)))
+    assert "decay" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"target": "w4a4", "freeze_bn_at": 0.5}, True),
+        ({"target": "w4a4"}, False),
+        ({"target": "int8", "freeze_bn_at": 0.5}, False),
+    ],
+    ids=str,
+)
+def test_a_batch_norm_that_is_live_at_four_bits_is_warned_of(changes: dict, warned: bool, caplog):
+    model, config = small_net(**changes), QATConfig(**changes)
+    warn_against_recipe(model, config, torch.optim.AdamW(parameter_groups(model, 1e-5, 0.0)))
+    assert ("Batch norm is live for the first 50% of a training at 4 bits" in caplog.text) is warned
+
+
+def test_a_net_that_is_not_trained_yet_may_learn_fast_and_by_its_batches(caplog):
+    model, config = small_net(target="int8"), QATConfig("int8")
+    nn.init.ones_(model[1].weight)
+    warn_against_recipe(model, config, torch.optim.AdamW(parameter_groups(model, 0.02, 0.0)))
+    assert "learning rate" not in caplog.text
+
+
+def test_a_trainer_warns_once_when_training_begins(tmp_path: Path, caplog):
+    model = prepare_qat(vit(), recipe(), {"pixel_values": torch.randn(2, 3, 32, 32)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
+    given = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer_of(model, tmp_path, max_steps=2, optimizers=given).train()
+    assert caplog.text.count("Weight decay draws") == 1
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 
 from hf_qat.cli.demo.run import quiet
 from tests.benchmarks.accuracy.nets import NETS
-from tests.benchmarks.accuracy.rows import METHODS, SHARES, TEST_IMAGES, TEST_SEED, Bench, measure
+from tests.benchmarks.accuracy.rows import METHODS, TARGETS, TEST_IMAGES, TEST_SEED, Bench, measure
 from tests.benchmarks.accuracy.table import RESULTS, add, key, plot, read, table
 from tests.benchmarks.accuracy.textures import draw
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure what is not there yet, in the order of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
-    parser.add_argument("--targets", nargs="+", default=list(SHARES), choices=list(SHARES))
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument(
         "--methods", nargs="+", default=["calibrated", "QAT, 1 epoch", "QAT, 3 epochs"], choices=METHODS
     )

@@ -24,6 +24,7 @@ class Net:
         epochs: of the float training.
         batch: of all trainings.
         dense: it says of each pixel what it is, not of the whole image.
+        kind: in the name of the recipe that it is quantized by.
         teacher: the net whose answers it learns with the labels, as transformers need on few images
             (Touvron et al., "Training data-efficient image transformers", 2021, 4).
     """
@@ -33,6 +34,7 @@ class Net:
     epochs: int
     batch: int = 32
     dense: bool = False
+    kind: str = "cnn"
     teacher: str | None = None
 
 
@@ -64,12 +66,13 @@ NETS = {
             transformers.MobileNetV2Config,
             image_size=SIDE,
             depth_multiplier=0.35,
+            output_stride=16,  # its last kernels of 3 × 3 would see maps of 2 × 2
             finegrained_output=False,
             classifier_dropout_prob=0.1,
         ),
+        kind="depthwise",
         learning_rate=5e-3,
-        epochs=16,
-        batch=64,
+        epochs=20,
     ),
     "ResNet": Net(
         _of(
@@ -107,6 +110,7 @@ NETS = {
             dropout_rate=0.1,
             drop_connect_rate=0.05,
         ),
+        kind="depthwise",
         learning_rate=5e-3,
         epochs=16,
         batch=64,
@@ -135,6 +139,7 @@ NETS = {
             num_attention_heads=4,
             intermediate_size=192,
         ),
+        kind="transformer",
         learning_rate=1e-3,
         epochs=24,
         teacher="ResNet",
@@ -150,6 +155,7 @@ NETS = {
             num_heads=[2, 4, 4],
             window_size=4,
         ),
+        kind="transformer",
         learning_rate=1e-3,
         epochs=16,
         teacher="ResNet",
@@ -164,6 +170,7 @@ NETS = {
             decoder_hidden_size=64,
             **_classes(len(CLASSES) + 1),
         ),
+        kind="transformer",
         learning_rate=2e-3,
         epochs=20,
         dense=True,
@@ -228,7 +235,7 @@ class TaughtTrainer(Trainer):
 def train_float(net: Net, train: Images, directory: str, seed: int, teacher: nn.Module | None) -> nn.Module:
     """A net from scratch, in evaluation mode."""
     torch.manual_seed(seed)
-    model = net.make()
+    model = net.make().to(memory_format=torch.channels_last)  # of a CNN, in two thirds of the time
     options = arguments(
         directory, net, seed, net.learning_rate, net.epochs, warmup_steps=0.05, weight_decay=0.05, max_grad_norm=1.0
     )
@@ -237,7 +244,7 @@ def train_float(net: Net, train: Images, directory: str, seed: int, teacher: nn.
     if teacher is not None:
         trainer.teacher = teacher.eval()
     trainer.train()
-    return model.eval()
+    return model.eval().to(memory_format=torch.contiguous_format)
 
 
 def points(logits: Sequence[Tensor] | Tensor, images: Images, dense: bool) -> float:

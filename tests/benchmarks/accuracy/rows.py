@@ -17,8 +17,9 @@ import transformers
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, QATTrainer, __version__, export_onnx
+from hf_qat.config.recipes import read_recipe, recipe_names
 from hf_qat.export.verify import Session
-from tests.benchmarks.accuracy.nets import NETS, Rows, arguments, points, train_float
+from tests.benchmarks.accuracy.nets import NETS, Net, Rows, arguments, points, train_float
 from tests.benchmarks.accuracy.textures import Images, draw
 
 
@@ -27,8 +28,8 @@ TRAIN_IMAGES, TEST_IMAGES = 8000, 3000
 #: Of the test images; those of training have the seed of their run, which is never so large.
 TEST_SEED = 1_000_000
 
-#: Learning rate of QAT, as a share of that of the float training.
-SHARES = {"int8": 1 / 20, "TDA4VM": 1 / 20, "AM68A": 1 / 20, "w4a8": 1 / 10, "w4a4": 2 / 5}
+#: Target → the bits in the name of the recipe that it is trained by.
+TARGETS = {"int8": "int8", "TDA4VM": "int8", "AM68A": "int8", "w4a8": "w4a8", "w4a4": "w4a4"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Method:
     Attributes:
         epochs: of training; 0 is calibration alone.
         config: of `QATConfig`, besides the target.
-        share: times the target's own of `SHARES`.
+        share: times the recipe's own.
         distil: whether the float net teaches.
         effort: of the calibration.
     """
@@ -54,7 +55,9 @@ METHODS = {
     "calibrated": Method(0),
     "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
+    "calibrated, best, then QAT, 1 epoch": Method(1, effort="best"),
     "QAT, 3 epochs": Method(3),
+    "calibrated, best, then QAT, 3 epochs": Method(3, effort="best"),
     "QAT, 3 epochs, distilled": Method(3, distil=True),
     "QAT, 3 epochs, half the rate": Method(3, share=0.5),
     "QAT, 3 epochs, twice the rate": Method(3, share=2.0),
@@ -129,15 +132,22 @@ def versions() -> dict[str, str]:
     }
 
 
+def learning_rate(net: Net, target: str) -> float:
+    """Of QAT, by the recipe for nets of this kind; by that for CNNs where there is none at these bits."""
+    names = (f"{kind}_{TARGETS[target]}" for kind in (net.kind, "cnn"))
+    recipe = read_recipe(next(name for name in names if name in recipe_names()))
+    return float(recipe.training_arguments(net.learning_rate)["learning_rate"])
+
+
 def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row:
     """Quantize one net in one way, and measure it."""
     net, how = NETS[name], METHODS[method]
     model = bench.float_model(name, seed)
     before = points(list(_answers(model, bench.test)), bench.test, net.dense)
     directory = bench.directory / "quantized" / f"{name}-{target}-{seed}"
-    options = arguments(str(directory), net, seed, net.learning_rate * SHARES[target] * how.share, max(how.epochs, 1))
+    options = arguments(str(directory), net, seed, learning_rate(net, target) * how.share, max(how.epochs, 1))
     trainer = QATTrainer(
-        copy.deepcopy(model),
+        copy.deepcopy(model).to(memory_format=torch.channels_last),
         options,
         qat_config=QATConfig(target, **how.config),
         train_dataset=Rows(train_images(seed), net.dense),

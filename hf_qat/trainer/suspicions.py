@@ -122,8 +122,8 @@ def warn_against_recipe(model: nn.Module, config: QATConfig, optimizer: torch.op
     bits = min(config.weight_scheme.bits, config.activation_scheme.bits)
     if bits < FINE_BITS and config.freeze_bn_at > 0 and has_batch_norms(model):
         logger.warning(
-            f"Batch norm is live for the first {config.freeze_bn_at:.0%} of a training at {bits} bits: codes that turn "
-            "back and forth keep its statistics from settling. Leave freeze_bn_at at 0."
+            f"Batch norm is live for the first {config.freeze_bn_at:.0%} of a training at {bits} bits: codes that "
+            "turn back and forth keep its statistics from settling. Leave freeze_bn_at at 0."
         )
     step = relative_step(model, _rate_of_weights(optimizer, scales))
     if bits >= FINE_BITS and step > LARGEST_STEP:

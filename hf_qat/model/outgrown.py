@@ -4,7 +4,8 @@ A learned scale takes steps of a few percent, and values beyond the range pass n
 before training can hold a net back that has still to grow. At a few steps each range is therefore observed again, as
 calibration does, on the batch of that step; one that is far too small is set to what was seen. As calibration does:
 without labels and in evaluation, because what only training computes (denoising queries of a detector, with boxes far
-off) reaches beyond ranges that are right for the device.
+off) reaches beyond ranges that are right for the device. Of a model that is trained already, only ranges of 8 bits and
+more are set: with fewer, the best range clips much, and training has found it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class _Watch(Observer):
 
 
 @torch.no_grad()
-def renew_outgrown_ranges(model: nn.Module, call: Call) -> list[str]:
+def renew_outgrown_ranges(model: nn.Module, call: Call, fewest_bits: int = 0) -> list[str]:
     """Set those ranges of activations and weights that are far too small for what the model computes in float.
 
     Collective: all ranks see the ranges of the data of all.
@@ -120,6 +121,7 @@ def renew_outgrown_ranges(model: nn.Module, call: Call) -> list[str]:
         model: prepared and calibrated, in training. It is run once more, which leaves no trace; in evaluation, with
             the statistics of the batch where batch norm has them in training.
         call: the arguments of a forward call; labels go, where forward can do without them.
+        fewest_bits: quantizers with fewer stay as they are.
 
     Returns:
         Paths of the quantizers whose ranges were set. Frozen and fixed ones stay as they are, and so do those that
@@ -130,13 +132,17 @@ def renew_outgrown_ranges(model: nn.Module, call: Call) -> list[str]:
     quantizers = {
         path: quantizer
         for path, quantizer in fake_quantizers(model).items()
-        if id(quantizer) not in of_weights and not isinstance(quantizer, WeightQuantizer) and _can_outgrow(quantizer)
+        if id(quantizer) not in of_weights
+        and not isinstance(quantizer, WeightQuantizer)
+        and _can_outgrow(quantizer, fewest_bits)
     }
     watches = {path: _Watch(quantizer) for path, quantizer in quantizers.items()}
     renewed = []
     if _watch(model, call, quantizers, watches):
         renewed = [path for path, watch in watches.items() if _renew(quantizers[path], watch)]
-    return renewed + [f"{path}.weight_quantizer" for path, layer in layers.items() if _renew_weight(layer)]
+    return renewed + [
+        f"{path}.weight_quantizer" for path, layer in layers.items() if _renew_weight(layer, fewest_bits)
+    ]
 
 
 @torch.no_grad()
@@ -168,8 +174,9 @@ def set_ranges_anew(model: nn.Module, call: Call) -> None:
             layer.initialize_scale()
 
 
-def _can_outgrow(quantizer: FakeQuantize) -> bool:
-    return quantizer.enabled and quantizer.learned and not quantizer.frozen and quantizer.log2_scale.requires_grad
+def _can_outgrow(quantizer: FakeQuantize, fewest_bits: int) -> bool:
+    learns = quantizer.enabled and quantizer.learned and not quantizer.frozen and quantizer.log2_scale.requires_grad
+    return learns and quantizer.spec.bits >= fewest_bits
 
 
 def _watch(model: nn.Module, call: Call, quantizers: dict[str, FakeQuantize], watches: dict[str, _Watch]) -> bool:
@@ -241,9 +248,9 @@ def _bounds(quantizer: FakeQuantize, scale: Tensor, zero_point: Tensor | None) -
     return (quantizer.spec.qmin - zero) * float(scale), (quantizer.spec.qmax - zero) * float(scale)
 
 
-def _renew_weight(layer: QATLayer) -> bool:
+def _renew_weight(layer: QATLayer, fewest_bits: int) -> bool:
     quantizer = layer.weight_quantizer
-    if not _can_outgrow(quantizer) or isinstance(layer.weight, DTensor):  # FSDP2 has split it
+    if not _can_outgrow(quantizer, fewest_bits) or isinstance(layer.weight, DTensor):  # FSDP2 has split it
         return False
     weight = layer.float_weight().detach()
     if not bool(weight.isfinite().all()):  # a training that diverges goes on, as it would without us

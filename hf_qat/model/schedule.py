@@ -31,8 +31,9 @@ Phase = Literal["batch norm live", "batch norm frozen", "ranges frozen"]
 PHASES: tuple[Phase, ...] = ("batch norm live", "batch norm frozen", "ranges frozen")
 
 
-#: Fraction of training for which batch norms stay live that no batch has touched, or that a new head comes after.
-LIVE_UNTIL = 0.5
+#: Ranges of fewer bits clip on purpose: in a model that is trained already, learning alone moves them. Measured: a
+#: MobileNetV2 at w4a4, one epoch, ended at 77.0 where they were set anew, and at 82.9 where not.
+CLIP_BELOW_BITS = 8
 
 #: Fraction of training for which a net from scratch without batch norm learns in float. Measured: a ViT on digits.
 FLOAT_UNTIL = 0.25
@@ -94,11 +95,12 @@ class QATSchedule:
     Make it after calibration, and call `step()` after `optimizer.step()`. The two switches are the schedule's from
     then on: it also undoes what `freeze_batch_norm` and `freeze_ranges` did before.
 
-    Batch norms that no batch has touched yet, and those of a model with a new head, are live for the first half of
-    training, unless the config says more than 0. A net from scratch that has norms, and no batch norm, learns in float
-    for the first quarter, is evaluated quantized, and gets its ranges anew at the end of it. At 20 steps, and at steps
-    1, 2, 4, …, ranges are observed again on the batch of that step; those that training has outgrown by half of their
-    width are set anew. All of that is logged.
+    Batch norms that no batch has touched yet, and those of a model with a new head, are live until ranges freeze,
+    unless the config says more than 0: at the learning rate of a training from scratch, a net whose batch norm stands
+    still ends up worse, in float too. A net from scratch that has norms, and no batch norm, learns in float for the
+    first quarter, is evaluated quantized, and gets its ranges anew at the end of it. At 20 steps, and at steps 1, 2,
+    4, …, ranges are observed again on the batch of that step; those that training has outgrown by half of their width
+    are set anew. All of that is logged.
 
     Args:
         model: prepared.
@@ -170,7 +172,7 @@ class QATSchedule:
         why = self._why_statistics_change() if self.config.freeze_bn_at == 0 else None
         if why is None:
             return self.config.freeze_bn_at
-        live_until = min(LIVE_UNTIL, self.config.freeze_ranges_at)
+        live_until = self.config.freeze_ranges_at
         logger.warning("Batch norm follows the data for the first %.0f %% of training: %s.", 100 * live_until, why)
         return live_until
 
@@ -204,7 +206,9 @@ class QATSchedule:
             call = None
         if self.phase == "ranges frozen":
             return
-        outgrown = set() if call is None else set(renew_outgrown_ranges(self._model, call)) - self._outgrown
+        fewest_bits = 0 if self._begins_anew() else CLIP_BELOW_BITS
+        renewed = set() if call is None else set(renew_outgrown_ranges(self._model, call, fewest_bits))
+        outgrown = renewed - self._outgrown
         if outgrown:
             log = logger.info if self._outgrown else logger.warning
             log(
@@ -217,6 +221,10 @@ class QATSchedule:
         is_last_in_float = bool(self._waits) and not self._is_in_float(self._step + 1)
         if is_last_in_float or is_observed_again(self._step + 1, self._total_steps):
             self._call.listen()
+
+    def _begins_anew(self) -> bool:
+        """Whether the model was untrained, or had a new head, when training began."""
+        return self._freeze_bn_at > self.config.freeze_bn_at or self._quantize_at > 0
 
     def _is_in_float(self, step: int) -> bool:
         """Whether the step after `step` others is computed in float."""

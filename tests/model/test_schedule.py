@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError, StageError
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.conversion import convert
@@ -90,21 +91,21 @@ def test_learned_scales_freeze_batch_norm_from_the_first_step():
     assert switches(model) == "F"
 
 
-def untrained() -> nn.Module:
+def untrained(**changes: object) -> nn.Module:
     """A net from scratch: its batch norms have seen nothing."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
-    return calibrate(prepare_qat(model, None, torch.randn(BATCH)), [torch.randn(BATCH)]).train()
+    return calibrate(prepare_qat(model, QATConfig(**changes), torch.randn(BATCH)), [torch.randn(BATCH)]).train()
 
 
-def test_untrained_batch_norms_are_live_for_the_first_half(caplog: pytest.LogCaptureFixture):
+def test_untrained_batch_norms_are_live_until_ranges_freeze(caplog: pytest.LogCaptureFixture):
     model = untrained()
-    schedule = QATSchedule(model, 4)
-    assert "Batch norm follows the data for the first 50 % of training: 1 batch norms" in caplog.text
+    schedule = QATSchedule(model, 20)
+    assert "Batch norm follows the data for the first 90 % of training: 1 batch norms" in caplog.text
     seen = ""
-    for _ in range(4):
+    for _ in range(20):
         seen += switches(model)
         schedule.step()
-    assert seen == "LLFF"
+    assert seen == 18 * "L" + 2 * "R"
 
 
 def test_a_resumed_schedule_knows_that_batch_norms_were_untrained():
@@ -114,10 +115,13 @@ def test_a_resumed_schedule_knows_that_batch_norms_were_untrained():
     model = untrained()
     model(torch.randn(BATCH))  # trained now
     resumed = QATSchedule(model, 4)
-    resumed.load_state_dict(state)
-    assert resumed.phase == LIVE
-    resumed.step()
     assert resumed.phase == FROZEN
+    resumed.load_state_dict(state)
+    phases = []
+    for _ in range(4):
+        phases.append(resumed.phase)
+        resumed.step()
+    assert phases == [LIVE, LIVE, LIVE, RANGES]
 
 
 def from_scratch() -> tuple[nn.Module, nn.Module]:
@@ -205,6 +209,21 @@ def test_a_range_that_training_outgrows_is_set_anew_until_ranges_freeze(caplog: 
         factors.append((layer.weight_quantizer.scale / before).mean().item())
     assert factors == pytest.approx([4, 4, 1, 1], rel=1e-3)  # ranges are frozen after three of four steps
     assert caplog.text.count("Training has outgrown") == 1
+
+
+@pytest.mark.parametrize("model_is_new", [False, True], ids=["trained", "new"])
+def test_few_bits_clip_on_purpose_unless_the_model_was_new(model_is_new: bool):
+    model = (untrained if model_is_new else prepared)(weights={"bits": 4})
+    schedule = QATSchedule(model, 4)
+    layer = list(qat_layers(model).values())[-1]
+    before = layer.weight_quantizer.scale.detach().clone()
+    model(torch.randn(BATCH))
+    with torch.no_grad():
+        layer.weight *= 4
+    schedule.step()
+    assert layer.weight_quantizer.spec.bits == 4
+    factor = (layer.weight_quantizer.scale / before).mean().item()
+    assert factor == pytest.approx(4 if model_is_new else 1, rel=1e-3)
 
 
 def test_train_and_eval_do_not_count():

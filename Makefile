@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,quality,docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo notebook test test-all lint audit mutants bench docs dist installs clean
+.PHONY: help install demo notebook test test-all coverage lint audit mutants bench docs dist installs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,12 @@ test: $(STAMP) ## run the tests, without those that are marked slow
 
 test-all: $(STAMP) ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+coverage: $(STAMP) ## lines and branches that the tests run, in all their processes; ARGS="-m slow" for others
+	$(BIN)/python -m pip install --quiet "coverage[toml]>=7.10.1"
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 lint: $(STAMP) ## check style (ruff), types (mypy) and security (bandit)
 	$(BIN)/ruff check .
@@ -58,7 +64,7 @@ installs: $(STAMP) ## use the wheel in empty environments, with the newest and t
 	$(BIN)/python -m tests.benchmarks.installs $(ARGS)
 
 clean: ## remove .venv, caches and builds
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hf_qat tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PyTorch goes first and alone: it is by far the largest download, and everything else is resolved around it.

@@ -73,6 +73,7 @@ _HOME = {
     "load_weights": "checkpoints.load_weights",
     "parameter_groups": "model.parameter_groups",
     "prepare_qat": "model.prepare",
+    "read_recipe": "config.recipes",
     "verify_onnx": "export.verify",
 }
 
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from hf_qat.checkpoints.load_weights import load_weights as load_weights
     from hf_qat.cli.arguments import QATArguments as QATArguments
     from hf_qat.config.qat_config import QATConfig as QATConfig
+    from hf_qat.config.recipes import read_recipe as read_recipe
     from hf_qat.export.onnx import export_onnx as export_onnx
     from hf_qat.export.onnx_analysis import analyze_onnx as analyze_onnx
     from hf_qat.export.verify import verify_onnx as verify_onnx

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +37,19 @@ pytest_plugins = ["tests.hub.fixtures", "tests.exported"]
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def translations_are_read_once() -> Iterator[None]:
+    """PyTorch's exporter parses the source of all its 500 translations at every call, for half of a small export."""
+    import onnxscript._framework_apis as apis
+
+    with pytest.MonkeyPatch.context() as patch:
+        for found in pkgutil.iter_modules(apis.__path__, f"{apis.__name__}."):
+            module = importlib.import_module(found.name)
+            if hasattr(module, "get_torchlib_ops"):
+                patch.setattr(module, "get_torchlib_ops", functools.cache(module.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture

@@ -70,8 +70,9 @@ def test_the_first_block_needs_nothing_that_has_to_be_downloaded():
     assert "from_pretrained" not in BLOCKS[0] and "load_dataset" not in BLOCKS[0]
 
 
-def test_paths_that_the_page_names_are_there():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    files = re.findall(r"`(tests/[\w/.]+|hf_qat/[\w/.]+)`", README)
+def test_paths_that_the_page_and_that_of_the_measurements_name_are_there():
+    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", README)
+    measurements = (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
+    files = re.findall(r"`(tests/[\w/.]+|hf_qat/[\w/.]+)`", README + measurements)
     assert links and files
     assert [path for path in (*links, *files) if not (ROOT / path).exists()] == []

@@ -62,7 +62,8 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
 
     Raises:
         ConfigError: `config` does not say how to rebuild a model.
-        WeightsError: the graph is another one than was saved, or a file does not hold what the model needs.
+        WeightsError: the graph is another one than was saved, a file does not hold what the model needs, or codes are
+            to serve another number of labels.
     """
     if config.checkpoint is None:
         raise ConfigError(
@@ -72,6 +73,7 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
     if files is None:
         raise WeightsError("a quantized model is loaded from a directory or a repository, not from a state dict.")
     saved = CheckpointInfo.from_dict(config.checkpoint)
+    _require_trainable_for_other_labels(model, saved)
     if isinstance(model, CapturedModule):  # `type(prepared).from_pretrained(…)`, where the whole was captured
         model.__class__ = original_class(type(model))
     with open_tensors(files, str(getattr(model.config, "name_or_path", ""))) as stored:
@@ -92,6 +94,15 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
         other_labels = saved.stage is Stage.PREPARED and saved.num_labels != _info(model).num_labels
         new_heads = check_tensors(model, stored, shapes, other_labels)
     return PendingRestore(set(layers), _constants(model), new_heads)
+
+
+def _require_trainable_for_other_labels(model: PreTrainedModel, saved: CheckpointInfo) -> None:
+    labels = getattr(model.config, "num_labels", 0)
+    if saved.stage is Stage.CONVERTED and saved.num_labels not in (0, labels):
+        raise WeightsError(
+            f"the checkpoint has integer codes for {saved.num_labels} labels, and num_labels is {labels}: codes learn "
+            "no more. Load the float model, or what QATTrainer.save_model wrote, for that number, and train."
+        )
 
 
 def _constants(model: nn.Module) -> dict[str, Tensor]:

@@ -69,7 +69,8 @@ class QATConfig(QuantizationConfigMixin):
         symmetric_input: of these restrictions, the one on what enters the model; TI's own training leaves it out.
         freeze_bn_at: fraction of training, 0 to 1, after which batch norm stops following the data and becomes a part
             of the convolution, as it is on the chip. `None`: 0 (from the first step) if the scales of activations are
-            learned, else 0.5. A 0 is taken as 0.5 where batch norm has no statistics yet, or the head is new.
+            learned, else 0.5. Where batch norm has no statistics yet, or the head is new, 0 is taken as
+            `freeze_ranges_at`.
         freeze_ranges_at: fraction of training after which no scale changes any more, so that the weights settle to the
             very numbers that will be exported; not before `freeze_bn_at`.
         calibration_batches: batches to look at for the first ranges, before the first training step.

@@ -12,20 +12,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError, StageError, listed
-from hf_qat.graph.generated_code import function_of
-from hf_qat.graph.leading_axes import takes_leading_axes
-from hf_qat.graph.nodes import is_floating, short_name
-from hf_qat.graph.stored_graph import restore_graph, store_graph
+from hf_qat.graph.call_signature import CallSignature, flatten_call
+from hf_qat.graph.captured_graph import CapturedGraph, fits_shape
+from hf_qat.graph.nodes import short_name
 from hf_qat.quantization.class_swap import MADE_BY, swap_class
 from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
@@ -34,206 +30,8 @@ from hf_qat.quantization.saved_codes import codes_for_backward
 
 logger = logging.getLogger(__name__)
 
-#: What the Trainer sends along for the loss alone: task models hand it on to their children among their `**kwargs`.
-LOSS_ARGUMENTS = frozenset({"num_items_in_batch"})
-
-
 #: Modules in a graph that look at their own mode.
 FOLLOW_THEIR_MODE = (nn.modules.batchnorm._BatchNorm, QATLayer, FakeQuantize)
-
-#: Key in the `meta` of an input: the name of the argument that it comes from.
-ARGUMENT = "argument"
-
-
-class Slot(Enum):
-    """The place of a tensor among the leaves of a nested structure."""
-
-    TENSOR = "tensor"
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A leaf of a nested structure that is no tensor."""
-
-    value: Any
-
-
-Leaf = Slot | Constant
-
-
-def leaf_of(value: Any) -> Leaf:
-    """What is kept of a leaf once the tensors are taken out."""
-    return Slot.TENSOR if isinstance(value, Tensor) else Constant(value)
-
-
-def fill(leaves: Sequence[Leaf], tensors: Any) -> list[Any]:
-    """The leaves, with the next of the iterator `tensors` in every slot."""
-    return [leaf.value if isinstance(leaf, Constant) else next(tensors) for leaf in leaves]
-
-
-@dataclass(frozen=True)
-class CallSignature:
-    """A call with its tensors taken out: for each argument by name, its structure and its constants.
-
-    Attributes:
-        positional: names of the arguments that are passed by position (a forward with `*args` has `args_0`, …).
-        specs: argument name → tree of its value.
-        leaves: argument name → the leaves of its value.
-    """
-
-    positional: tuple[str, ...]
-    specs: dict[str, Any]
-    leaves: dict[str, list[Leaf]]
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """The `(args, kwargs)` of the call around new tensors."""
-        remaining = iter(tensors)
-        values = {
-            name: pytree.tree_unflatten(fill(self.leaves[name], remaining), spec) for name, spec in self.specs.items()
-        }
-        args = [values.pop(name) for name in self.positional]
-        return args, values
-
-    def tensor_names(self) -> list[str]:
-        """A name per tensor: the argument's, with an ordinal where an argument holds several."""
-        names = []
-        for name, leaves in self.leaves.items():
-            count = leaves.count(Slot.TENSOR)
-            names += [name] if count == 1 else [f"{name}_{k}" for k in range(count)]
-        return names
-
-    def same_constants(self, other: CallSignature) -> bool:
-        """Whether the two calls differ in nothing but the tensors."""
-        return not self.differences(other)
-
-    def same_tensors(self, other: CallSignature) -> bool:
-        """Whether the same arguments hold tensors, and as many: what differs are options, such as flags."""
-        return self._tensor_counts() == other._tensor_counts()
-
-    def _tensor_counts(self) -> dict[str, int]:
-        counts = {name: leaves.count(Slot.TENSOR) for name, leaves in self.leaves.items()}
-        return {name: count for name, count in counts.items() if count}
-
-    def differences(self, other: CallSignature) -> list[str]:
-        """Names of arguments in which `other` differs; absent, `None` and `False` count as the same."""
-        different = []
-        for name in self.leaves.keys() | other.leaves.keys():
-            mine, theirs = self.leaves.get(name), other.leaves.get(name)
-            if mine is None or theirs is None:
-                present = mine or theirs or []
-                if any(not isinstance(leaf, Constant) or leaf.value not in (None, False) for leaf in present):
-                    different.append(name)
-            elif len(mine) != len(theirs) or not all(map(_same_leaf, mine, theirs)):
-                different.append(name)
-        return sorted(different)
-
-
-def _same_leaf(mine: Leaf, theirs: Leaf) -> bool:
-    if not isinstance(mine, Constant) or not isinstance(theirs, Constant):
-        return mine is theirs
-    a, b = mine.value, theirs.value
-    return bool(a is b or a == b or (not a and not b))
-
-
-def flatten_call(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[CallSignature, list[Tensor]]:
-    """Take the tensors out of a call."""
-    bound = signature.bind(*args, **kwargs)
-    values: dict[str, Any] = {}
-    positional: list[str] = []
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            values.update({key: item for key, item in value.items() if key not in LOSS_ARGUMENTS})
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            for k, item in enumerate(value):
-                values[f"{name}_{k}"] = item
-                positional.append(f"{name}_{k}")
-        else:
-            values[name] = value
-            # Arguments before a *args must stay positional, the others are clearer by name.
-            if kind is inspect.Parameter.POSITIONAL_ONLY or "args" in bound.arguments:
-                positional.append(name)
-    specs, leaves, tensors = {}, {}, []
-    for name, value in values.items():
-        flat, specs[name] = pytree.tree_flatten(value)
-        tensors += [leaf for leaf in flat if isinstance(leaf, Tensor)]
-        leaves[name] = [leaf_of(leaf) for leaf in flat]
-    return CallSignature(tuple(positional), specs, leaves), tensors
-
-
-@dataclass
-class CapturedGraph:
-    """A graph for one way to call a module.
-
-    Attributes:
-        graph: flat tensors in, a tuple of flat tensors out; its names are relative to the module.
-        signature: the call that was captured.
-        shapes: per input the captured sizes, `None` where any size goes.
-        real: per input whether it is of real numbers.
-        result_spec, result_leaves: structure of what the module returns.
-        training: the mode of the module.
-        frozen: paths of the modules inside that were in the other mode.
-        doubtful_sizes: batch sizes at which the exporter itself does not vouch for it.
-        labelled_calls: `(args, kwargs)` that only a labelled step calls it with, of tensors without values: the first,
-            and one of other sizes; empty where calls without labels are like it.
-        run: the Python function of `graph`, called with the module and the inputs.
-    """
-
-    graph: fx.Graph
-    signature: CallSignature
-    shapes: list[tuple[int | None, ...]]
-    result_spec: Any
-    result_leaves: list[Leaf]
-    training: bool
-    frozen: frozenset[str] = frozenset()
-    doubtful_sizes: tuple[int, ...] = ()
-    labelled_calls: list[tuple[list[Any], dict[str, Any]]] = field(default_factory=list)
-    real: list[bool] = field(init=False)
-    run: Callable[..., Any] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for node, name in zip(self.inputs(), self.signature.tensor_names(), strict=True):
-            node.meta[ARGUMENT] = name
-        self.real = list(map(is_floating, self.inputs()))
-        self.recompile()
-
-    def recompile(self) -> None:
-        """Generate `run` anew, after a pass has changed the graph."""
-        self.run = function_of(self.graph)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What `pickle` and `copy` keep: plain data, without the function that `recompile` makes."""
-        return {**vars(self), "graph": store_graph(self.graph), "run": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Make the graph and its function again."""
-        vars(self).update(state, graph=restore_graph(state["graph"]))
-        self.__post_init__()
-
-    def inputs(self) -> list[fx.Node]:
-        """The nodes of the inputs, in order."""
-        return [node for node in self.graph.nodes if node.op == "placeholder"]
-
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the shapes are among those that were captured."""
-        return len(tensors) == len(self.shapes) and all(map(_fits, tensors, self.shapes))
-
-    def takes(self, module: nn.Module, call: CallSignature, tensors: Sequence[Tensor]) -> bool:
-        """Whether the graph computes what `module` does in this call."""
-        if not self.signature.same_constants(call) or len(tensors) != len(self.shapes):
-            return False
-        if any(real and not tensor.is_floating_point() for tensor, real in zip(tensors, self.real, strict=True)):
-            return False
-        if self.fits(tensors):
-            return True
-        return all(map(_ends_alike, tensors, self.shapes)) and takes_leading_axes(module, self.graph)
-
-    def compute(self, module: object, tensors: Sequence[Tensor]) -> Any:
-        """Run on flat tensors; the result has the structure of the original forward's."""
-        outputs = iter(self.run(module, *tensors))
-        return pytree.tree_unflatten(fill(self.result_leaves, outputs), self.result_spec)
 
 
 class CaptureCall(Protocol):
@@ -255,16 +53,6 @@ class Place(NamedTuple):
     def is_intact(self) -> bool:
         """Whether it is still there."""
         return self.parent._modules.get(self.name) is self.module
-
-
-def _fits(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
-    sizes = zip(shape, tensor.shape, strict=True) if tensor.dim() == len(shape) else [(-1, -2)]
-    return all(n is None or isinstance(m, torch.SymInt) or n == m for n, m in sizes)  # a symbol: PyTorch is exporting
-
-
-def _ends_alike(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:
-    """Whether the last axis is as captured; there is one beside it."""
-    return tensor.dim() > 1 and len(shape) > 1 and tensor.shape[-1] == shape[-1]
 
 
 class CapturedModule(nn.Module):
@@ -392,10 +180,11 @@ def _exchanged(owner: CapturedModule, place: Place) -> StageError:
 
 
 def _warn_of_hook(owner: CapturedModule, place: Place) -> None:
-    """A graph cannot follow hooks that the modules inside got after it was captured."""
+    """A graph cannot follow hooks that the modules inside got after it was captured; it calls layers alone."""
     logger.warning(
-        "A hook was added to a %s inside %s after prepare_qat: it is not called, because the captured graph computes "
-        "in its place. Add hooks before prepare_qat.",
+        "A hook was added to a %s inside %s after prepare_qat: the captured graph computes in its place. It is not "
+        "called, or on a convolution or linear layer with what comes out of the batch norm after it. Add hooks before "
+        "prepare_qat.",
         type(place.module).__name__,
         type(owner).__name__,
     )
@@ -494,7 +283,7 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
                 f"{name} was captured for {argument} of real numbers, such as an image processor makes of pixels, and "
                 f"got {tensor.dtype}."
             )
-        if not _fits(tensor, shape):
+        if not fits_shape(tensor, shape):
             wanted = ", ".join("any" if n is None else str(n) for n in shape)
             return CaptureError(
                 f"{name} was captured for {argument} of shape ({wanted}) and got {tuple(tensor.shape)}: resize "

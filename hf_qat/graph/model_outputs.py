@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_qat.graph.call_signature import Slot
 from hf_qat.graph.capture.inputs import Inputs, device_of, with_batch
 from hf_qat.graph.capture.modes import evaluating
-from hf_qat.graph.captured import CapturedModule, Slot
+from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.plan import Port
 from hf_qat.quantization.class_swap import original_class
 

@@ -9,7 +9,8 @@ from torch import fx, nn
 
 from hf_qat.graph.capture.batch_norm_names import COUNTER
 from hf_qat.graph.capture.modes import modes_kept
-from hf_qat.graph.captured import CapturedGraph, CapturedModule
+from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.nodes import fetch
 
 

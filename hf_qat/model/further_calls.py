@@ -20,11 +20,13 @@ from torch.utils import _pytree as pytree
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CaptureError
+from hf_qat.graph.call_signature import CallSignature
 from hf_qat.graph.capture.capture import MAX_GRAPHS, FurtherCall, Parts, capture
 from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, device_of
 from hf_qat.graph.capture.meta_device import META, without_weights
 from hf_qat.graph.capture.ways import random_like
-from hf_qat.graph.captured import CallSignature, CapturedGraph, CapturedModule, captured_modules
+from hf_qat.graph.captured import CapturedModule, captured_modules
+from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.nodes import CONSTANT_PREFIX
 from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place

@@ -31,9 +31,6 @@ Phase = Literal["batch norm live", "batch norm frozen", "ranges frozen"]
 PHASES: tuple[Phase, ...] = ("batch norm live", "batch norm frozen", "ranges frozen")
 
 
-#: Fraction of training for which batch norms stay live that no batch has touched, or that a new head comes after.
-LIVE_UNTIL = 0.5
-
 #: Fraction of training for which a net from scratch without batch norm learns in float. Measured: a ViT on digits.
 FLOAT_UNTIL = 0.25
 
@@ -94,11 +91,12 @@ class QATSchedule:
     Make it after calibration, and call `step()` after `optimizer.step()`. The two switches are the schedule's from
     then on: it also undoes what `freeze_batch_norm` and `freeze_ranges` did before.
 
-    Batch norms that no batch has touched yet, and those of a model with a new head, are live for the first half of
-    training, unless the config says more than 0. A net from scratch that has norms, and no batch norm, learns in float
-    for the first quarter, is evaluated quantized, and gets its ranges anew at the end of it. At 20 steps, and at steps
-    1, 2, 4, …, ranges are observed again on the batch of that step; those that training has outgrown by half of their
-    width are set anew. All of that is logged.
+    Batch norms that no batch has touched yet, and those of a model with a new head, are live until ranges freeze,
+    unless the config says more than 0: at the learning rate of a training from scratch, a net whose batch norm stands
+    still ends up worse, in float too. A net from scratch that has norms, and no batch norm, learns in float for the
+    first quarter, is evaluated quantized, and gets its ranges anew at the end of it. At 20 steps, and at steps 1, 2,
+    4, …, ranges are observed again on the batch of that step; those that training has outgrown by half of their width
+    are set anew. All of that is logged.
 
     Args:
         model: prepared.
@@ -170,7 +168,7 @@ class QATSchedule:
         why = self._why_statistics_change() if self.config.freeze_bn_at == 0 else None
         if why is None:
             return self.config.freeze_bn_at
-        live_until = min(LIVE_UNTIL, self.config.freeze_ranges_at)
+        live_until = self.config.freeze_ranges_at
         logger.warning("Batch norm follows the data for the first %.0f %% of training: %s.", 100 * live_until, why)
         return live_until
 

@@ -7,47 +7,14 @@ one: on a CPU, arithmetic on a few numbers for each channel would take as long a
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_qat.quantization.folding import rounded_weight, saved_weight, weight_gradients
-
-
-#: Below this, a channel's fold factor counts as zero: dividing by it would overflow float32.
-SMALLEST_FACTOR = 1e-12
-
-
-class Folding(NamedTuple):
-    """What is fixed about a layer's weight.
-
-    Attributes:
-        qmin, qmax: lowest and highest code.
-        axis: the axis of the weight that channels run along.
-        power_of_two: the exponents of scales are rounded.
-        live: the factor is divided out again, because a batch norm follows that uses batch statistics.
-        eps: of the batch norm.
-        dtype: of the folded weight and bias, where a kernel writes them.
-    """
-
-    qmin: int
-    qmax: int
-    axis: int
-    power_of_two: bool
-    live: bool
-    eps: float
-    dtype: torch.dtype
-
-
-class Norm(NamedTuple):
-    """The tensors of a batch norm, (C,) each, and the bias of the layer before it."""
-
-    mean: Tensor
-    variance: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None
-    bias: Tensor | None
+from hf_qat.quantization.kernels import fuses
+from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, Folding, Norm
 
 
 def fold_layer(
@@ -56,13 +23,18 @@ def fold_layer(
     """The fake-quantized weight, a batch norm folded in, and its bias, `None` without a batch norm or with a live one.
 
     Gradients reach the weight, `log2_scale`, gamma, beta and the layer's bias; the last three only if not `live`.
+    Where Triton runs, one kernel each way computes it all.
 
     Args:
-        weight: any shape, float32.
+        weight: any shape and layout, float32.
         log2_scale: () or (C,) float32.
         norm: what is folded in, if anything.
         folding: the rest.
     """
+    if fuses(weight):
+        from hf_qat.quantization.kernels.weight import fused_fold
+
+        return fused_fold(weight, log2_scale, norm, folding)
     out, bias = _FoldLayer.apply(weight, log2_scale, *(norm or (None,) * 5), folding)
     return out, bias
 

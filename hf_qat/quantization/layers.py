@@ -20,8 +20,8 @@ from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
 from hf_qat.quantization.class_swap import original_class, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
-from hf_qat.quantization.kernels import fuses
-from hf_qat.quantization.layer_folding import SMALLEST_FACTOR, Folding, Norm, fold_layer
+from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, Folding, Norm
+from hf_qat.quantization.layer_folding import fold_layer
 from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
@@ -151,15 +151,13 @@ class QATLayer(nn.Module):
     def _folded_at_once(self, live: bool) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the operation in training; by a kernel, in the type that autocast wants."""
         bn: Any = self.batch_norm
-        quantizer, device, fold = self.weight_quantizer, self.weight.device.type, fold_layer
-        if fuses(self.weight):
-            from hf_qat.quantization.kernels.weight import fused_fold as fold
+        quantizer, device = self.weight_quantizer, self.weight.device.type
         spec, log2_scale = quantizer.spec, quantizer.log2_scale
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         norm, eps = None, 0.0
         if bn is not None:
             norm, eps = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, self.bias), bn.eps
-        weight, bias = fold(
+        weight, bias = fold_layer(
             self.weight,
             log2_scale.detach() if quantizer.frozen else log2_scale,
             norm,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.quantization.fake_quantize import along
-from hf_qat.quantization.layer_folding import SMALLEST_FACTOR
+from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR
 from hf_qat.quantization.layers import QATLayer
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hf_qat import calibrate, freeze_batch_norm, prepare_qat
 from hf_qat.quantization import kernels
 from hf_qat.quantization.kernels.code_range import CodeRange
+from hf_qat.quantization.kernels.folding import Folding, Norm
+from hf_qat.quantization.layer_folding import fold_layer
 
 
 Add = Callable[..., None]
@@ -53,7 +55,6 @@ def check(add: Add, device: torch.device, tiny: bool) -> None:
 def _check_exponentials(add: Add, device: torch.device, count: int) -> None:
     """2**x and 1/sqrt(x) are the device's own."""
     from hf_qat.quantization.kernels.activation import quantize
-    from hf_qat.quantization.kernels.weight import Folding, Norm, fused_fold
 
     exponents = torch.empty(count, device=device).uniform_(-30, 10)
     exponents[:60] = torch.arange(-40, 20, device=device)
@@ -65,7 +66,7 @@ def _check_exponentials(add: Add, device: torch.device, count: int) -> None:
     channels = 64 if count < 1000 else 4096
     variance, ones = torch.rand(channels, device=device) * 3, torch.ones(channels, device=device)
     folding = Folding(-127, 127, 0, False, False, 1e-5, torch.float32)
-    _, bias = fused_fold(
+    _, bias = fold_layer(
         torch.ones(channels, 1, device=device), ones, Norm(-ones, variance, None, None, None), folding
     )
     assert bias is not None
@@ -186,12 +187,11 @@ class _WeightCase:
 
     def by_triton(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Weight, bias, and the gradients of the leaves that get one."""
-        from hf_qat.quantization.kernels.weight import Folding, Norm, fused_fold
 
         leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
         norm = None if self.kind == "plain" else Norm(self.mean, self.variance, *leaves[2:])
         folding = Folding(-127, 127, self.axis, False, self.kind == "live", 1e-5, torch.float32)
-        out, bias = fused_fold(leaves[0], leaves[1], norm, folding)
+        out, bias = fold_layer(leaves[0], leaves[1], norm, folding)
         outputs, grads = ([out], [self.grad]) if bias is None else ([out, bias], [self.grad, self.bias_grad])
         return out, bias, list(torch.autograd.grad(outputs, leaves if bias is not None else leaves[:2], grads))
 

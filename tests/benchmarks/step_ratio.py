@@ -1,9 +1,10 @@
 """How much a quantization-aware training step costs, in time and memory, relative to a step of the float model.
 
-    python tests/benchmarks/step_ratio.py --model resnet18 --rounds 20 --json ratios.json
+    python tests/benchmarks/step_ratio.py --model resnet18 --threads 1 --threads 2 --rounds 20 --json ratios.json
 
-One thread, seconds of CPU time. In each round every variant makes one step, in turn, and its time is divided by that
-of the float step of the same round; the table shows the medians, and the quartiles around them.
+In each round every variant makes one step, in turn, and its time is divided by that of the float step of the same
+round; the table shows the medians, and the quartiles around them. Seconds are of CPU time, of all threads together,
+so that what else runs on the machine counts little; the last column is by the clock on the wall.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -83,6 +85,13 @@ MODES = {
 }
 
 
+class Seconds(NamedTuple):
+    """Of CPU time, all threads together, and on the wall."""
+
+    cpu: float
+    wall: float
+
+
 @dataclass
 class Variant:
     """A model that makes training steps on one batch."""
@@ -102,11 +111,11 @@ class Variant:
         self.model(pixel_values=self.pixels, labels=self.labels).loss.backward()
         self.optimizer.step()
 
-    def seconds(self) -> float:
-        """CPU seconds of one step."""
-        start = time.process_time()
+    def seconds(self) -> Seconds:
+        """What one step takes."""
+        cpu, wall = time.process_time(), time.perf_counter()
         self.step()
-        return time.process_time() - start
+        return Seconds(time.process_time() - cpu, time.perf_counter() - wall)
 
     def peak_memory(self) -> int:
         """Bytes at the highest point of a step: parameters, buffers and all that the step allocates."""
@@ -135,43 +144,54 @@ def variants(name: str) -> list[Variant]:
     return found + [Variant(mode, quantized(model, pixels, *s), pixels, labels) for mode, s in modes.items()]
 
 
-def measure(name: str, rounds: int) -> list[dict[str, object]]:
-    """One row per mode: medians and quartiles of the paired ratios, seconds, memory."""
+def measure(name: str, rounds: int, threads: Sequence[int]) -> Iterator[dict[str, object]]:
+    """One row per mode and number of threads: medians and quartiles of the paired ratios, seconds, memory."""
     competitors = variants(name)
-    for variant in competitors:
-        for _ in range(WARM_UP):
-            variant.step()
-    times: dict[str, list[float]] = {variant.name: [] for variant in competitors}
-    for number in range(rounds):
-        shift = number % len(competitors)  # nobody always runs after the same neighbour
-        for variant in competitors[shift:] + competitors[:shift]:
-            times[variant.name].append(variant.seconds())
-    memory = {variant.name: variant.peak_memory() for variant in competitors}
-    return [row(name, variant.name, times, memory) for variant in competitors]
+    for count in threads:
+        torch.set_num_threads(count)
+        for variant in competitors:
+            for _ in range(WARM_UP):
+                variant.step()
+        times: dict[str, list[Seconds]] = {variant.name: [] for variant in competitors}
+        for number in range(rounds):
+            shift = number % len(competitors)  # nobody always runs after the same neighbour
+            for variant in competitors[shift:] + competitors[:shift]:
+                times[variant.name].append(variant.seconds())
+        memory = {variant.name: variant.peak_memory() for variant in competitors}
+        yield from ({"model": name, "threads": count, **row(mode, times, memory)} for mode in times)
 
 
-def row(model: str, mode: str, times: dict[str, list[float]], memory: dict[str, int]) -> dict[str, object]:
+def row(mode: str, times: dict[str, list[Seconds]], memory: dict[str, int]) -> dict[str, object]:
     """The results of one variant; the ratios of the float model are 1."""
-    ratios = [mine / base for mine, base in zip(times[mode], times["float"], strict=True)]
+    pairs = list(zip(times[mode], times["float"], strict=True))
+    ratios = [mine.cpu / base.cpu for mine, base in pairs]
     low, _, high = statistics.quantiles(ratios, n=4)
     return {
-        "model": model,
         "mode": mode,
-        "seconds": statistics.median(times[mode]),
+        "seconds": statistics.median(mine.cpu for mine, _ in pairs),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [low, high],
+        "wall_ratio": statistics.median(mine.wall / base.wall for mine, base in pairs),
         "peak_mib": memory[mode] / MIB,
         "peak_ratio": memory[mode] / memory["float"],
         "rounds": len(ratios),
     }
 
 
+#: What stands above the lines of `line`.
+HEAD = (
+    f"{'model':<14} {'threads':>7}  {'mode':<26} {'CPU s':>8} {'/ float':>7}  {'quartiles':<11}"
+    f" {'peak MiB':>8} {'/ float':>7} {'wall / float':>12}"
+)
+
+
 def line(result: dict[str, object]) -> str:
     """A row of the table."""
     low, high = result["ratio_quartiles"]  # type: ignore[misc]
     return (
-        f"{result['model']:<14} {result['mode']:<26} {result['seconds']:>8.3f} {result['ratio']:>7.3f}"
-        f"  {low:.3f}-{high:.3f} {result['peak_mib']:>8.0f} {result['peak_ratio']:>7.2f}"
+        f"{result['model']:<14} {result['threads']:>7}  {result['mode']:<26} {result['seconds']:>8.3f}"
+        f" {result['ratio']:>7.3f}  {low:.3f}-{high:.3f} {result['peak_mib']:>8.0f} {result['peak_ratio']:>7.2f}"
+        f" {result['wall_ratio']:>12.3f}"
     )
 
 
@@ -180,13 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append", help="may be given several times; default: all")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each variant, at least 2; default: 15")
+    parser.add_argument("--threads", type=int, action="append", help="may be given several times; default: 1")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{'model':<14} {'mode':<26} {'CPU s':>8} {'/ float':>7}  {'quartiles':<11} {'peak MiB':>8} {'/ float':>7}")
+    print(HEAD)
     results = []
     for name in arguments.model or MODELS:
-        for result in measure(name, arguments.rounds):
+        for result in measure(name, arguments.rounds, arguments.threads or [1]):
             results.append(result)
             print(line(result), flush=True)
     if arguments.json:

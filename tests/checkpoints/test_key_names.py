@@ -21,12 +21,13 @@ A, B = torch.zeros(1), torch.ones(1)
     ("keys", "model", "expected"),
     [
         (["module.a", "module.b"], ["a", "b"], ["a", "b"]),
+        (["module.a"], ["a"], ["a"]),
         (["module.a", "b"], ["a", "b"], ["module.a", "b"]),
         (["module.a"], ["module.a"], ["module.a"]),
         (["module.module.a"], ["module.a"], ["module.module.a"]),
         ([], ["a"], []),
     ],
-    ids=["of a wrapper", "one of two", "of the model", "of both", "none"],
+    ids=["of a wrapper", "of a wrapper of one", "one of two", "of the model", "of both", "none"],
 )
 def test_the_prefix_of_a_wrapper_goes_if_all_keys_have_it_and_the_model_does_not(
     keys: list[str], model: list[str], expected: list[str]

@@ -23,12 +23,10 @@ STANDARDIZED = "Backbone: Bit"
 CONVOLUTIONAL = ("Bit", "ConvNext", "EfficientNet", "HGNet", "MobileNet", "PPLCNet", "RegNet", "ResNet", "TextNet")
 
 
-#: What every run tries; the others are slow together.
+#: What every run tries, beside the ResNet and the ViT of all other tests; the others are slow together.
 SAMPLE = (
-    "ResNetForImageClassification (basic)",
     "ConvNextForImageClassification",
     "EfficientNetForImageClassification",
-    "ViTForImageClassification",
     "DINOv3ViTBackbone",
     "CLIPVisionModel",
     "SuperPointForKeypointDetection",

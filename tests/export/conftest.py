@@ -72,7 +72,16 @@ def stock_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., onnx
     return export
 
 
-@pytest.fixture(scope="session", params=["resnet", "mobilenet_v2", "convnext", "swin", "segformer"])
+#: Float nets that clean-up is tried on, and those that take long.
+CLEANED = [
+    "resnet",
+    "convnext",
+    "swin",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("mobilenet_v2", "segformer")),
+]
+
+
+@pytest.fixture(scope="session", params=CLEANED)
 def hugging_face_export(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[onnx.ModelProto, np.ndarray]:

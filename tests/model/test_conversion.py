@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-import pkgutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
-import onnxscript._framework_apis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,17 +97,6 @@ def prepare_block(block: Block, target: str) -> nn.Module:
     return calibrate(model, [block.data(BATCH, seed=1)])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def translations_are_read_once() -> Iterator[None]:
-    """PyTorch's exporter parses the source of all its 500 translations at every call; once will do for sixty."""
-    with pytest.MonkeyPatch.context() as patch:
-        for found in pkgutil.iter_modules(onnxscript._framework_apis.__path__, "onnxscript._framework_apis."):
-            module = importlib.import_module(found.name)
-            if hasattr(module, "get_torchlib_ops"):
-                patch.setattr(module, "get_torchlib_ops", functools.cache(module.get_torchlib_ops))
-        yield
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Result]:
     """`results(target, name)`: a block all the way through."""
@@ -135,8 +121,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Re
 ON_ONE_TARGET = ("conv1d_bn_relu", "conv3d_bn_relu", "conv_bn_hardswish", "conv_bn_silu")
 CASES = [f"{t}/{name}" for t in TARGETS for name in BLOCKS if t == "int8" or name not in ON_ONE_TARGET]
 
+#: Of two targets that differ from int8 in the types of codes alone, every run takes one for each block.
+SLOW = {f"{('int8-symmetric', 'w4a4')[k % 2]}/{name}" for k, name in enumerate(BLOCKS)}
 
-@pytest.fixture(params=CASES)
+
+@pytest.fixture(params=[pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES])
 def result(request: pytest.FixtureRequest, results: Callable[[str, str], Result]) -> Result:
     return results(*request.param.split("/"))
 

@@ -75,6 +75,36 @@ def test_options_that_come_after_preparing_give_what_the_float_model_gives(make,
     assert [name for name, _ in model.named_parameters()] == names
 
 
+class Mirrored(nn.Module):
+    """Its options are on by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, flip: bool = True, *, scale: float = 2.0) -> Tensor:
+        return self.linear(x.flip(-1) if flip else x) * scale
+
+
+class CallsMirrored(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Mirrored()
+
+    def forward(self, x: Tensor, **options: object) -> Tensor:
+        return self.part(x, **options)
+
+
+@pytest.mark.parametrize("model", [Mirrored(), CallsMirrored()], ids=["named", "handed on"])
+@pytest.mark.parametrize("options", [{"flip": False}, {"scale": 0}, {"flip": True, "scale": 2.0}], ids=str)
+def test_an_option_that_is_on_by_default_can_be_switched_off(model, options):
+    x = torch.randn(3, 4)
+    prepared = prepare_qat(copy.deepcopy(model).eval(), QATConfig(), x)
+    with fake_quant_disabled(prepared):
+        assert torch.equal(prepared(x, **options), model(x, **options))
+        assert torch.equal(prepared(x), model(x))
+
+
 def test_a_gradient_of_a_hidden_state_is_that_of_the_float_model():
     model, twin, x = prepared(resnet)
     for run in (model, twin):

@@ -35,7 +35,14 @@ class Prepared:
         return {"pixel_values": self.case.pixels(batch), "labels": self.case.labels(batch)}
 
 
-@pytest.fixture(scope="module", params=HUGGING_FACE)
+#: Nets that take long, and are of the kind of others that do not.
+LONG = ("mobilenet_v2", "segformer")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in HUGGING_FACE],
+)
 def prepared(request: pytest.FixtureRequest) -> Prepared:
     case = HUGGING_FACE[request.param]
     float_model = case.make().eval()

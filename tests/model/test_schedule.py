@@ -96,15 +96,15 @@ def untrained() -> nn.Module:
     return calibrate(prepare_qat(model, None, torch.randn(BATCH)), [torch.randn(BATCH)]).train()
 
 
-def test_untrained_batch_norms_are_live_for_the_first_half(caplog: pytest.LogCaptureFixture):
+def test_untrained_batch_norms_are_live_until_ranges_freeze(caplog: pytest.LogCaptureFixture):
     model = untrained()
-    schedule = QATSchedule(model, 4)
-    assert "Batch norm follows the data for the first 50 % of training: 1 batch norms" in caplog.text
+    schedule = QATSchedule(model, 20)
+    assert "Batch norm follows the data for the first 90 % of training: 1 batch norms" in caplog.text
     seen = ""
-    for _ in range(4):
+    for _ in range(20):
         seen += switches(model)
         schedule.step()
-    assert seen == "LLFF"
+    assert seen == 18 * "L" + 2 * "R"
 
 
 def test_a_resumed_schedule_knows_that_batch_norms_were_untrained():
@@ -114,10 +114,13 @@ def test_a_resumed_schedule_knows_that_batch_norms_were_untrained():
     model = untrained()
     model(torch.randn(BATCH))  # trained now
     resumed = QATSchedule(model, 4)
-    resumed.load_state_dict(state)
-    assert resumed.phase == LIVE
-    resumed.step()
     assert resumed.phase == FROZEN
+    resumed.load_state_dict(state)
+    phases = []
+    for _ in range(4):
+        phases.append(resumed.phase)
+        resumed.step()
+    assert phases == [LIVE, LIVE, LIVE, RANGES]
 
 
 def from_scratch() -> tuple[nn.Module, nn.Module]:

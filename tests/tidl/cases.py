@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 import pytest
 import torch
 import transformers
@@ -48,6 +50,17 @@ MODELS: dict[str, Case] = {
 
 #: The same, as parameters of a test: every run has a convolutional net and a transformer, the others are slow.
 NAMES = [name if name in ("resnet", "vit") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
+def on_devices(names: Iterable[str], slow: Collection[str]) -> list[object]:
+    """(net, device) as parameters of a test: ResNet on all, others once for each scheme; the rest and `slow` slow."""
+    cases = [(name, device) for name in names for device in DEVICES]
+    quick = [case for case in cases if case[0] not in slow and (case[0] == "resnet" or case[1] in SCHEMES.values())]
+    return [pytest.param(*case, marks=[] if case in quick else [pytest.mark.slow]) for case in cases]
+
+
+#: All nets of the bundles on all devices.
+ON_DEVICES = on_devices(MODELS, slow=MODELS.keys() - {"resnet", "vit"})
 
 #: Those whose optimizations ONNX Runtime must leave off.
 TRANSFORMERS = {"convnext", "vit", "deit", "segformer"}

@@ -17,7 +17,7 @@ from hf_qat import QATConfig, calibrate, convert, export_tidl, prepare_qat
 from hf_qat.errors import CalibrationError, ConfigError, ExportError, StageError
 from hf_qat.tidl.config_yaml import dataset
 from tests.models import HUGGING_FACE, LABELS, hand_written
-from tests.tidl.cases import DEVICES, FRAMES, NAMES, TRANSFORMERS, scenes
+from tests.tidl.cases import DEVICES, FRAMES, NAMES, ON_DEVICES, TRANSFORMERS, scenes
 
 
 FILES = {
@@ -58,8 +58,7 @@ def tensors_of(graph: onnx.GraphProto) -> dict[str, np.ndarray]:
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "device"), ON_DEVICES)
 def test_every_bundle_is_complete_accepted_and_in_the_documented_schema(name, device, bundled):
     directory = bundled(name, device)
 
@@ -85,8 +84,7 @@ def test_every_bundle_is_complete_accepted_and_in_the_documented_schema(name, de
     assert [category["id"] for category in categories] == list(range(LABELS))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "device"), ON_DEVICES)
 def test_the_file_gives_the_trained_models_top_1_on_all_frames(name, device, bundled, converted):
     path = bundled(name, device) / "model" / f"{name}.onnx"
     options = onnxruntime.SessionOptions()

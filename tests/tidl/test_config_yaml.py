@@ -18,7 +18,7 @@ from hf_qat.tidl import pack_artifacts
 from hf_qat.tidl.config_yaml import task_of
 from tests.models import HUGGING_FACE, LABELS
 from tests.tidl import edgeai_benchmark
-from tests.tidl.cases import DEVICES, FRAMES, NAMES, TRANSFORMERS
+from tests.tidl.cases import FRAMES, NAMES, ON_DEVICES, TRANSFORMERS
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_tidl(convert(model), directory, "AM68A", [pixels], processor)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "device"), ON_DEVICES)
 def test_edgeai_benchmark_reads_it_from_inside_the_bundle(name, device, bundled, monkeypatch):
     monkeypatch.chdir(bundled(name, device))
     read = edgeai_benchmark.configs(models_path=".", configs_path="config.yaml")["model-1"]

@@ -14,7 +14,7 @@ from torch import nn
 from hf_qat import QATConfig, calibrate, convert, export_onnx, export_tidl, prepare_qat
 from hf_qat.quantization.quantizer import fake_quantizers
 from tests.models import LABELS, spread
-from tests.tidl.cases import DEVICES
+from tests.tidl.cases import on_devices
 
 
 #: Operators of the layers that are "Symmetric, Per-tensor" in docs/quantization.md, and those that require a pair.
@@ -140,11 +140,10 @@ def files(bundled, tmp_path_factory):
 
 
 #: Nets that take long to export.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v2", "segformer")]
+SLOW = ("mobilenet_v2", "segformer")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["resnet", "efficientnet", "vit", *SLOW])
+@pytest.mark.parametrize(("name", "device"), on_devices(("resnet", "efficientnet", "vit", *SLOW), SLOW))
 def test_no_file_deviates_from_tis_table_and_check_tidl_agrees(name, device, files):
     file, check = files(name, device)
     assert file.deviations() == set()

@@ -70,8 +70,15 @@ class TestOptimizer:
 
 
 class TestDistillation:
-    @pytest.mark.parametrize("steps", [1, 2])
-    @pytest.mark.parametrize("make", [vit, HUGGING_FACE["convnext"].make], ids=["scales itself", "does not"])
+    @pytest.mark.parametrize(
+        ("make", "steps"),
+        [
+            pytest.param(vit, 1, marks=pytest.mark.slow, id="scales itself-1"),
+            pytest.param(vit, 2, id="scales itself-2"),
+            pytest.param(HUGGING_FACE["convnext"].make, 1, marks=pytest.mark.slow, id="does not-1"),
+            pytest.param(HUGGING_FACE["convnext"].make, 2, id="does not-2"),
+        ],
+    )
     def test_the_gradient_is_that_of_the_mixed_loss(self, tmp_path: Path, make, steps: int):
         """Of a model that divides its loss by `num_items_in_batch`, and of one whose loss Trainer divides."""
 

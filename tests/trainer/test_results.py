@@ -70,7 +70,7 @@ class TestResuming:
         with pytest.raises(WeightsError, match=r"missing keys \(classifier.bias\).* keys \(classifier.biases\)"):
             trainer_of(vit(), tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
-    @pytest.mark.parametrize("make", [vit, resnet])
+    @pytest.mark.parametrize("make", [vit, pytest.param(resnet, marks=pytest.mark.slow)])
     def test_a_float_training_in_the_same_directory_is_not_resumed(self, tmp_path: Path, make: Callable):
         args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
         transformers.Trainer(make(), args, train_dataset=images(16)).train()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,32 @@ def plateau(kind: type[Trainer], model: nn.Module, directory: Path) -> object:
     return history(trainer)
 
 
+def search(kind: type[Trainer], model: nn.Module, directory: Path) -> object:
+    """Two trials, each with a new model; copies of ours keep their quantizers off."""
+    optuna = pytest.importorskip("optuna", reason='optuna is not installed: pip install "hf_qat[search]"')
+    objectives: list[float] = []
+
+    def objective(metrics: dict[str, float]) -> float:
+        objectives.append(metrics["eval_loss"])
+        return metrics["eval_loss"]
+
+    def space(trial: Any) -> dict[str, Any]:
+        return {
+            "learning_rate": trial.suggest_float("learning_rate", 1e-3, 1e-1, log=True),
+            "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", [2, 4]),
+        }
+
+    args = arguments(directory, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+    data = {"train_dataset": images(16), "eval_dataset": images(10, seed=1), "compute_metrics": accuracy}
+    is_float = kind is Trainer
+    with nullcontext() if is_float else fake_quant_disabled(model):
+        trainer = (kind if is_float else QATTrainer)(args=args, model_init=lambda: copy.deepcopy(model), **data)
+        sampler = optuna.samplers.RandomSampler(seed=0)
+        best = trainer.hyperparameter_search(space, objective, 2, "minimize", "optuna", sampler=sampler)
+    runs = sorted(str(path.relative_to(directory)) for path in directory.glob("*/*"))
+    return best.run_id, best.objective, best.hyperparameters, objectives, runs
+
+
 #: What is tried → how.
 ROWS: dict[str, Row] = {
     "gradient_accumulation_steps": with_arguments(gradient_accumulation_steps=2),
@@ -332,6 +359,8 @@ ROWS: dict[str, Row] = {
     "several evaluation sets": several_sets,
     "include_num_input_tokens_seen": tokens,
     "auto_find_batch_size": smaller_batches,
+    "hyperparameter_search": search,
+    "torch_compile, torch_compile_backend": with_arguments(torch_compile=True, torch_compile_backend="aot_eager"),
 }
 
 #: The rows that every run of the tests takes; the others are slow together.

@@ -125,7 +125,11 @@ def test_a_subclass_trains_as_one_of_trainer_does(tmp_path: Path, subclass: Subc
     np.testing.assert_allclose(losses[1], np.array(losses[0]) / excess, rtol=1e-3)
 
 
-@pytest.mark.parametrize("subclass", HOOKS, ids=lambda subclass: subclass.__name__)
+@pytest.mark.parametrize(
+    "subclass",
+    [pytest.param(hook, marks=[] if hook in (own_step, changed_optimizer) else pytest.mark.slow) for hook in HOOKS],
+    ids=lambda subclass: subclass.__name__,
+)
 def test_a_subclass_trains_with_quantizers(tmp_path: Path, subclass: Subclass):
     args = arguments(tmp_path, max_steps=12, learning_rate=1e-2, gradient_accumulation_steps=2)
     trainer = subclass(QATTrainer)(vit(), args, train_dataset=images(16), qat_config=recipe())
@@ -211,6 +215,7 @@ def always_2(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_model_of_the_users_own_init_is_prepared_for_every_training(tmp_path: Path):
     class Mine(QATTrainer):
         def call_model_init(self, trial: Any = None) -> nn.Module:

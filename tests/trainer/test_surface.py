@@ -184,8 +184,17 @@ SURFACE: dict[str, Row] = {
 }
 
 
+#: Rows that have another test in every run: in `test_batches.py`, `test_subclassing.py`, `test_streams.py`, and below.
+SLOW = (
+    "attributes set after super().__init__()",
+    "compute_loss, and log inside it",
+    "images of several sizes",
+    "a stream as the train set",
+)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
-@pytest.mark.parametrize("row", SURFACE)
+@pytest.mark.parametrize("row", [pytest.param(r, marks=[pytest.mark.slow] if r in SLOW else []) for r in SURFACE])
 def test_what_is_tried_gives_the_same_as_with_trainer(tmp_path: Path, row: str):
     plain, ours = (SURFACE[row](kind, tmp_path / kind.__name__) for kind in (Trainer, QATTrainer))
     assert ours == plain

@@ -108,7 +108,7 @@ class TestDropIn:
         saved = values_in(Path(trainer.state.best_model_checkpoint))
         assert differing(values(trainer.model), saved) == []
 
-    @pytest.mark.parametrize("name", ["yolos", "detr"])
+    @pytest.mark.parametrize("name", ["yolos", pytest.param("detr", marks=pytest.mark.slow)])
     def test_boxes_train_through_a_collator_of_the_users(self, tmp_path: Path, name: str):
         case = HUGGING_FACE[name]
         rows = [{"pixel_values": p, "labels": b} for p, b in zip(case.pixels(8), case.labels(8), strict=True)]
@@ -280,7 +280,7 @@ class TestCalibration:
             expected = trainer.model.eval()(pixel_values=data["pixel_values"][:], labels=data["labels"][:]).loss
         assert loss == pytest.approx(expected.item(), rel=1e-5)
 
-    @pytest.mark.parametrize("how", ["evaluate", "predict"])
+    @pytest.mark.parametrize("how", ["evaluate", pytest.param("predict", marks=pytest.mark.slow)])
     def test_a_model_without_ranges_is_calibrated_before_it_is_measured(
         self, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
     ):

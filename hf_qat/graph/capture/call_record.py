@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hf_qat.graph.captured import CallSignature, flatten_call
+from hf_qat.graph.call_signature import CallSignature, flatten_call
 
 
 #: Modules that do no tensor work of their own outside training.

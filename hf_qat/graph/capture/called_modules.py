@@ -33,17 +33,22 @@ def called_modules(model: nn.Module) -> Iterator[set[str]]:
 def opened_by_callers(model: nn.Module, search: Search, called: Collection[str]) -> Search:
     """`search`, with the parts opened that are never called themselves, while modules inside them are.
 
-    `DetrForSegmentation` calls the backbone, the encoder and the decoder of the detector inside it one by one.
+    `DetrForSegmentation` calls the backbone, the encoder and the decoder of the detector inside it one by one, and a
+    stage of ResNet the layers of its `nn.Sequential`.
     """
     opened = set(search.opened)
     for path in called:
-        around = [path[:dot] for dot, letter in enumerate(path) if letter == "."]
-        outermost = next((part for part in around if part in called), path)
-        opened |= {
-            part
-            for part in around
-            if len(part) < len(outermost)
-            and not search.excluded(part)
-            and not isinstance(model.get_submodule(part), (nn.ModuleList, nn.ModuleDict))
-        }
+        opened |= _never_called_around(model, path, search, called)
     return search if opened == set(search.opened) else replace(search, opened=frozenset(opened))
+
+
+def _never_called_around(model: nn.Module, path: str, search: Search, called: Collection[str]) -> set[str]:
+    """Of the modules around `path`, from the outside to the first one that is a part, those that are not called."""
+    found = set()
+    for part in (path[:dot] for dot, letter in enumerate(path) if letter == "."):
+        if part in search.opened or isinstance(model.get_submodule(part), (nn.ModuleList, nn.ModuleDict)):
+            continue
+        if part in called or search.excluded(part):
+            break
+        found.add(part)
+    return found

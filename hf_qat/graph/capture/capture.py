@@ -30,7 +30,8 @@ from hf_qat.graph.capture.modes import ready_for_capture
 from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
 from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals, stored_way
-from hf_qat.graph.captured import CapturedGraph, CapturedModule, install, user_hooks, without_user_hooks
+from hf_qat.graph.captured import CapturedModule, install, user_hooks, without_user_hooks
+from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.progress import progress
 from hf_qat.quantization.class_swap import require_free_names
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
+from hf_qat.graph.call_signature import flatten_call
 from hf_qat.graph.capture.call_record import CallRecord, Records, Search, add_run, record_run
 from hf_qat.graph.capture.called_modules import called_modules, opened_by_callers
 from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, as_call, changed_images, device_of, with_batch
 from hf_qat.graph.capture.meta_device import MetaCapture, without_weights
 from hf_qat.graph.capture.modes import buffers_kept
-from hf_qat.graph.captured import flatten_call
 
 
 logger = logging.getLogger(__name__)

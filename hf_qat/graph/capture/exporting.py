@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import CaptureError
+from hf_qat.graph.call_signature import CallSignature, Constant, Leaf, leaf_of
 from hf_qat.graph.capture.batch_norm_names import restore_batch_norms
 from hf_qat.graph.capture.call_record import CallRecord
 from hf_qat.graph.capture.clean import Constants, UnclearWriteError, clean
@@ -25,7 +26,7 @@ from hf_qat.graph.capture.foreign_random import refusing_foreign_random_numbers
 from hf_qat.graph.capture.guards import doubtful_sizes
 from hf_qat.graph.capture.modes import modes_kept, put_into_mode
 from hf_qat.graph.capture.regions import has_regions
-from hf_qat.graph.captured import CallSignature, CapturedGraph, Constant, Leaf, leaf_of
+from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.generated_code import require_plain_names
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_qat.graph.call_signature import CallSignature
 from hf_qat.graph.capture.clean import Extended
 from hf_qat.graph.capture.modes import buffers_kept, modes_kept, put_into_mode
-from hf_qat.graph.captured import CallSignature, CapturedGraph
+from hf_qat.graph.captured_graph import CapturedGraph
 
 
 #: Largest difference that counts as none, relative to the largest value of a tensor: that of another order of sums.

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_qat.graph.capture.clean import Extended
 from hf_qat.graph.capture.meta_device import META, without_weights
 from hf_qat.graph.capture.modes import put_into_mode
-from hf_qat.graph.captured import CapturedGraph
+from hf_qat.graph.captured_graph import CapturedGraph
 
 
 logger = logging.getLogger(__name__)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import CaptureError
+from hf_qat.graph.call_signature import CallSignature, flatten_call
 from hf_qat.graph.capture.call_record import CallRecord, Records, Search
 from hf_qat.graph.capture.dry_run import forward
 from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, changed_images, device_of, with_batch
 from hf_qat.graph.capture.labelled import FIXED, VARIED, LabelSize, resize_labels
 from hf_qat.graph.capture.meta_device import META
 from hf_qat.graph.capture.rehearsal import Run, rehearse
-from hf_qat.graph.captured import CallSignature, flatten_call
 
 
 @dataclass

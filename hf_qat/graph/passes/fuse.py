@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from hf_qat.config.targets import Restrictions
-from hf_qat.graph.captured import CapturedGraph, CapturedModule
+from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.layer_calls import layer_calls
 from hf_qat.graph.nodes import call_before, eliminate_dead_code, replace_node
 from hf_qat.graph.norm_calls import drop_counting, norm_path

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from hf_qat.graph.captured import ARGUMENT
+from hf_qat.graph.captured_graph import ARGUMENT
 from hf_qat.graph.nodes import module_path, operation_name
 
 

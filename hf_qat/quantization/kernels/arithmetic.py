@@ -11,7 +11,10 @@ ROUNDING = tl.constexpr(12582912.0)
 
 @triton.jit
 def to_codes(y, low, high):
-    """`clamp(round(y), low, high)` for whole bounds: a value between them rounds to one between them. NaN stays."""
+    """`clamp(round(y), low, high)` for whole bounds: a value between them rounds to one between them.
+
+    NaN stays; a zero has no sign.
+    """
     y = tl.where(y < low, low, tl.where(y > high, high, y))
     return (y + ROUNDING) - ROUNDING
 

@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """One kernel each way for the weight of a layer: batch norm folded in, quantized per channel, and the bias with it.
 
-The expressions are those of `hf_qat.quantization.folding` and `hf_qat.quantization.layers`, and so are the gradients.
+The expressions are those of `hf_qat.quantization.layer_folding`, and so are the gradients.
 """
 
 import math
@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_qat.quantization.kernels.arithmetic import divide, scale_of, to_codes
+from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
+from hf_qat.quantization.kernels.folding import Folding, Norm
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
-from hf_qat.quantization.layer_folding import SMALLEST_FACTOR as SMALLEST
-from hf_qat.quantization.layer_folding import Folding, Norm
 
 
 #: Values of a channel that a program works on together: the least of these that holds them all, or the last.
@@ -40,91 +40,100 @@ def _place(c, start, channels, inner, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _factor(variance_at, gamma_at, c, eps, LIVE: tl.constexpr):
+    """1 / sigma and gamma / sigma of a channel; the latter is not 0 where it will be divided by."""
+    inverse = tl.rsqrt(tl.load(variance_at + c) + eps)
+    factor = inverse
+    if gamma_at is not None:
+        factor = tl.load(gamma_at + c) * inverse
+    if LIVE:
+        factor = tl.where(tl.abs(factor) < SMALLEST_FACTOR, SMALLEST_FACTOR, factor)
+    return inverse, factor
+
+
+@triton.jit
+def _multiplier_and_step(scale, factor, LIVE: tl.constexpr):
+    """What a weight is multiplied by to be in steps, and the size of a step of what comes out."""
+    step = scale
+    if LIVE:
+        step = divide(scale, factor)
+    return divide(factor, scale), step
+
+
+@triton.jit
+def _in_steps(w, multiplier, FOLDS: tl.constexpr):
+    """A weight in steps; without a batch norm, `multiplier` is what it is divided by."""
+    if FOLDS:
+        y = w * multiplier
+    else:
+        y = divide(w, multiplier)
+    return y
+
+
+@triton.jit
+def _fold_bias(bias_out_at, kept_at, mean_at, beta_at, bias_at, inverse, factor, c, channels):
+    """Store the bias of a channel, and what its gradients need."""
+    shift = tl.load(mean_at + c)
+    if bias_at is not None:
+        shift = shift - tl.load(bias_at + c)
+    folded = -shift * factor
+    if beta_at is not None:
+        folded = tl.load(beta_at + c) + folded
+    tl.store(bias_out_at + c, folded.to(bias_out_at.dtype.element_ty))
+    tl.store(kept_at + INVERSE * channels + c, inverse)
+    tl.store(kept_at + SHIFT * channels + c, shift)
+
+
+@triton.jit
 def _fold(
-    w_at,
-    out_at,
-    log2_scale_at,
-    kept_at,
-    bias_out_at,
-    mean_at,
-    variance_at,
-    gamma_at,
-    beta_at,
-    bias_at,
-    eps,
-    qmin,
-    qmax,
-    channels,
-    length,
-    inner,
-    PER_CHANNEL: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    LIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    w_at, out_at, log2_scale_at, kept_at, bias_out_at, mean_at, variance_at, gamma_at, beta_at, bias_at, eps,
+    qmin, qmax, channels, length, inner,
+    PER_CHANNEL: tl.constexpr, POWER_OF_TWO: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each channel."""
     c = tl.program_id(0)
     scale = scale_of(tl.load(log2_scale_at + (c if PER_CHANNEL else 0)), POWER_OF_TWO)
-    step = scale
-    multiplier = scale
+    multiplier, step = scale, scale
     if variance_at is not None:
-        inverse = tl.rsqrt(tl.load(variance_at + c) + eps)
-        factor = inverse
-        if gamma_at is not None:
-            factor = tl.load(gamma_at + c) * inverse
-        if LIVE:
-            factor = tl.where(tl.abs(factor) < SMALLEST_FACTOR, SMALLEST_FACTOR, factor)
-            step = divide(scale, factor)
-        else:
-            shift = tl.load(mean_at + c)
-            if bias_at is not None:
-                shift = shift - tl.load(bias_at + c)
-            folded = -shift * factor
-            if beta_at is not None:
-                folded = tl.load(beta_at + c) + folded
-            tl.store(bias_out_at + c, folded.to(bias_out_at.dtype.element_ty))
-            tl.store(kept_at + INVERSE * channels + c, inverse)
-            tl.store(kept_at + SHIFT * channels + c, shift)
+        inverse, factor = _factor(variance_at, gamma_at, c, eps, LIVE)
+        multiplier, step = _multiplier_and_step(scale, factor, LIVE)
         tl.store(kept_at + FACTOR * channels + c, factor)
-        multiplier = divide(factor, scale)
+        if not LIVE:
+            _fold_bias(bias_out_at, kept_at, mean_at, beta_at, bias_at, inverse, factor, c, channels)
     start = 0
     while start < length:
         j, place = _place(c, start, channels, inner, BLOCK)
         w = tl.load(w_at + place, mask=j < length, other=0.0).to(tl.float32)
-        y = w * multiplier if variance_at is not None else divide(w, scale)
-        out = to_codes(y, qmin, qmax) * step
+        out = to_codes(_in_steps(w, multiplier, variance_at is not None), qmin, qmax) * step
         tl.store(out_at + place, out.to(out_at.dtype.element_ty), mask=j < length)
         start += BLOCK
 
 
 @triton.jit
+def _bias_backward(bias_grad_at, sums_at, kept_at, passed, factor, c, channels):
+    """Store the gradients of gamma, beta and the layer's bias; `passed`: the sum of weights times their gradients."""
+    inverse = tl.load(kept_at + INVERSE * channels + c)
+    shift = tl.load(kept_at + SHIFT * channels + c)
+    grad = tl.load(bias_grad_at + c).to(tl.float32)
+    tl.store(sums_at + BY_GAMMA * channels + c, (passed - grad * shift) * inverse)
+    tl.store(sums_at + BY_BETA * channels + c, grad)
+    tl.store(sums_at + BY_BIAS * channels + c, grad * factor)
+
+
+@triton.jit
 def _fold_backward(
-    grad_at,
-    bias_grad_at,
-    w_at,
-    dw_at,
-    sums_at,
-    log2_scale_at,
-    kept_at,
-    qmin,
-    qmax,
-    channels,
-    length,
-    inner,
-    PER_CHANNEL: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    LIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_at, bias_grad_at, w_at, dw_at, sums_at, log2_scale_at, kept_at,
+    qmin, qmax, channels, length, inner,
+    PER_CHANNEL: tl.constexpr, POWER_OF_TWO: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each channel: the gradient of its weights, and the sums for its parameters."""
     c = tl.program_id(0)
     scale = scale_of(tl.load(log2_scale_at + (c if PER_CHANNEL else 0)), POWER_OF_TWO)
-    step = scale
-    multiplier = scale
-    factor = 1.0
+    multiplier, step, factor, slope = scale, scale, 1.0, 1.0
     if kept_at is not None:
         factor = tl.load(kept_at + FACTOR * channels + c)
-        multiplier = divide(factor, scale)
-        if LIVE:
-            step = divide(scale, factor)
+        multiplier, step = _multiplier_and_step(scale, factor, LIVE)
+        slope = multiplier * step
     changed = tl.zeros((BLOCK,), tl.float32)
     passed = tl.zeros((BLOCK,), tl.float32)
     start = 0
@@ -132,39 +141,22 @@ def _fold_backward(
         j, place = _place(c, start, channels, inner, BLOCK)
         w = tl.load(w_at + place, mask=j < length, other=0.0).to(tl.float32)
         grad = tl.load(grad_at + place, mask=j < length, other=0.0).to(tl.float32)
-        y = w * multiplier if kept_at is not None else divide(w, scale)
+        y = _in_steps(w, multiplier, kept_at is not None)
         inside = (y > qmin) & (y < qmax)
         dy = tl.where(inside, grad, 0.0)
         changed += grad * (to_codes(y, qmin, qmax) - tl.where(inside, y, 0.0))
         passed += dy * w
-        dw = dy
-        if kept_at is not None:
-            dw = dy * (multiplier * step)
-        tl.store(dw_at + place, dw.to(dw_at.dtype.element_ty), mask=j < length)
+        tl.store(dw_at + place, (dy * slope).to(dw_at.dtype.element_ty), mask=j < length)
         start += BLOCK
     tl.store(sums_at + BY_SCALE * channels + c, tl.sum(changed) * (step * LN2))
     if bias_grad_at is not None:
-        inverse = tl.load(kept_at + INVERSE * channels + c)
-        shift = tl.load(kept_at + SHIFT * channels + c)
-        grad = tl.load(bias_grad_at + c).to(tl.float32)
-        tl.store(sums_at + BY_GAMMA * channels + c, (tl.sum(passed) - grad * shift) * inverse)
-        tl.store(sums_at + BY_BETA * channels + c, grad)
-        tl.store(sums_at + BY_BIAS * channels + c, grad * factor)
+        _bias_backward(bias_grad_at, sums_at, kept_at, tl.sum(passed), factor, c, channels)
 
 
 def fused_fold(
     weight: Tensor, log2_scale: Tensor, norm: Norm | None, folding: Folding
 ) -> tuple[Tensor, Tensor | None]:
-    """The fake-quantized weight, a batch norm folded in, and its bias, `None` without a batch norm or with a live one.
-
-    Gradients reach the weight, `log2_scale`, gamma, beta and the layer's bias; the last three only if not `live`.
-
-    Args:
-        weight: any shape and layout, float32.
-        log2_scale: () or (C,) float32.
-        norm: what is folded in, if anything.
-        folding: the rest.
-    """
+    """See `fold_layer`, which calls it where Triton runs."""
     out, bias = _FusedFold.apply(weight, log2_scale, *(norm or (None,) * 5), folding)
     return out, bias
 

@@ -44,3 +44,27 @@ def test_only_modules_that_are_never_called_are_opened():
     assert set(opened_by_callers(model, Search(), called).opened) == {"", "inner"}
     assert opened_by_callers(model, Search(), {"", "inner", "inner.body", "last"}) == Search()
     assert opened_by_callers(model, Search(lambda path: path == "inner"), called).opened == ("",)
+
+
+class Stage(nn.Module):
+    """A stage of ResNet: calls the layers of an `nn.Sequential` one by one, and not the latter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_of_a_sequential_that_is_not_called_itself_are_quantized_in_a_part_that_stays_python():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Stage(), nn.Linear(4, 2)), torch.randn(2, 4)
+    twin = copy.deepcopy(model)
+    model[0].layers[1].register_forward_hook(lambda module, inputs, output: None)
+    prepare_qat(model, QATConfig(), x)
+    assert list(qat_layers(model)) == ["0.layers.0", "0.layers.1", "1"]
+    with fake_quant_disabled(model):
+        torch.testing.assert_close(model(x), twin(x))

@@ -6,6 +6,7 @@ import argparse
 import copy
 import dataclasses
 import logging
+from functools import partial
 
 import onnx
 import pytest
@@ -138,6 +139,51 @@ def test_hooks_on_inner_modules_fire_after_prepare():
     assert seen == ["forward", "backward"]
 
 
+#: One of each kind of module: a part, a block, a layer, its batch norm, and an activation.
+HOOKED = (
+    "resnet.embedder",
+    "resnet.encoder.stages.1",
+    "resnet.encoder.stages.0.layers.0.layer.0.convolution",
+    "resnet.encoder.stages.0.layers.0.layer.0.normalization",
+    "resnet.encoder.stages.0.layers.0.activation",
+    "classifier.1",
+)
+
+
+def note_calls(model: nn.Module) -> dict[str, object]:
+    """What hooks of all four kinds are given, by kind and path, of the latest call."""
+    seen: dict[str, object] = {}
+    for path in HOOKED:
+        module = model.get_submodule(path)
+
+        def note(*given: object, key: str) -> None:
+            seen[key] = given[1:]
+
+        module.register_forward_pre_hook(partial(note, key=f"before {path}"), with_kwargs=True)
+        module.register_forward_hook(partial(note, key=f"after {path}"), with_kwargs=True)
+        module.register_full_backward_pre_hook(partial(note, key=f"gradients before {path}"))
+        module.register_full_backward_hook(partial(note, key=f"gradients after {path}"))
+    return seen
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # images require no gradient
+def test_hooks_from_before_get_what_those_of_the_float_model_get_and_every_layer_is_quantized(training):
+    model, x, labels = resnet(), torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    twin = copy.deepcopy(model)
+    ours, theirs = note_calls(model), note_calls(twin)
+    prepare_qat(model, example_inputs={"pixel_values": x})
+    layers = {path for path, module in twin.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    assert qat_layers(model).keys() >= layers  # and a batch norm on its own
+    ours.clear()
+    with fake_quant_disabled(model):
+        model.train(training)(x, labels=labels).loss.backward()
+    twin.train(training)(x, labels=labels).loss.backward()
+    assert ours.keys() == theirs.keys() and len(ours) == 4 * len(HOOKED)
+    for key, given in theirs.items():
+        torch.testing.assert_close(ours[key], given, atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def test_a_hook_on_the_captured_part_itself_acts_once():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
     model[0].register_forward_hook(lambda module, inputs, output: output * 3.0)
@@ -158,6 +204,21 @@ def test_a_hook_that_is_added_later_warns_once(caplog):
     messages = [record.getMessage() for record in caplog.records if "hook" in record.getMessage()]
     assert len(messages) == 1
     assert type(inner).__name__.removeprefix("QAT") in messages[0]
+
+
+def test_a_hook_that_a_layer_gets_later_is_called_with_batch_norm_done_and_the_warning_says_so(caplog):
+    model, x = resnet().eval(), torch.randn(2, 3, 32, 32)
+    twin, block = copy.deepcopy(model), "resnet.encoder.stages.0.layers.0.layer.0"
+    prepare_qat(model, example_inputs={"pixel_values": x})
+    ours, theirs = [], []
+    layer, norm = model.get_submodule(f"{block}.convolution"), twin.get_submodule(f"{block}.normalization")
+    layer.register_forward_hook(lambda module, inputs, output: ours.append(output))
+    norm.register_forward_hook(lambda module, inputs, output: theirs.append(output))
+    with caplog.at_level(logging.WARNING, "hf_qat"), fake_quant_disabled(model):
+        model(x)
+    twin(x)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert "the batch norm after it" in caplog.text and "Add hooks before prepare_qat" in caplog.text
 
 
 class Boxes(nn.Module):

@@ -272,6 +272,23 @@ def test_integers_and_what_is_computed_from_them_alone_are_not_quantized():
     assert set(activations(model)) == {"table.activation_quantizer", "linear.activation_quantizer"}
 
 
+def test_a_parameter_that_divides_is_not_rounded_to_zero():
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.divisor = conv(), nn.Parameter(torch.tensor([1e-3, 1.0, 1.0, 1.0]).view(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) / self.divisor
+
+    model = Divided().eval()
+    with torch.no_grad():
+        expected = model(X)
+        result = calibrate(prepare_qat(model, QATConfig(), X), [X])(X)
+    assert set(activations(model)) == {"x_quantizer", "conv.activation_quantizer", "div_0_quantizer"}
+    torch.testing.assert_close(result, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
 def test_a_relu6_that_a_quantizer_computes_bounds_its_scale():
     for target, limit in (("int8", 6 / 255), ("TDA4VM", None)):
         model = prepared(lambda part, x: functional.relu6(part[0](x * 10)), conv(), target=target)

@@ -211,12 +211,14 @@ class Scattered(nn.Module):
         return torch.slice_scatter(x, x.narrow(dim, start, end - start) * 2, dim, start, end)
 
 
-@pytest.mark.parametrize("where", [(-1, 0, 2), (1, 1, 4), (2, 2, 6), (1, 0, 5)])
-def test_what_is_written_to_a_slice_becomes_a_concatenation(where):
+@pytest.mark.parametrize(("where", "pieces"), [((-1, 0, 2), 2), ((1, 1, 4), 3), ((2, 2, 6), 2), ((1, 0, 5), 1)])
+def test_what_is_written_to_a_slice_becomes_a_concatenation_without_empty_pieces(where, pieces):
     model = Scattered(*where)
     captured = capture(model, torch.randn(2, 5, 6))
     rewrite(captured)
     assert not any("slice_scatter" in str(node.target) for node in captured[""].graph.nodes)
+    joined = [node for node in captured[""].graph.nodes if node.target is torch.ops.aten.cat.default]
+    assert [len(node.args[0]) for node in joined] == ([pieces] if pieces > 1 else [])
     x = torch.randn(3, 5, 6)
     assert torch.equal(model(x), Scattered(*where)(x))
 

@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from torch import Tensor
 from hf_qat.quantization import kernels
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels.code_range import CodeRange
+from hf_qat.quantization.kernels.folding import Folding, Norm
+from hf_qat.quantization.layer_folding import fold_layer
 from hf_qat.quantization.learned import learned_fake_quantize, levels
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
@@ -113,8 +116,6 @@ def test_values_and_gradients_are_those_of_torch(case: tuple):
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize("shape", [(6, 5, 3, 3), (4, 3, 10, 11)], ids=["short channels", "long channels"])
 def test_folded_weight_bias_and_gradients_are_those_of_torch(shape: tuple, layout: str, axis: int, kind: str):
-    from hf_qat.quantization.kernels.weight import Folding, Norm, fused_fold
-
     channels = shape[axis]
     mean, variance = torch.randn(channels, device=DEVICE), torch.rand(channels, device=DEVICE) + 0.5
     start = [LAYOUTS[layout](torch.randn(shape, device=DEVICE)), torch.full((channels,), -5.0, device=DEVICE)]
@@ -127,7 +128,7 @@ def test_folded_weight_bias_and_gradients_are_those_of_torch(shape: tuple, layou
         if fused:
             norm = None if kind == "plain" else Norm(mean, variance, gamma, beta, bias)
             folding = Folding(-127, 127, axis, False, kind == "live", 1e-5, torch.float32)
-            outputs = [out for out in fused_fold(weight, log2_scale, norm, folding) if out is not None]
+            outputs = [out for out in fold_layer(weight, log2_scale, norm, folding) if out is not None]
         else:
             scale, factor = torch.exp2(log2_scale), gamma * torch.rsqrt(variance + 1e-5)
             multiplier, step = {
@@ -182,7 +183,8 @@ def test_where_triton_does_not_run_the_log_says_so_once(caplog: pytest.LogCaptur
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED or DEVICE.type == "cuda" or INTERPRETED, reason="Triton is not there, or runs here")
 def test_they_hold_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).parents[1] / "test_layer_folding.py")]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout.replace("1 skipped", "")  # but for this one

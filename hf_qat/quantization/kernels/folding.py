@@ -1,0 +1,43 @@
+"""What a kernel is told of the layer whose weight it folds, beside the weight and its scale."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+#: Below this, a channel's fold factor counts as zero: dividing by it would overflow float32.
+SMALLEST_FACTOR = 1e-12
+
+
+class Folding(NamedTuple):
+    """What is fixed about a layer's weight.
+
+    Attributes:
+        qmin, qmax: lowest and highest code.
+        axis: the axis of the weight that channels run along.
+        power_of_two: the exponents of scales are rounded.
+        live: the factor is divided out again, because a batch norm follows that uses batch statistics.
+        eps: of the batch norm.
+        dtype: of the folded weight and bias, where a kernel writes them.
+    """
+
+    qmin: int
+    qmax: int
+    axis: int
+    power_of_two: bool
+    live: bool
+    eps: float
+    dtype: torch.dtype
+
+
+class Norm(NamedTuple):
+    """The tensors of a batch norm, (C,) each, and the bias of the layer before it."""
+
+    mean: Tensor
+    variance: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    bias: Tensor | None

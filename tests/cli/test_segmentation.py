@@ -1,0 +1,112 @@
+"""Segmentation at the command line: measures against figures worked out by hand, and the commands that print them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from math import e, log
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from hf_qat.cli.main import main
+from hf_qat.cli.tasks import segmentation
+
+
+#: A quarter of what is counted is class 0, a half is class 1, a quarter class 2; the model says 1 everywhere.
+EXPECTED = {"mean_iou": 0.5 / 3, "pixel_accuracy": 0.5}
+
+
+def mask() -> np.ndarray:
+    """(32, 32) uint8, with four rows that belong to no class."""
+    classes = np.ones((32, 32), np.uint8)
+    classes[:, :8], classes[:, 24:] = 0, 2
+    classes[:4] = segmentation.IGNORED
+    return classes
+
+
+def test_measures_of_a_map_with_one_pixel_wrong():
+    """Class 0 is found in 1 of its 2 pixels, class 1 in its 2 and in 1 more; nothing is known of the last."""
+    truth = np.array([[[0, 0, 1], [1, 255, 255]]])
+    said = np.array([[[0, 1, 1], [1, 0, 1]]])
+    logits = np.moveaxis(np.eye(3, dtype=np.float32)[said], -1, 1)
+    for predictions in (logits, (logits, None)):
+        found = segmentation.metrics(None, SimpleNamespace(predictions=predictions, label_ids=truth))
+        assert found == pytest.approx({"mean_iou": (1 / 2 + 2 / 3) / 2, "pixel_accuracy": 3 / 4})
+
+
+def test_logits_of_a_coarser_grid_are_brought_to_that_of_the_truth():
+    logits = np.zeros((1, 2, 2, 2), np.float32)
+    logits[:, 1, :, 1] = 4.0
+    logits[:, 0, :, 0] = 4.0
+    truth = np.repeat(np.array([[[0, 0, 1, 1]]]), 4, axis=1)
+    found = segmentation.metrics(None, SimpleNamespace(predictions=logits, label_ids=truth))
+    assert found == {"mean_iou": 1.0, "pixel_accuracy": 1.0}
+
+
+def test_classes_are_numbers_up_to_the_largest_and_what_is_ignored_is_none():
+    assert segmentation.class_names({"label": [mask(), np.full((2, 2), 255)]}, "label") == ["0", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Eight images with masks in `photos.jsonl`, and `float/` with a SegFormer that says class 1 everywhere."""
+    root, generator = tmp_path_factory.mktemp("segmentation"), np.random.default_rng(0)
+    (root / "photos").mkdir()
+    for number in range(8):
+        Image.fromarray(generator.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(root / f"photos/{number}.png")
+        Image.fromarray(mask()).save(root / f"photos/{number}_classes.png")
+    names = [{"image": f"photos/{n}.png", "label": f"photos/{n}_classes.png"} for n in range(8)]
+    (root / "photos.jsonl").write_text("\n".join(map(json.dumps, names)))
+    torch.manual_seed(0)
+    sizes = {"hidden_sizes": [4, 4, 8, 8], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]}
+    config = transformers.SegformerConfig(**sizes, sr_ratios=[1, 1, 1, 1], decoder_hidden_size=8, num_labels=3)
+    model = transformers.SegformerForSemanticSegmentation(config)
+    torch.nn.init.zeros_(model.decode_head.classifier.weight)
+    model.decode_head.classifier.bias.data = torch.tensor([0.0, 1.0, 0.0])
+    model.save_pretrained(root / "float")
+    processor = transformers.SegformerImageProcessorPil(size={"height": 32, "width": 32})
+    processor.save_pretrained(root / "float")
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, root / "cache"
+    datasets.disable_progress_bars()
+    yield root
+    datasets.enable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def options(folder: Path, model: str) -> list[str]:
+    names = {"--model_name_or_path": folder / model, "--dataset_name": folder / "photos.jsonl"}
+    names |= {"--task": "semantic-segmentation", "--train_val_split": "0.5"}
+    return [str(word) for option in names.items() for word in option]
+
+
+def last_json(printed: str) -> dict[str, float]:
+    return json.loads(printed[printed.index("{") :])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluate_reads_masks_beside_the_file_and_prints_what_one_class_everywhere_is_worth(folder, capsys):
+    assert main(["evaluate", *options(folder, "float"), "--batch_size", "3"]) == 0
+    measured = last_json(capsys.readouterr().out)
+    assert measured.pop("loss") == pytest.approx(log(2 + e) - 0.5, rel=1e-5)  # the cross entropy of logits 0, 1, 0
+    assert measured == pytest.approx(EXPECTED)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_train_reports_it_at_each_stage_and_evaluate_measures_the_file(folder, tmp_path, capsys):
+    arguments = ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--learning_rate", "0", "--use_cpu"]
+    arguments += ["--save_strategy", "no", "--disable_tqdm", "True", "--report_to", "none"]
+    assert main(["train", *options(folder, "float"), *arguments]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "mean_iou" in line and line.startswith("  ")]
+    assert len(lines) == 4 and "ONNX Runtime" in lines[-1]
+    assert all("mean_iou 0.1667" in line and "pixel_accuracy 0.5" in line for line in lines)
+    assert main(["evaluate", *options(folder, str(tmp_path / "out/export/onnx/model.onnx"))]) == 0
+    measured = last_json(capsys.readouterr().out)
+    assert {name: measured[name] for name in EXPECTED} == pytest.approx(EXPECTED)

@@ -65,8 +65,8 @@ class QATTrainer(CheckpointingTrainer):
     `ScheduleCallback.metrics` describes. Calibration alone is often enough: call `calibrate()` and `evaluate()` first.
 
     Learning rate: start from the one that trained the float model. Texas Instruments advises a hundredth of it; in our
-    measurements a twentieth was better at 8 bits, and a fifth to two fifths at 4 bits. One to three epochs, a cosine
-    or linear schedule.
+    measurements a twentieth was better at 8 bits, and a tenth to two fifths at 4 bits. One to three epochs, a cosine
+    or linear schedule. `hf_qat.read_recipe` has what was measured for each kind of network.
 
     A subclass overrides the hooks as those of Trainer, and calls `super()` to keep what is added to them:
 

@@ -56,6 +56,7 @@ METHODS = {
     "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
     "calibrated, best, then QAT, 1 epoch": Method(1, effort="best"),
+    "QAT, 1 epoch, four times the rate": Method(1, share=4.0),
     "QAT, 3 epochs": Method(3),
     "calibrated, best, then QAT, 3 epochs": Method(3, effort="best"),
     "QAT, 3 epochs, distilled": Method(3, distil=True),
@@ -144,7 +145,7 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
     net, how = NETS[name], METHODS[method]
     model = bench.float_model(name, seed)
     before = points(list(_answers(model, bench.test)), bench.test, net.dense)
-    directory = bench.directory / "quantized" / f"{name}-{target}-{seed}"
+    directory = bench.directory / "quantized" / f"{name}-{target}-{method}-{seed}"
     options = arguments(str(directory), net, seed, learning_rate(net, target) * how.share, max(how.epochs, 1))
     trainer = QATTrainer(
         copy.deepcopy(model).to(memory_format=torch.channels_last),

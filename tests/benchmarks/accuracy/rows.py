@@ -56,7 +56,6 @@ METHODS = {
     "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
     "calibrated, best, then QAT, 1 epoch": Method(1, effort="best"),
-    "QAT, 1 epoch, four times the rate": Method(1, share=4.0),
     "QAT, 3 epochs": Method(3),
     "calibrated, best, then QAT, 3 epochs": Method(3, effort="best"),
     "QAT, 3 epochs, distilled": Method(3, distil=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,8 @@ def test_train_save_load_and_export(mode: str, tmp_path: Path):
 @pytest.mark.parametrize("flags", [["-W", "error"], ["-O"], ["-OO"]], ids=" ".join)
 def test_every_public_name_is_imported(flags: list[str]):
     """Without a warning; and without docstrings, which `-OO` drops."""
+    if "-OO" in flags and find_spec("peft") is not None:
+        pytest.skip("transformers imports peft where it is installed, and with it models that need their docstrings")
     code = "import hf_qat; [getattr(hf_qat, name) for name in hf_qat.__all__]; print('done')"
     result = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_bytes(work: Callable[[], None]) -> int:
     """Highest number of bytes allocated on the CPU at one time while `work` runs, beyond those allocated before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         work()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     allocated = peak = 0

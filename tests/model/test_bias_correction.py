@@ -19,7 +19,7 @@ class Biased(nn.Module):
     def __init__(self, bias: bool, norm: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(32, 6, bias=bias)
-        self.norm = nn.BatchNorm1d(6, eps=0.0) if norm else nn.Identity()
+        self.norm = nn.BatchNorm1d(6, eps=1e-12) if norm else nn.Identity()
         with torch.no_grad():
             codes = torch.randint(-6, 6, (6, 32), generator=torch.Generator().manual_seed(0)) + 0.4
             codes[:, 0] = 7.0  # fixes the step at 1

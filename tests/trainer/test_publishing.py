@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_qat.errors import ConfigError, ExportError, StageError
 from hf_qat.export import export_onnx
@@ -64,7 +64,8 @@ class TestDirectory:
         loaded = AutoModelForImageClassification.from_pretrained(exported.directory)
         with torch.no_grad():
             assert torch.equal(loaded(exported.pixels).logits, exported.trainer.convert()(exported.pixels).logits)
-        assert isinstance(AutoImageProcessor.from_pretrained(exported.directory), ViTImageProcessorPil)
+        processor = AutoImageProcessor.from_pretrained(exported.directory)
+        assert type(processor).__name__.removesuffix("Pil") == "ViTImageProcessor"  # with torchvision, that
 
     @pytest.mark.parametrize("batch", [1, 3])
     def test_the_onnx_file_takes_any_batch_and_sees_the_same_classes(self, exported: Exported, batch: int):

@@ -167,7 +167,7 @@ class CapturedModule(nn.Module):
                 warned.add("modes")
                 _warn_of_mode(self, place)
             before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks
-            if (before or after or module._backward_hooks) and "hooks" not in warned and user_hooks(module):
+            if (before or after or module._backward_hooks) and "hooks" not in warned and _has_lost_hooks(module):
                 warned.add("hooks")
                 _warn_of_hook(self, place)
 
@@ -177,6 +177,11 @@ def _exchanged(owner: CapturedModule, place: Place) -> StageError:
         f"{place.path} of {type(owner).__name__} was exchanged or removed after prepare_qat: the graph, the "
         "quantizers and the optimizer know the one from before. Change the float model, then prepare it."
     )
+
+
+def _has_lost_hooks(module: nn.Module) -> bool:
+    """Whether a user's hooks are on it that are not called as on the float model; those on a quantizer are."""
+    return not isinstance(module, FakeQuantize) and bool(user_hooks(module))
 
 
 def _warn_of_hook(owner: CapturedModule, place: Place) -> None:

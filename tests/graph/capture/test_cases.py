@@ -19,6 +19,7 @@ from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabl
 from hf_qat.errors import CaptureError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.quantization.layers import qat_layers
+from hf_qat.quantization.quantizer import fake_quantizers
 from tests.models import detr, resnet
 
 
@@ -219,6 +220,16 @@ def test_a_hook_that_a_layer_gets_later_is_called_with_batch_norm_done_and_the_w
     twin(x)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert "the batch norm after it" in caplog.text and "Add hooks before prepare_qat" in caplog.text
+
+
+def test_a_hook_on_a_quantizer_is_called_without_a_warning(caplog):
+    model, x, seen = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4), []
+    prepared = calibrate(prepare_qat(model, example_inputs=x), [x]).eval()
+    quantizer = next(iter(fake_quantizers(prepared).values()))
+    quantizer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with caplog.at_level(logging.WARNING, "hf_qat"):
+        prepared(x)
+    assert torch.equal(seen[0], x) and "hook" not in caplog.text
 
 
 class Boxes(nn.Module):

@@ -167,7 +167,7 @@ class CapturedModule(nn.Module):
                 warned.add("modes")
                 _warn_of_mode(self, place)
             before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks
-            if (before or after or module._backward_hooks) and "hooks" not in warned and _has_lost_hooks(module):
+            if (before or after or module._backward_hooks) and "hooks" not in warned and _has_lost_hooks(place):
                 warned.add("hooks")
                 _warn_of_hook(self, place)
 
@@ -179,9 +179,10 @@ def _exchanged(owner: CapturedModule, place: Place) -> StageError:
     )
 
 
-def _has_lost_hooks(module: nn.Module) -> bool:
-    """Whether a user's hooks are on it that are not called as on the float model; those on a quantizer are."""
-    return not isinstance(module, FakeQuantize) and bool(user_hooks(module))
+def _has_lost_hooks(place: Place) -> bool:
+    """Whether a user's hooks are on it that no graph calls as the user means; it calls quantizers of activations."""
+    is_called = isinstance(place.module, FakeQuantize) and place.name != "weight_quantizer"
+    return not is_called and bool(user_hooks(place.module))
 
 
 def _warn_of_hook(owner: CapturedModule, place: Place) -> None:

@@ -225,11 +225,11 @@ def test_a_hook_that_a_layer_gets_later_is_called_with_batch_norm_done_and_the_w
 def test_a_hook_on_a_quantizer_is_called_without_a_warning(caplog):
     model, x, seen = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4), []
     prepared = calibrate(prepare_qat(model, example_inputs=x), [x]).eval()
-    quantizer = next(iter(fake_quantizers(prepared).values()))
+    quantizer = next(q for path, q in fake_quantizers(prepared).items() if "weight" not in path)
     quantizer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     with caplog.at_level(logging.WARNING, "hf_qat"):
         prepared(x)
-    assert torch.equal(seen[0], x) and "hook" not in caplog.text
+    assert len(seen) == 1 and "hook" not in caplog.text
 
 
 class Boxes(nn.Module):

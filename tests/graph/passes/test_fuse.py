@@ -144,6 +144,17 @@ class NormFirst(nn.Module):
         return self.behind(functional.max_pool2d(self.conv(torch.relu(self.norm(x))), 2))
 
 
+class CalledTwice(nn.Module):
+    """One batch norm, behind a convolution and somewhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.relu(self.norm(self.conv(x))))
+
+
 def grouped_transposed() -> nn.Module:
     return Pair(nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6))
 
@@ -154,9 +165,10 @@ def grouped_transposed() -> nn.Module:
         (SharedConv, {"conv", "first", "second"}),
         (TwoUsers, {"conv", "norm"}),
         (NormFirst, {"norm", "conv", "behind"}),
+        (CalledTwice, {"conv", "norm"}),
         (grouped_transposed, {"layer", "norm"}),
     ],
-    ids=["shared", "two users", "norm first", "grouped transposed"],
+    ids=["shared", "two users", "norm first", "called twice", "grouped transposed"],
 )
 def test_a_batch_norm_that_cannot_be_folded_is_a_layer_of_its_own(make, layers):
     float_model = spread(make()).eval()

@@ -16,6 +16,7 @@ import transformers
 from PIL import Image
 
 from hf_qat.cli.main import main
+from tests.commands import data_sets_cached_in
 
 
 def draw(kind: str, generator: np.random.Generator) -> Image.Image:
@@ -42,11 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     transformers.ResNetForImageClassification(config).save_pretrained(root / "float")
     processor = transformers.ConvNextImageProcessorPil(size={"shortest_edge": 32}, crop_pct=1.0)
     processor.save_pretrained(root / "float")
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, root / "cache"
-    datasets.disable_progress_bars()
-    yield root
-    datasets.enable_progress_bars()
-    datasets.config.HF_DATASETS_CACHE = before
+    with data_sets_cached_in(root):
+        yield root
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from transformers.models.glpn.modeling_glpn import SiLogLoss
 from hf_qat.cli.main import main
 from hf_qat.cli.tasks import depth
 from hf_qat.errors import ConfigError
+from tests.commands import data_sets_cached_in, last_json
 
 
 class Pixels:
@@ -156,20 +156,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         torch.nn.init.zeros_(layer.bias)  # the sigmoid of 0, of at most 10 m
     model.save_pretrained(root / "float")
     transformers.GLPNImageProcessorPil().save_pretrained(root / "float")
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, root / "cache"
-    datasets.disable_progress_bars()
-    yield root
-    datasets.enable_progress_bars()
-    datasets.config.HF_DATASETS_CACHE = before
+    with data_sets_cached_in(root):
+        yield root
 
 
 def options(folder: Path, model: str, data: str = "photos.jsonl") -> list[str]:
     names = {"--model_name_or_path": folder / model, "--dataset_name": folder / data, "--task": "depth-estimation"}
     return [str(word) for option in {**names, "--train_val_split": 0.5}.items() for word in option]
-
-
-def last_json(printed: str) -> dict[str, float]:
-    return json.loads(printed[printed.index("{") :])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -18,6 +18,7 @@ from PIL import Image
 from hf_qat.cli.main import main
 from hf_qat.cli.tasks import detection
 from hf_qat.cli.tasks.detection import mean_average_precision, metrics
+from tests.commands import data_sets_cached_in
 from tests.models import tiny_yolos
 
 
@@ -113,11 +114,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         last.bias.data = torch.tensor(bias)
     model.save_pretrained(root / "float")
     transformers.YolosImageProcessorPil(size={"height": 32, "width": 32}, do_pad=False).save_pretrained(root / "float")
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, root / "cache"
-    datasets.disable_progress_bars()
-    yield root
-    datasets.enable_progress_bars()
-    datasets.config.HF_DATASETS_CACHE = before
+    with data_sets_cached_in(root):
+        yield root
 
 
 def options(folder: Path, model: str) -> list[str]:

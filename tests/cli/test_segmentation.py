@@ -8,7 +8,6 @@ from math import e, log
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 
 from hf_qat.cli.main import main
 from hf_qat.cli.tasks import segmentation
+from tests.commands import data_sets_cached_in, last_json
 
 
 #: A quarter of what is counted is class 0, a half is class 1, a quarter class 2; the model says 1 everywhere.
@@ -73,21 +73,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     model.save_pretrained(root / "float")
     processor = transformers.SegformerImageProcessorPil(size={"height": 32, "width": 32})
     processor.save_pretrained(root / "float")
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, root / "cache"
-    datasets.disable_progress_bars()
-    yield root
-    datasets.enable_progress_bars()
-    datasets.config.HF_DATASETS_CACHE = before
+    with data_sets_cached_in(root):
+        yield root
 
 
 def options(folder: Path, model: str) -> list[str]:
     names = {"--model_name_or_path": folder / model, "--dataset_name": folder / "photos.jsonl"}
     names |= {"--task": "semantic-segmentation", "--train_val_split": "0.5"}
     return [str(word) for option in names.items() for word in option]
-
-
-def last_json(printed: str) -> dict[str, float]:
-    return json.loads(printed[printed.index("{") :])
 
 
 @pytest.mark.filterwarnings("ignore")

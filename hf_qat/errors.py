@@ -56,6 +56,10 @@ class ExportError(HfQatError, RuntimeError):
     """A model or a path that cannot be exported to."""
 
 
+class FixedBatchError(ExportError):
+    """A model whose number of images in a batch cannot be left free in ONNX."""
+
+
 class InUseError(HfQatError, RuntimeError):
     """A directory that another process writes to."""
 

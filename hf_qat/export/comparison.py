@@ -21,6 +21,10 @@ WITHIN_STEP = 1.01
 SCORES = frozenset({"logits", "output"})
 
 
+#: Outputs of a detector that say of each query what it has found, and where.
+QUERIES = ("logits", "pred_boxes")
+
+
 @dataclass
 class Comparison:
     """Differences, collected batch by batch; `steps` are the quantization steps of the outputs."""
@@ -38,6 +42,7 @@ class Comparison:
 
     def add(self, expected: Sequence[tuple[str, np.ndarray]], results: Sequence[np.ndarray]) -> None:
         """One batch: the named outputs of torch, and those that are compared with them."""
+        results = _in_order_of_queries(expected, results)
         for k, ((name, wanted), got, step) in enumerate(zip(expected, results, self.steps, strict=True)):
             differences = _differences(wanted, got)
             largest = float(differences.max(initial=0.0))
@@ -64,6 +69,45 @@ class Comparison:
         relative = max(map(_relative, self.errors, self.energies), default=0.0)
         lsb = None if self.lsb is None or math.isinf(self.lsb) else round(self.lsb)
         return Agreement(share, lsb, self.difference, relative)
+
+
+def _in_order_of_queries(
+    expected: Sequence[tuple[str, np.ndarray]], results: Sequence[np.ndarray]
+) -> Sequence[np.ndarray]:
+    """The results of a detector with each query at the place of the one in `expected` that is nearest to it.
+
+    Queries that are chosen by their scores are a set: where two scores are nearly equal, they may change places.
+    """
+    named = {name: (wanted, got) for (name, wanted), got in zip(expected, results, strict=True)}
+    if not all(name in named and named[name][0].ndim == 3 for name in QUERIES):
+        return results
+    images, queries = named[QUERIES[0]][0].shape[:2]
+    order = np.stack([_nearest([(w[k], g[k]) for w, g in (named[name] for name in QUERIES)]) for k in range(images)])
+    ordered = []
+    for got in results:
+        axis = next((axis for axis in (1, 2) if got.ndim > axis and got.shape[axis] == queries), None)
+        index = None if axis is None or len(got) != images else order.reshape(images, *(1,) * (axis - 1), queries)
+        if index is None:
+            ordered.append(got)
+        else:
+            ordered.append(np.take_along_axis(got, index.reshape(*index.shape, *(1,) * (got.ndim - index.ndim)), axis))
+    return ordered
+
+
+def _nearest(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """For each query of the first of a pair one of the second, the nearest first; all outputs count alike."""
+    distances = np.zeros((len(pairs[0][0]),) * 2)
+    for wanted, got in pairs:
+        apart = np.abs(wanted[:, None].astype(np.float64) - got[None]).mean(-1)
+        distances += np.nan_to_num(apart / max(float(np.abs(wanted).max(initial=0.0)), 1e-12), nan=np.inf)
+    order = np.arange(len(distances))
+    if not np.isfinite(distances).all():
+        return order
+    for _ in distances:
+        row, column = np.unravel_index(distances.argmin(), distances.shape)
+        order[row] = column
+        distances[row], distances[:, column] = np.inf, np.inf
+    return order
 
 
 def _differences(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:

@@ -19,8 +19,9 @@ from torch import nn
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import ExportError, StageError
+from hf_qat.errors import ExportError, FixedBatchError, StageError
 from hf_qat.export.cleanup import clean_up, set_metadata
+from hf_qat.export.float_operators import count_quantize_nodes
 from hf_qat.export.io_names import ExportCall, example_of, export_call
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
@@ -33,6 +34,7 @@ from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.graph.progress import progress
 from hf_qat.model.finite import require_finite
 from hf_qat.model.state import require_stage, state_of
+from hf_qat.quantization.converted import QuantizeDequantize
 from hf_qat.version import __version__
 
 
@@ -66,6 +68,7 @@ def export_onnx(
         NonFiniteError: a weight or a scale holds NaN or infinity.
         ExportError: the path cannot be written to, a package is missing, the model cannot be expressed at this opset,
             or ONNX Runtime computes something else than torch. No file is left behind then, and an earlier one stays.
+        FixedBatchError: an `ExportError`: the model cannot be exported with a free batch.
     """
     config = _require_converted(model)
     require_expressible(model)
@@ -128,10 +131,25 @@ def _to_proto(model: nn.Module, call: ExportCall, config: QATConfig, opset_versi
                 verbose=False,
             )
     except Exception as error:
-        raise ExportError(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(error)}") from error
+        kind = ExportError if call.dynamic_shapes is None else FixedBatchError
+        raise kind(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(error)}") from error
     assert program is not None
     _register_constants(program)
-    return clean_up(lower_opset(program.model_proto, opset_version))
+    file = clean_up(lower_opset(program.model_proto, opset_version))
+    _require_pairs(model, file, call.dynamic_shapes is not None)
+    return file
+
+
+def _require_pairs(model: nn.Module, file: onnx.ModelProto, dynamic: bool) -> None:
+    """Refuse a file without a single pair: PyTorch then traces in another way, and quantizers become arithmetic."""
+    if count_quantize_nodes(file) or not any(isinstance(module, QuantizeDequantize) for module in model.modules()):
+        return
+    if dynamic:
+        raise FixedBatchError(
+            f"{type(model).__name__} computes for one size of the batch only, as PyTorch exports it: call export_onnx "
+            "with dynamic_batch=False."
+        )
+    raise ExportError(f"PyTorch writes no QuantizeLinear for {type(model).__name__}: please report this model.")
 
 
 def _register_constants(program: torch.onnx.ONNXProgram) -> None:

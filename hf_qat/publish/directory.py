@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
-from hf_qat.errors import CalibrationError, ConfigError, ExportError
+from hf_qat.errors import CalibrationError, ConfigError, ExportError, FixedBatchError
 from hf_qat.export import ExportReport, export_onnx, require_agreement, verify_onnx
 from hf_qat.files.atomic import written_whole
 from hf_qat.model.state import require_stage
@@ -90,7 +90,11 @@ def write_contents(
     save_model(model, directory, processor)
     path = directory / ONNX
     example = dict(batches[0]) if batches else None
-    report = export_onnx(model, path, example, dynamic_batch=True, verify=not batches)
+    try:
+        report = export_onnx(model, path, example, dynamic_batch=True, verify=not batches)
+    except FixedBatchError as error:
+        logger.warning("%s takes one image at a time: %s", ONNX, error)
+        report = export_onnx(model, path, example, verify=not batches)
     if batches:
         report = verify_onnx(model, path, [dict(batch) for batch in batches])
         require_agreement(report)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
-from hf_qat.errors import CaptureError, ExportError, NonFiniteError, StageError
+from hf_qat.errors import CaptureError, ExportError, FixedBatchError, NonFiniteError, StageError
 from hf_qat.export.verify import Session
 from tests.models import HUGGING_FACE, HandWritten, hand_written
 
@@ -260,3 +260,24 @@ def test_a_file_that_computes_something_else_is_not_written_and_the_earlier_one_
     with pytest.raises(ExportError, match=rf"\(optimizations {setting}\) computes something else .* by 200% of their"):
         export_onnx(own_network, path, x)
     assert path.read_bytes() == earlier and [*tmp_path.iterdir()] == [path]
+
+
+class OneByOne(nn.Module):
+    """Goes through the images of a batch in a loop of Python, whose length the exporter cannot leave free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.linear(image[None]) for image in x])
+
+
+def test_a_batch_that_cannot_be_left_free_is_refused_and_one_image_at_a_time_is_quantized(tmp_path):
+    x = torch.randn(4, 4)
+    model = convert(calibrate(prepare_qat(OneByOne().eval(), QATConfig(), x), [x]))
+    with pytest.raises(FixedBatchError):
+        export_onnx(model, tmp_path / "free.onnx", x, dynamic_batch=True)
+    export_onnx(model, tmp_path / "one.onnx", x)
+    operators = [node.op_type for node in onnx.load(tmp_path / "one.onnx").graph.node]
+    assert operators.count("QuantizeLinear") == 2 and not (tmp_path / "free.onnx").exists()

@@ -22,6 +22,12 @@ def data_sets_cached_in(root: Path) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = before
 
 
+def one_step(directory: Path) -> list[str]:
+    """Options of `hf-qat train` for one step at a learning rate of 0, with what it writes in `directory`."""
+    arguments = ["--output_dir", str(directory), "--max_steps", "1", "--learning_rate", "0", "--use_cpu"]
+    return [*arguments, "--save_strategy", "no", "--disable_tqdm", "True", "--report_to", "none"]
+
+
 def last_json(printed: str) -> dict[str, float]:
     """The metrics at the end of what a command has printed."""
     found: dict[str, float] = json.loads(printed[printed.index("{") :])

@@ -81,24 +81,24 @@ def _in_order_of_queries(
     named = {name: (wanted, got) for (name, wanted), got in zip(expected, results, strict=True)}
     if not all(name in named and named[name][0].ndim == 3 for name in QUERIES):
         return results
-    images, queries = named[QUERIES[0]][0].shape[:2]
-    order = np.stack([_nearest([(w[k], g[k]) for w, g in (named[name] for name in QUERIES)]) for k in range(images)])
-    ordered = []
-    for got in results:
-        axis = next((axis for axis in (1, 2) if got.ndim > axis and got.shape[axis] == queries), None)
-        index = None if axis is None or len(got) != images else order.reshape(images, *(1,) * (axis - 1), queries)
-        if index is None:
-            ordered.append(got)
-        else:
-            ordered.append(np.take_along_axis(got, index.reshape(*index.shape, *(1,) * (got.ndim - index.ndim)), axis))
-    return ordered
+    images = range(len(named[QUERIES[0]][0]))
+    orders = [_nearest([(wanted[k], got[k]) for wanted, got in map(named.__getitem__, QUERIES)]) for k in images]
+    return [_rearranged(got, orders) for got in results]
+
+
+def _rearranged(values: np.ndarray, orders: Sequence[np.ndarray]) -> np.ndarray:
+    """One order for each image on the axis of the queries, which layers may stand before; what has none stays."""
+    axis = next((axis for axis in (1, 2) if values.ndim > axis and values.shape[axis] == len(orders[0])), None)
+    if axis is None or len(values) != len(orders):
+        return values
+    return np.stack([np.take(of_image, order, axis - 1) for of_image, order in zip(values, orders, strict=True)])
 
 
 def _nearest(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """For each query of the first of a pair one of the second, the nearest first; all outputs count alike."""
     distances = np.zeros((len(pairs[0][0]),) * 2)
     for wanted, got in pairs:
-        apart = np.abs(wanted[:, None].astype(np.float64) - got[None]).mean(-1)
+        apart = np.stack([np.abs(query.astype(np.float64) - got).mean(-1) for query in wanted])
         distances += np.nan_to_num(apart / max(float(np.abs(wanted).max(initial=0.0)), 1e-12), nan=np.inf)
     order = np.arange(len(distances))
     if not np.isfinite(distances).all():

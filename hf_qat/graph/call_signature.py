@@ -50,13 +50,13 @@ class CallSignature:
         positional: names of the arguments that are passed by position (a forward with `*args` has `args_0`, …).
         specs: argument name → tree of its value.
         leaves: argument name → the leaves of its value.
-        defaults: name of an argument that was not passed → the leaves of its default.
+        defaults: name of an argument that was not passed → its default.
     """
 
     positional: tuple[str, ...]
     specs: dict[str, Any]
     leaves: dict[str, list[Leaf]]
-    defaults: dict[str, list[Leaf]] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """The `(args, kwargs)` of the call around new tensors."""
@@ -98,12 +98,19 @@ class CallSignature:
         return sorted(name for name in names if not self._agrees(other, name))
 
     def _agrees(self, other: CallSignature, name: str) -> bool:
-        found = [call.leaves.get(name, call.defaults.get(name)) for call in (self, other)]
-        off_is_none = None not in found or name.startswith("output_")
-        mine, theirs = ([Constant(None)] if leaves is None else leaves for leaves in found)
+        is_known = all(name in call.leaves or name in call.defaults for call in (self, other))
+        off_is_none = is_known or name.startswith("output_")
+        mine, theirs = self._leaves_of(name), other._leaves_of(name)
         return len(mine) == len(theirs) and all(
             _same_leaf(a, b, off_is_none) for a, b in zip(mine, theirs, strict=True)
         )
+
+    def _leaves_of(self, name: str) -> list[Leaf]:
+        return self.leaves[name] if name in self.leaves else _leaves(self.defaults.get(name))
+
+
+def _leaves(value: Any) -> list[Leaf]:
+    return [leaf_of(leaf) for leaf in pytree.tree_leaves(value)]
 
 
 def _same_leaf(mine: Leaf, theirs: Leaf, off_is_none: bool) -> bool:
@@ -143,10 +150,9 @@ def flatten_call(
         flat, specs[name] = pytree.tree_flatten(value)
         tensors += [leaf for leaf in flat if isinstance(leaf, Tensor)]
         leaves[name] = [leaf_of(leaf) for leaf in flat]
-    absent = {name: parameter.default for name, parameter in signature.parameters.items() if name not in values}
     defaults = {
-        name: [leaf_of(leaf) for leaf in pytree.tree_leaves(default)]
-        for name, default in absent.items()
-        if default is not inspect.Parameter.empty
+        name: parameter.default
+        for name, parameter in signature.parameters.items()
+        if name not in values and parameter.default is not inspect.Parameter.empty
     }
     return CallSignature(tuple(positional), specs, leaves, defaults), tensors

@@ -11,7 +11,7 @@ more are set: with fewer, the best range clips much, and training has found it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -128,14 +128,7 @@ def renew_outgrown_ranges(model: nn.Module, call: Call, fewest_bits: int = 0) ->
         follow the data by themselves, and those of weights that the model computes.
     """
     layers = qat_layers(model)
-    of_weights = {id(layer.weight_quantizer) for layer in layers.values()}
-    quantizers = {
-        path: quantizer
-        for path, quantizer in fake_quantizers(model).items()
-        if id(quantizer) not in of_weights
-        and not isinstance(quantizer, WeightQuantizer)
-        and _can_outgrow(quantizer, fewest_bits)
-    }
+    quantizers = {path: q for path, q in _of_activations(model, layers).items() if _can_outgrow(q, fewest_bits)}
     watches = {path: _Watch(quantizer) for path, quantizer in quantizers.items()}
     renewed = []
     if _watch(model, call, quantizers, watches):
@@ -156,12 +149,7 @@ def set_ranges_anew(model: nn.Module, call: Call) -> None:
         call: the arguments of a forward call.
     """
     layers = qat_layers(model)
-    of_weights = {id(layer.weight_quantizer) for layer in layers.values()}
-    quantizers = {
-        path: quantizer
-        for path, quantizer in fake_quantizers(model).items()
-        if id(quantizer) not in of_weights and not isinstance(quantizer, WeightQuantizer) and quantizer.wants_range()
-    }
+    quantizers = {path: q for path, q in _of_activations(model, layers).items() if q.wants_range()}
     watches = {path: _Watch(quantizer) for path, quantizer in quantizers.items() if quantizer.spec.fixed_scale is None}
     if not _watch(model, call, quantizers, watches):
         return
@@ -172,6 +160,16 @@ def set_ranges_anew(model: nn.Module, call: Call) -> None:
     for layer in layers.values():
         if layer.weight_quantizer.wants_range() and not isinstance(layer.weight, DTensor):  # FSDP2 has split it
             layer.initialize_scale()
+
+
+def _of_activations(model: nn.Module, layers: Mapping[str, QATLayer]) -> dict[str, FakeQuantize]:
+    """The quantizers that are of no weight, by path."""
+    of_weights = {id(layer.weight_quantizer) for layer in layers.values()}
+    return {
+        path: quantizer
+        for path, quantizer in fake_quantizers(model).items()
+        if id(quantizer) not in of_weights and not isinstance(quantizer, WeightQuantizer)
+    }
 
 
 def _can_outgrow(quantizer: FakeQuantize, fewest_bits: int) -> bool:

@@ -17,7 +17,7 @@ from transformers.models.glpn.modeling_glpn import SiLogLoss
 from hf_qat.cli.main import main
 from hf_qat.cli.tasks import depth
 from hf_qat.errors import ConfigError
-from tests.commands import data_sets_cached_in, last_json
+from tests.commands import data_sets_cached_in, last_json, one_step
 
 
 class Pixels:
@@ -178,9 +178,7 @@ def test_evaluate_prints_what_a_constant_answer_is_worth(folder, capsys):
 @pytest.mark.filterwarnings("ignore")
 def test_train_reports_it_at_each_stage_and_evaluate_measures_the_file(folder, tmp_path, capsys):
     """A step at a rate of 0: what the last convolution says, 0, has a code, so int8 says 5 m too, to a step of it."""
-    arguments = ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--learning_rate", "0", "--use_cpu"]
-    arguments += ["--save_strategy", "no", "--disable_tqdm", "True", "--report_to", "none"]
-    assert main(["train", *options(folder, "float"), *arguments]) == 0
+    assert main(["train", *options(folder, "float"), *one_step(tmp_path / "out")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "abs_rel" in line and line.startswith("  ")]
     assert len(lines) == 4 and "ONNX Runtime" in lines[-1]
     assert "delta_1 0.5, " in lines[0] and f"abs_rel {expected()['abs_rel']:.4g}" in lines[0]

@@ -18,7 +18,7 @@ from PIL import Image
 from hf_qat.cli.main import main
 from hf_qat.cli.tasks import detection
 from hf_qat.cli.tasks.detection import mean_average_precision, metrics
-from tests.commands import data_sets_cached_in
+from tests.commands import data_sets_cached_in, one_step
 from tests.models import tiny_yolos
 
 
@@ -151,9 +151,7 @@ def test_evaluate_prints_the_mean_average_precision_of_a_float_model(folder, cap
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_train_reports_it_at_each_stage_and_evaluate_measures_the_file(folder, capsys):
-    arguments = ["--output_dir", str(folder / "out"), "--max_steps", "1", "--learning_rate", "0", "--use_cpu"]
-    arguments += ["--save_strategy", "no", "--disable_tqdm", "True", "--report_to", "none"]
-    assert main(["train", *options(folder, "float"), *arguments]) == 0
+    assert main(["train", *options(folder, "float"), *one_step(folder / "out")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "map_50" in line and line.startswith("  ")]
     assert len(lines) == 4
     assert all(f"map {expected(folder):.4g}," in line for line in lines)

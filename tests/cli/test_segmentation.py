@@ -16,7 +16,7 @@ from PIL import Image
 
 from hf_qat.cli.main import main
 from hf_qat.cli.tasks import segmentation
-from tests.commands import data_sets_cached_in, last_json
+from tests.commands import data_sets_cached_in, last_json, one_step
 
 
 #: A quarter of what is counted is class 0, a half is class 1, a quarter class 2; the model says 1 everywhere.
@@ -94,9 +94,7 @@ def test_evaluate_reads_masks_beside_the_file_and_prints_what_one_class_everywhe
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_train_reports_it_at_each_stage_and_evaluate_measures_the_file(folder, tmp_path, capsys):
-    arguments = ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--learning_rate", "0", "--use_cpu"]
-    arguments += ["--save_strategy", "no", "--disable_tqdm", "True", "--report_to", "none"]
-    assert main(["train", *options(folder, "float"), *arguments]) == 0
+    assert main(["train", *options(folder, "float"), *one_step(tmp_path / "out")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "mean_iou" in line and line.startswith("  ")]
     assert len(lines) == 4 and "ONNX Runtime" in lines[-1]
     assert all("mean_iou 0.1667" in line and "pixel_accuracy 0.5" in line for line in lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import os
 import pkgutil
@@ -40,16 +41,35 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def translations_are_read_once() -> Iterator[None]:
-    """PyTorch's exporter parses the source of all its 500 translations at every call, for half of a small export."""
-    import onnxscript._framework_apis as apis
+def tables_of_the_exporter_are_made_once() -> Iterator[None]:
+    """At every export PyTorch parses the source of all its 500 translations, and makes the signature of each.
 
+    It also asks for all operations that PyTorch has, once for each of their namespaces.
+    """
+    import onnxscript._framework_apis as apis
+    from torch._export import utils
+    from torch.onnx._internal.exporter import _schemas
+
+    made = [(_schemas, "op_signature_from_function"), (utils, "_materialize_cpp_cia_ops")]
+    for found in pkgutil.iter_modules(apis.__path__, f"{apis.__name__}."):
+        module = importlib.import_module(found.name)
+        if hasattr(module, "get_torchlib_ops"):
+            made.append((module, "get_torchlib_ops"))
     with pytest.MonkeyPatch.context() as patch:
-        for found in pkgutil.iter_modules(apis.__path__, f"{apis.__name__}."):
-            module = importlib.import_module(found.name)
-            if hasattr(module, "get_torchlib_ops"):
-                patch.setattr(module, "get_torchlib_ops", functools.cache(module.get_torchlib_ops))
+        for module, name in made:
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_was_imported_is_no_garbage(tables_of_the_exporter_are_made_once: None) -> None:
+    """A search for garbage passes over half a million objects of PyTorch, transformers and these tests.
+
+    There is one at the beginning of each training, and whenever as many objects were made as a short export makes.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture

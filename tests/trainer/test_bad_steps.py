@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hf_qat.errors import NonFiniteError
 from hf_qat.trainer.bad_steps import MOST_IN_A_ROW, BadSteps, statistics_kept_if_bad
 from tests.models import resnet
-from tests.training import FOLLOWED, differing, images, trainer_of, values, vit
+from tests.training import FOLLOWED, differing, images, prepared, trainer_of, values, vit
 
 
 def with_bad(count: int, bad: list[int], value: float = math.nan) -> list[dict[str, torch.Tensor]]:
@@ -63,7 +63,7 @@ def test_one_bad_batch_changes_nothing_and_the_run_goes_on_and_says_so(
     qat: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     around = Around()
-    trainer = train(resnet(), tmp_path, with_bad(8, [5]), qat=qat, callbacks=[around])
+    trainer = train(prepared(resnet, **qat), tmp_path, with_bad(8, [5]), qat=qat, callbacks=[around])
     assert trainer.state.global_step == 4
     changed = [len(differing(before, after)) for before, after in zip(around.before, around.after, strict=True)]
     assert changed[2] == 0 and changed[0] and changed[1] and changed[3]
@@ -77,25 +77,25 @@ def test_many_bad_batches_in_a_row_end_the_training_with_what_to_do(tmp_path: Pa
     rows = with_bad(2 * (MOST_IN_A_ROW + 4), list(range(4, 2 * (MOST_IN_A_ROW + 4))))
     words = rf"{MOST_IN_A_ROW} steps in a row .* up to step {MOST_IN_A_ROW + 2}; .*learning rate"
     with pytest.raises(NonFiniteError, match=words):
-        train(vit(), tmp_path, rows)
+        train(prepared(vit), tmp_path, rows)
 
 
 @pytest.mark.slow
 def test_bad_steps_that_are_not_in_a_row_do_not_end_it(tmp_path: Path):
-    trainer = train(vit(), tmp_path, with_bad(4 * MOST_IN_A_ROW, list(range(0, 4 * MOST_IN_A_ROW, 4))))
+    trainer = train(prepared(vit), tmp_path, with_bad(4 * MOST_IN_A_ROW, list(range(0, 4 * MOST_IN_A_ROW, 4))))
     assert trainer.state.log_history[-2]["qat_steps_left_out"] == MOST_IN_A_ROW
 
 
 @pytest.mark.slow
 def test_gradients_of_accumulated_batches_are_left_out_together(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    trainer = train(vit(), tmp_path, with_bad(16, [1]), gradient_accumulation_steps=4)
+    trainer = train(prepared(vit), tmp_path, with_bad(16, [1]), gradient_accumulation_steps=4)
     assert all(bool(x.isfinite().all()) for x in trainer.model.state_dict().values())
     assert caplog.text.count("is left out") >= 1
 
 
 @pytest.mark.slow
 def test_a_bad_gradient_is_found_without_clipping(tmp_path: Path):
-    trainer = train(vit(), tmp_path, with_bad(8, [3]), max_grad_norm=0.0)
+    trainer = train(prepared(vit), tmp_path, with_bad(8, [3]), max_grad_norm=0.0)
     assert all(bool(x.isfinite().all()) for x in trainer.model.state_dict().values())
 
 

@@ -15,7 +15,7 @@ from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.callbacks import ScheduleCallback, clipped_weights, freezing_of_batch_norm, needs_calibration
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import hand_written, resnet
-from tests.training import FOLLOWED, arguments, images, recipe
+from tests.training import FOLLOWED, arguments, images, prepared, recipe
 
 
 class Watch(TrainerCallback):
@@ -36,7 +36,7 @@ def trained(directory: Path, watch: Watch, resume: object = None, **changes: obj
     """Train on 16 images; `changes` of the arguments, `qat` those of the recipe."""
     qat = changes.pop("qat", {})
     trainer = QATTrainer(
-        resnet(),
+        prepared(resnet, **qat),
         arguments(directory, **changes),
         qat_config=recipe(**qat),
         train_dataset=images(16),

@@ -12,7 +12,7 @@ from hf_qat import calibrate, prepare_qat
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.histories import CodeHistory, RangeHistory, activation_reaches
 from tests.models import resnet
-from tests.training import recipe, trainer_of
+from tests.training import prepared, recipe, trainer_of
 
 
 def linear() -> nn.Module:
@@ -67,7 +67,9 @@ def test_reaches_are_those_of_the_codes():
 
 def test_ranges_are_kept_at_every_log_of_the_loss(tmp_path: Path):
     history = RangeHistory()
-    trainer = trainer_of(resnet(), tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", callbacks=[history])
+    trainer = trainer_of(
+        prepared(resnet), tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", callbacks=[history]
+    )
     trainer.train()
     assert history.steps == [2, 4]
     assert history.ranges.keys() == activation_reaches(trainer.model).keys()

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import state_of
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import HUGGING_FACE, LABELS, resnet, segformer
-from tests.training import differing, images, recipe, trainer_of, values, values_in, vit
+from tests.training import differing, images, prepared, trainer_of, values, values_in, vit
 
 
 class TestOptimizer:
@@ -23,10 +22,10 @@ class TestOptimizer:
 
     @pytest.mark.parametrize("how", ["arguments", "class"])
     def test_scales_have_no_weight_decay_and_a_higher_rate(self, tmp_path: Path, how: str):
-        changes = {"weight_decay": 0.1, "learning_rate": 1e-3}
+        changes, qat = {"weight_decay": 0.1, "learning_rate": 1e-3}, {"scale_lr_multiplier": 5.0}
         if how == "class":
             changes["optimizer_cls_and_kwargs"] = (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9})
-        trainer = trainer_of(vit(), tmp_path, qat={"scale_lr_multiplier": 5.0}, **changes)
+        trainer = trainer_of(prepared(vit, **qat), tmp_path, qat=qat, **changes)
         trainer.create_optimizer()
         groups = self.groups(trainer)
         assert groups.keys() == dict(trainer.model.named_parameters()).keys()
@@ -39,13 +38,13 @@ class TestOptimizer:
                 assert group["weight_decay"] == (0.1 if decays else 0.0), name
 
     def test_the_schedule_of_the_learning_rate_applies_to_both(self, tmp_path: Path):
-        rates = []
+        rates, qat = [], {"scale_lr_multiplier": 5.0}
 
         class Rates(TrainerCallback):
             def on_step_end(self, args, state, control, optimizer=None, **kwargs):
                 rates.append([group["lr"] for group in optimizer.param_groups])
 
-        trainer = trainer_of(vit(), tmp_path, callbacks=[Rates()], qat={"scale_lr_multiplier": 5.0})
+        trainer = trainer_of(prepared(vit, **qat), tmp_path, callbacks=[Rates()], qat=qat)
         trainer.train()
         expected = [1e-3 * (1 - step / 4) for step in (1, 2, 3, 4)]  # linear, to 0
         np.testing.assert_allclose(rates, [[rate, rate, 5 * rate] for rate in expected])
@@ -53,7 +52,7 @@ class TestOptimizer:
         np.testing.assert_allclose(logged, [1e-3 * (1 - step / 4) for step in range(4)])
 
     def test_an_optimizer_of_the_users_is_left_alone(self, tmp_path: Path):
-        model = prepare_qat(vit(), recipe(), {"pixel_values": torch.randn(2, 3, 32, 32)})
+        model = prepared(vit)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         trainer = trainer_of(model, tmp_path, optimizers=(optimizer, None))
         trainer.train()
@@ -91,7 +90,7 @@ class TestDistillation:
         teacher.classifier.bias.data.add_(torch.arange(LABELS) / 2)
         qat = {"distillation_weight": 0.3, "distillation_temperature": 3.0}
         trainer = trainer_of(
-            make(),
+            prepared(make, **qat),
             tmp_path,
             teacher=teacher,
             qat=qat,
@@ -155,7 +154,7 @@ class TestDistillation:
     def test_evaluation_reports_the_loss_of_the_task_alone(self, tmp_path: Path):
         losses = []
         for teacher in (None, resnet()):
-            trainer = trainer_of(resnet(), tmp_path, teacher=teacher)
+            trainer = trainer_of(prepared(resnet), tmp_path, teacher=teacher)
             trainer.calibrate()
             losses.append(trainer.evaluate()["eval_loss"])
         assert losses[0] == losses[1]

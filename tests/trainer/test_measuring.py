@@ -10,7 +10,7 @@ from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.trainer.measuring import Record, evaluation_images, measure, reset_record
 from tests.models import hand_written, resnet
-from tests.training import images, recipe, trainer_of
+from tests.training import images, prepared, recipe, trainer_of
 
 
 def test_a_model_goes_through_the_stages_of_a_card():
@@ -57,10 +57,10 @@ def test_only_metrics_of_the_user_are_noted_of_a_model_that_came_float():
     ids=["none", "one", "two", "a stream"],
 )
 def test_images_of_the_evaluation_are_counted_as_far_as_is_known(tmp_path: Path, data: object, expected: int):
-    assert evaluation_images(trainer_of(resnet(), tmp_path, eval_dataset=data)) == expected
+    assert evaluation_images(trainer_of(prepared(resnet), tmp_path, eval_dataset=data)) == expected
 
 
 def test_without_metrics_nothing_is_measured(tmp_path: Path):
-    trainer = trainer_of(resnet(), tmp_path)
+    trainer = trainer_of(prepared(resnet), tmp_path)
     trainer.calibrate()
     assert measure(trainer, "calibrated", trainer.convert(), Path("no such file")) == {}

@@ -12,7 +12,7 @@ from transformers import Trainer
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import LABELS, hand_written, resnet
-from tests.training import arguments, images, trainer_of, values, vit
+from tests.training import arguments, images, prepared, trainer_of, values, vit
 
 
 class Loss(nn.Module):
@@ -85,7 +85,9 @@ def test_the_loss_is_that_of_trainer_and_training_goes_on_from_it(tmp_path: Path
 
 
 def test_batches_of_different_sizes_train_in_one_epoch(tmp_path: Path):
-    trainer: QATTrainer = trainer_of(vit(), tmp_path, train_dataset=images(7), max_steps=-1, num_train_epochs=2)
+    trainer: QATTrainer = trainer_of(
+        prepared(vit), tmp_path, train_dataset=images(7), max_steps=-1, num_train_epochs=2
+    )
     seen: list[int] = []
     hook = trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["pixel_values"])) if module.training else None,
@@ -100,4 +102,4 @@ def test_labels_of_a_number_that_the_head_does_not_have_fail_as_in_trainer(tmp_p
     rows = images(8)
     wrong = rows.map(lambda row: {"labels": LABELS + 3})
     with pytest.raises(IndexError, match="Target"):
-        trainer_of(resnet(), tmp_path, train_dataset=wrong).train()
+        trainer_of(prepared(resnet), tmp_path, train_dataset=wrong).train()

@@ -20,7 +20,7 @@ from hf_qat.errors import PublishError
 from hf_qat.trainer.trainer import QATTrainer
 from tests.hub.faults import ALWAYS
 from tests.hub.server import HubServer
-from tests.training import arguments, images, trainer_of, values, vit
+from tests.training import arguments, images, prepared, trainer_of, values, vit
 
 
 pytestmark = pytest.mark.usefixtures("waits")
@@ -254,11 +254,11 @@ class TestTroubles:
 
 def test_qat_trainer_resumes_bit_for_bit_from_the_checkpoint_on_the_hub(hub, tmp_path):
     hub_options = {"push_to_hub": True, "hub_model_id": "user/vit", "hub_strategy": "checkpoint"}
-    first = trainer_of(vit(), tmp_path / "a", save_strategy="steps", save_steps=2, **hub_options)
+    first = trainer_of(prepared(vit), tmp_path / "a", save_strategy="steps", save_steps=2, **hub_options)
     first.train()
     stopped = Path(snapshot_download("user/vit", revision=hub.repository("user/vit").commits()[1].oid))
     assert '"global_step": 2,' in (stopped / "last-checkpoint" / "trainer_state.json").read_text()
-    again = trainer_of(vit(), tmp_path / "b")
+    again = trainer_of(prepared(vit), tmp_path / "b")
     again.train(resume_from_checkpoint=str(stopped / "last-checkpoint"))
     expected = values(first.model)
     assert again.state.global_step == 4

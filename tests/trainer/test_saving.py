@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy, get_last_checkpoint
 from hf_qat.files.atomic import INCOMPLETE, discard, put_back, put_in_place, written_whole
 from hf_qat.trainer.saving import delete_older
 from hf_qat.trainer.trainer import QATTrainer
-from tests.training import arguments, differing, images, recipe, trainer_of, values, values_in, vit
+from tests.training import arguments, differing, images, prepared, trainer_of, values, values_in, vit
 
 
 def files_in(directory: Path) -> set[str]:
@@ -29,9 +29,9 @@ def steps_in(directory: Path) -> list[int]:
 
 class TestCheckpoints:
     def test_they_hold_the_files_that_trainer_writes_and_nothing_else_is_there(self, tmp_path: Path):
-        for kind, place in ((Trainer, tmp_path / "plain"), (QATTrainer, tmp_path / "ours")):
-            args = arguments(place, max_steps=2, save_strategy="steps", save_steps=1)
-            kind(vit(), args, train_dataset=images(8)).train()
+        for kind, model, place in ((Trainer, vit(), "plain"), (QATTrainer, prepared(vit), "ours")):
+            args = arguments(tmp_path / place, max_steps=2, save_strategy="steps", save_steps=1)
+            kind(model, args, train_dataset=images(8)).train()
         assert files_in(tmp_path / "plain") == files_in(tmp_path / "ours")
         assert steps_in(tmp_path / "ours") == [1, 2]
 
@@ -48,7 +48,7 @@ class TestCheckpoints:
                 super()._save_rng_state(output_dir)
 
         args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
-        trainer = FullDisk(vit(), args, qat_config=recipe(), train_dataset=images(16))
+        trainer = FullDisk(prepared(vit), args, train_dataset=images(16))
         with pytest.raises(Full):
             trainer.train()
         assert (tmp_path / INCOMPLETE / "checkpoint-2" / "model.safetensors").exists()
@@ -60,7 +60,7 @@ class TestCheckpoints:
     def test_the_latest_and_the_best_are_kept(self, tmp_path: Path):
         scores = iter([1.0, 3.0, 2.0, 2.0, 2.0])
         trainer = trainer_of(
-            vit(),
+            prepared(vit),
             tmp_path,
             compute_metrics=lambda prediction: {"score": next(scores)},
             metric_for_best_model="score",
@@ -85,20 +85,20 @@ class TestCheckpoints:
     @pytest.mark.slow
     def test_another_training_in_the_same_directory_replaces_them(self, tmp_path: Path):
         changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-        trainer_of(vit(), tmp_path, **changes).train()
+        trainer_of(prepared(vit), tmp_path, **changes).train()
         (tmp_path / "checkpoint-2" / "old").touch()
-        trainer = trainer_of(vit(), tmp_path, **changes, learning_rate=1e-2)
+        trainer = trainer_of(prepared(vit), tmp_path, **changes, learning_rate=1e-2)
         trainer.train()
         assert "old" not in files_in(tmp_path / "checkpoint-2")
         assert differing(values(trainer.model), values_in(tmp_path / "checkpoint-2")) == []
 
     def test_one_that_was_about_to_be_replaced_when_a_training_was_killed_is_there_again(self, tmp_path: Path):
         changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-        trainer_of(vit(), tmp_path, **changes).train()
+        trainer_of(prepared(vit), tmp_path, **changes).train()
         before = values_in(tmp_path / "checkpoint-1")
         (tmp_path / INCOMPLETE).mkdir()
         (tmp_path / "checkpoint-1").rename(tmp_path / INCOMPLETE / "replaced-checkpoint-1")
-        trainer_of(vit(), tmp_path, **changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        trainer_of(prepared(vit), tmp_path, **changes).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert differing(before, values_in(tmp_path / "checkpoint-1")) == []
         assert not (tmp_path / INCOMPLETE).exists()
 
@@ -108,7 +108,7 @@ class TestCheckpoints:
             "hf_qat.trainer.pushing.push_directory",
             lambda path, repo_id, **options: pushed.append((path, files_in(path), options.get("path_in_repo"))),
         )
-        trainer = trainer_of(vit(), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+        trainer = trainer_of(prepared(vit), tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
         trainer.args.push_to_hub, trainer.args.hub_strategy = True, HubStrategy.CHECKPOINT
         trainer.train()
         assert [(path, place) for path, _, place in pushed] == [
@@ -148,7 +148,7 @@ class TestDeleting:
 
 class TestModels:
     def test_other_files_stay_and_old_weights_go(self, tmp_path: Path):
-        trainer = trainer_of(vit(), tmp_path)
+        trainer = trainer_of(prepared(vit), tmp_path)
         (tmp_path / "checkpoint-9").mkdir()
         for name in ("notes.txt", "checkpoint-9/kept", "model-00001-of-00002.safetensors", "model_ema.safetensors"):
             (tmp_path / name).touch()
@@ -199,7 +199,7 @@ class TestModels:
         class Killed(BaseException):
             pass
 
-        trainer = trainer_of(vit(), tmp_path)
+        trainer = trainer_of(prepared(vit), tmp_path)
         trainer.save_model()
         moves = len(files_in(tmp_path))
         for stop in range(moves):

@@ -21,7 +21,7 @@ from hf_qat.trainer.measuring import measure
 from hf_qat.trainer.trainer import QATTrainer
 from tests.exported import accuracy, publisher
 from tests.models import resnet
-from tests.training import arguments, images, recipe, vit
+from tests.training import arguments, images, prepared, recipe, vit
 
 
 #: A subclass of the Trainer that it is given.
@@ -132,7 +132,7 @@ def test_a_subclass_trains_as_one_of_trainer_does(tmp_path: Path, subclass: Subc
 )
 def test_a_subclass_trains_with_quantizers(tmp_path: Path, subclass: Subclass):
     args = arguments(tmp_path, max_steps=12, learning_rate=1e-2, gradient_accumulation_steps=2)
-    trainer = subclass(QATTrainer)(vit(), args, train_dataset=images(16), qat_config=recipe())
+    trainer = subclass(QATTrainer)(prepared(vit), args, train_dataset=images(16))
     scales = [scale.detach().clone() for scale in scale_parameters(trainer.model)]
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -161,7 +161,7 @@ class TestEvaluate:
             def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
                 return {"eval_mine": 4.0}
 
-        trainer = Mine(resnet(), arguments(tmp_path), train_dataset=images(16), eval_dataset=images(8))
+        trainer = Mine(prepared(resnet), arguments(tmp_path), train_dataset=images(16), eval_dataset=images(8))
         trainer.calibrate()
         assert trainer.evaluate() == {"eval_mine": 4.0}
 
@@ -171,7 +171,7 @@ class TestEvaluate:
                 return {**super().evaluate(*args, **kwargs), "eval_mine": 4.0}
 
         data = {"train_dataset": images(16), "eval_dataset": images(8), "compute_metrics": accuracy}
-        trainer = Mine(resnet(), arguments(tmp_path, eval_strategy="steps", eval_steps=2), **data)
+        trainer = Mine(prepared(resnet), arguments(tmp_path, eval_strategy="steps", eval_steps=2), **data)
         trainer.calibrate()
         metrics = trainer.evaluate()
         assert metrics["eval_mine"] == 4.0
@@ -236,7 +236,7 @@ def test_what_is_saved_by_a_subclass_is_still_whole(tmp_path: Path):
             (Path(output_dir or self.args.output_dir) / "mine.txt").touch()
 
     args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer = Mine(vit(), args, train_dataset=images(16))
+    trainer = Mine(prepared(vit), args, train_dataset=images(16))
     trainer.train()
     trainer.save_model()
     found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("mine.txt")}

@@ -18,7 +18,7 @@ from hf_qat.trainer.suspicions import (
     warn_of_lost_accuracy,
 )
 from tests.exported import publisher
-from tests.training import arguments, images, recipe, trainer_of, vit
+from tests.training import arguments, images, prepared, recipe, trainer_of, vit
 
 
 #: Images as data sets have them, by their mean and standard deviation.
@@ -57,7 +57,7 @@ def test_a_trainer_warns_of_an_evaluation_set_that_is_not_normalised(tmp_path: P
         {"pixel_values": pixels * 57 + 115, "labels": label}
         for pixels, label in zip(rows["pixel_values"], rows["labels"], strict=True)
     ]
-    trainer_of(vit(), tmp_path, eval_dataset=raw, max_steps=1, eval_strategy="steps", eval_steps=1).train()
+    trainer_of(prepared(vit), tmp_path, eval_dataset=raw, max_steps=1, eval_strategy="steps", eval_steps=1).train()
     assert "mean is 122" in caplog.text and "Normalise both alike" in caplog.text
 
 
@@ -148,7 +148,7 @@ def test_a_net_that_is_not_trained_yet_may_learn_fast_and_by_its_batches(caplog)
 
 
 def test_a_trainer_warns_once_when_training_begins(tmp_path: Path, caplog):
-    model = prepare_qat(vit(), recipe(), {"pixel_values": torch.randn(2, 3, 32, 32)})
+    model = prepared(vit)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
     given = optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)
     trainer_of(model, tmp_path, max_steps=2, optimizers=given).train()

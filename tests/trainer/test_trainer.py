@@ -20,7 +20,7 @@ from hf_qat.model.switches import fake_quant_disabled, freeze_batch_norm
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import HUGGING_FACE, LABELS, resnet, tiny_yolos
-from tests.training import FOLLOWED, arguments, differing, images, recipe, trainer_of, values, values_in, vit
+from tests.training import FOLLOWED, arguments, differing, images, prepared, recipe, trainer_of, values, values_in, vit
 
 
 class Record(TrainerCallback):
@@ -87,7 +87,7 @@ class TestDropIn:
             return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
         trainer = trainer_of(
-            vit(),
+            prepared(vit),
             tmp_path,
             compute_metrics=accuracy,
             eval_strategy="steps",
@@ -125,7 +125,7 @@ class TestDropIn:
         assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
     def test_training_makes_the_loss_less(self, tmp_path: Path):
-        trainer = trainer_of(resnet(), tmp_path, max_steps=24, learning_rate=1e-2)
+        trainer = trainer_of(prepared(resnet), tmp_path, max_steps=24, learning_rate=1e-2)
         trainer.calibrate()
         before = trainer.evaluate(images(16))["eval_loss"]
         trainer.train()
@@ -165,7 +165,7 @@ class TestDropIn:
 
     def test_a_stream_trains(self, tmp_path: Path):
         stream = images(16).to_iterable_dataset()
-        trainer = trainer_of(resnet(), tmp_path, train_dataset=stream, max_steps=3)
+        trainer = trainer_of(prepared(resnet), tmp_path, train_dataset=stream, max_steps=3)
         trainer.train()
         assert trainer.state.global_step == 3
 
@@ -181,7 +181,7 @@ class TestDropIn:
         assert state_of(model).config.target == "w4a8"
 
     def test_mixed_precision_keeps_float32_weights(self, tmp_path: Path):
-        trainer = trainer_of(resnet(), tmp_path, bf16=True)
+        trainer = trainer_of(prepared(resnet), tmp_path, bf16=True)
         trainer.train()
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
@@ -205,7 +205,7 @@ class TestRefusals:
         teacher = resnet()
         teacher.classifier[1] = nn.Linear(16, 7)
         with pytest.raises(ConfigError, match="same classes"):
-            trainer_of(resnet(), tmp_path, teacher=teacher)
+            trainer_of(prepared(resnet), tmp_path, teacher=teacher)
 
     def test_a_teacher_of_other_boxes(self, tmp_path: Path):
         case = HUGGING_FACE["yolos"]
@@ -219,7 +219,7 @@ class TestRefusals:
             trainer.calibrate()
 
     def test_calibration_from_an_empty_set(self, tmp_path: Path):
-        trainer = trainer_of(vit(), tmp_path)
+        trainer = trainer_of(prepared(vit), tmp_path)
         with pytest.raises(CalibrationError, match="no batches"):
             trainer.calibrate(images(16).select([]))
 
@@ -228,8 +228,8 @@ class TestRefusals:
             trainer_of(vit(), tmp_path, train_dataset=images(16).select([]))
 
     def test_a_checkpoint_of_another_config(self, tmp_path: Path):
-        trainer_of(vit(), tmp_path, save_strategy="steps", save_steps=2).train()
-        other = trainer_of(vit(), tmp_path, qat=FOLLOWED)
+        trainer_of(prepared(vit), tmp_path, save_strategy="steps", save_steps=2).train()
+        other = trainer_of(prepared(vit, **FOLLOWED), tmp_path, qat=FOLLOWED)
         with pytest.raises(WeightsError):
             other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -243,8 +243,8 @@ class TestCalibration:
                 if state.global_step == 0:
                     self.first = [int(q.observed) for q in fake_quantizers(model).values()]
 
-        watch = Observed()
-        trainer = trainer_of(resnet(), tmp_path, callbacks=[watch], qat={"freeze_bn_at": 0.0, "freeze_ranges_at": 0.0})
+        watch, frozen = Observed(), {"freeze_bn_at": 0.0, "freeze_ranges_at": 0.0}
+        trainer = trainer_of(prepared(resnet, **frozen), tmp_path, callbacks=[watch], qat=frozen)
         assert {int(q.observed) for q in fake_quantizers(trainer.model).values()} == {0}
         trainer.train()
         assert set(watch.first) == {1}
@@ -272,7 +272,7 @@ class TestCalibration:
         assert len(calls) == 2
 
     def test_evaluation_right_after_it_is_that_of_the_calibrated_model(self, tmp_path: Path):
-        trainer = trainer_of(vit(), tmp_path)
+        trainer = trainer_of(prepared(vit), tmp_path)
         trainer.calibrate()
         loss = trainer.evaluate()["eval_loss"]
         data = images(10, seed=1)
@@ -286,7 +286,7 @@ class TestCalibration:
     ):
         losses = []
         for explicit in (True, False):
-            trainer = trainer_of(vit(), tmp_path)
+            trainer = trainer_of(prepared(vit), tmp_path)
             torch.manual_seed(1)
             if explicit:
                 trainer.calibrate()
@@ -298,12 +298,12 @@ class TestCalibration:
     def test_without_a_train_set_it_is_calibrated_on_what_it_is_measured_on(self, tmp_path: Path):
         trainer = trainer_of(vit(), tmp_path, train_dataset=None)
         loss = trainer.evaluate()["eval_loss"]
-        expected = trainer_of(vit(), tmp_path, train_dataset=None)
+        expected = trainer_of(prepared(vit), tmp_path, train_dataset=None)
         expected.calibrate(images(10, seed=1))
         assert loss == expected.evaluate()["eval_loss"]
 
     def test_with_quantizers_off_a_model_without_ranges_is_measured_as_it_is(self, tmp_path: Path):
-        trainer = trainer_of(vit(), tmp_path)
+        trainer = trainer_of(prepared(vit), tmp_path)
         with fake_quant_disabled(trainer.model):
             loss = trainer.evaluate()["eval_loss"]
         assert {int(q.observed) for q in fake_quantizers(trainer.model).values()} == {0}
@@ -313,7 +313,7 @@ class TestCalibration:
     def test_bias_correction_is_the_configs_to_choose(self, tmp_path: Path):
         biases = {}
         for correct in (True, False):
-            trainer = trainer_of(vit(), tmp_path, qat={"bias_correction": correct})
+            trainer = trainer_of(prepared(vit, bias_correction=correct), tmp_path, qat={"bias_correction": correct})
             trainer.calibrate()
             biases[correct] = trainer.model.classifier.bias.detach()
         assert torch.equal(biases[False], vit().classifier.bias)

@@ -6,8 +6,11 @@ would compare next to nothing.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import transformers
@@ -17,6 +20,29 @@ from torch import Tensor, nn
 LABELS = 5
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+P = ParamSpec("P")
+Made = TypeVar("Made")
+
+
+def made_once(make: Callable[P, Made]) -> Callable[P, Made]:
+    """A decorator: what `make` makes of these arguments is made once in a process; every call gets a copy of it.
+
+    It draws the random numbers of a seed of its own, and none of the test's.
+    """
+    kept: dict[str, Made] = {}
+
+    @functools.wraps(make)
+    def copy_of(*args: P.args, **kwargs: P.kwargs) -> Made:
+        key = repr((args, kwargs))
+        if key not in kept:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                kept[key] = make(*args, **kwargs)
+        return copy.deepcopy(kept[key])
+
+    return copy_of
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.trainer.trainer import QATTrainer
-from tests.models import LABELS
+from tests.models import LABELS, made_once
 from tests.models import vit as vit_of
 
 
@@ -67,17 +64,12 @@ def vit(**changes: object) -> nn.Module:
     return vit_of(layers=1, **changes)
 
 
+@made_once
 def prepared(make: Callable[[], nn.Module], **qat: object) -> nn.Module:
-    """A copy of the model of `make`, prepared by `recipe(**qat)` for `images`; that is done once in a process."""
-    return copy.deepcopy(_prepared(make, json.dumps(qat)))
-
-
-@functools.cache
-def _prepared(make: Callable[[], nn.Module], qat: str) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        columns = images(4)[:]
-        batch = {name: columns[name] for name in ("pixel_values", "labels")}
-        return prepare_qat(make(), recipe(**json.loads(qat)), batch)
+    """The model of `make`, prepared by `recipe(**qat)` for `images`."""
+    columns = images(4)[:]
+    batch = {name: columns[name] for name in ("pixel_values", "labels")}
+    return prepare_qat(make(), recipe(**qat), batch)
 
 
 def trainer_of(model: nn.Module, directory: Path, *, qat: dict | None = None, **changes: object) -> QATTrainer:

@@ -31,7 +31,7 @@ from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import state_of
 from hf_qat.quantization.converted import QuantizedLayer
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.models import HUGGING_FACE, LABELS, Case, spread
+from tests.models import HUGGING_FACE, LABELS, Case, made_once, spread
 
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +70,7 @@ def outputs(model: nn.Module, case: Case) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+@made_once
 def prepared(name: str, config: QATConfig | None = None) -> nn.Module:
     case = CASES[name]
     model = prepare_qat(case.make().eval(), config, {"pixel_values": case.pixels(2)})

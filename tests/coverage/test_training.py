@@ -11,7 +11,7 @@ from tests.coverage.models import CASES
 from tests.coverage.training import EQUAL, parity_of
 
 
-#: What every run tries; the others are slow together. LW-DETR's groups of queries are in `test_ways.py` too, and PVT v2
+#: What every run tries; the others are slow together. LW-DETR's groups of queries are in `test_ways.py` too, and PVT
 #: attends as Segformer does.
 SAMPLE = (
     "BeitForImageClassification",

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_ranges, prepare_qat
 from hf_qat.errors import CalibrationError, StageError
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.models import hand_written, resnet, spread
+from tests.models import hand_written, made_once, resnet, spread
 
 
 BY_EXTREMES = {"observer": "minmax"}
@@ -22,6 +22,7 @@ def batches(count: int = 3, size: int = 4) -> list[Tensor]:
     return list(torch.randn(count, size, 3, 32, 32, generator=torch.Generator().manual_seed(5)))
 
 
+@made_once
 def prepared(target: str = "int8", **options: object) -> nn.Module:
     return prepare_qat(hand_written().eval(), QATConfig(target, **options), torch.zeros(2, 3, 32, 32))
 
@@ -147,15 +148,14 @@ def test_a_data_loader_a_tuple_and_a_dict_with_labels_give_the_same_scales():
     x = torch.cat(batches())
     labels = torch.zeros(len(x), dtype=torch.int64)
     pixels = {"pixel_values": x[:2]}
-    scales = []
+    prepared, scales = prepare_qat(resnet().eval(), QATConfig(activations=BY_EXTREMES), pixels), []
     for data in (
         [x[:4], x[4:8], x[8:]],
         [(x[:4],), (x[4:8],), (x[8:],)],
         DataLoader(TensorDataset(x), batch_size=4),
         DataLoader([{"pixel_values": a, "labels": b} for a, b in zip(x, labels, strict=True)], batch_size=4),
     ):
-        model = prepare_qat(resnet().eval(), QATConfig(activations=BY_EXTREMES), pixels)
-        calibrate(model, data)
+        model = calibrate(copy.deepcopy(prepared), data)
         scales.append([q.scale.detach() for q in fake_quantizers(model).values()])
     for other in scales[1:]:
         assert all(torch.equal(a, b) for a, b in zip(scales[0], other, strict=True))

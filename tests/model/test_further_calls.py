@@ -12,9 +12,10 @@ from transformers import AutoModelForImageClassification
 from hf_qat import QATConfig, calibrate, convert, fake_quant_disabled, freeze_batch_norm, prepare_qat
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.capture import MAX_GRAPHS
-from tests.models import convnext, resnet, segformer, vit
+from tests.models import convnext, made_once, resnet, segformer, vit
 
 
+@made_once
 def prepared(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module, Tensor]:
     """A calibrated model, the float model that it was, and images."""
     model, x = make().eval(), torch.randn(4, 3, 32, 32)

@@ -10,6 +10,7 @@ from hf_qat.model.calibration import calibrate
 from hf_qat.model.outgrown import CallInTraining, renew_outgrown_ranges
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.quantization.quantizer import fake_quantizers
+from tests.models import made_once
 
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
@@ -28,6 +29,7 @@ class Net(nn.Module):
         return out
 
 
+@made_once
 def prepared(**changes: object) -> nn.Module:
     model = Net()
     model(X)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
-from tests.models import mobilenet_v2, resnet, vit
+from tests.models import made_once, mobilenet_v2, resnet, vit
 
 
 def plain() -> nn.Module:
@@ -47,6 +47,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@made_once
 def prepared(kind: str, **recipe: object) -> tuple[nn.Module, torch.Tensor]:
     make, size = MODELS[kind]
     x = torch.randn(2, 3, size, size)

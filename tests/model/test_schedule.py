@@ -16,7 +16,7 @@ from hf_qat.model.schedule import PHASES, QATSchedule, is_observed_again, phase_
 from hf_qat.model.switches import freeze_batch_norm, freeze_ranges
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.models import hand_written
+from tests.models import hand_written, made_once
 from tests.training import FOLLOWED, recipe
 
 
@@ -26,6 +26,7 @@ BATCH = (4, 3, 16, 16)
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
 
+@made_once
 def prepared(**changes: object) -> nn.Module:
     model = prepare_qat(hand_written(), recipe(**changes), torch.randn(BATCH))
     return calibrate(model, [torch.randn(BATCH)]).train()
@@ -91,6 +92,7 @@ def test_learned_scales_freeze_batch_norm_from_the_first_step():
     assert switches(model) == "F"
 
 
+@made_once
 def untrained(**changes: object) -> nn.Module:
     """A net from scratch: its batch norms have seen nothing."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))

@@ -9,9 +9,10 @@ from torch import nn
 from hf_qat import QATConfig, calibrate, convert, prepare_qat
 from hf_qat.errors import StageError
 from hf_qat.model.state import captured_children, require_stage, state_of
-from tests.models import hand_written, resnet
+from tests.models import hand_written, made_once, resnet
 
 
+@made_once
 def prepared() -> nn.Module:
     return prepare_qat(hand_written(), QATConfig("w4a8"), torch.zeros(2, 3, 32, 32))
 

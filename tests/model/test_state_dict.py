@@ -17,13 +17,14 @@ from hf_qat.model.state_dict import quantizer_state
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.models import hand_written, spread
+from tests.models import hand_written, made_once, spread
 
 
 def pixels(batch: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
+@made_once
 def calibrated(seed: int = 1) -> nn.Module:
     model = prepare_qat(spread(hand_written(), seed), example_inputs=pixels(1))
     return calibrate(model, [pixels()], bias_correction=False).eval()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
 from hf_qat.quantization.layers import plain
-from tests.models import HUGGING_FACE
+from tests.models import HUGGING_FACE, made_once
 
 
 #: What the compiler does itself.
@@ -41,6 +41,7 @@ def nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@made_once
 def prepared(config: QATConfig, dropout: float = 0.2) -> nn.Module:
     torch.manual_seed(0)
     block = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]

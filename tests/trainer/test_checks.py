@@ -20,10 +20,11 @@ from hf_qat.trainer.checks import (
     check_teacher,
     check_train_set,
 )
-from tests.models import hand_written, vit
+from tests.models import hand_written, made_once, vit
 from tests.training import arguments, images, recipe
 
 
+@made_once
 def prepared() -> nn.Module:
     return prepare_qat(hand_written(), recipe(), torch.randn(2, 3, 16, 16))
 

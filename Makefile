@@ -25,15 +25,16 @@ demo: $(STAMP) ## train, quantize, export and verify a small net on real images
 notebook: $(STAMP) ## run the notebooks on a local Hub and keep their outputs; ARGS=NAME for one
 	$(BIN)/python -W ignore -m tests.notebook $(ARGS)
 
+# Each worker begins with a half of the tests, in their order: what the tests of a file share is made in one of them.
 test: $(STAMP) ## run the tests, without those that are marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-all: $(STAMP) ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 coverage: $(STAMP) ## lines and branches that the tests run, in all their processes; ARGS="-m slow" for others
 	$(BIN)/python -m pip install --quiet "coverage[toml]>=7.10.1"
-	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 

@@ -125,6 +125,30 @@ class Functional(nn.Module):
         return x + y
 
 
+class WithoutRule(nn.Module):
+    """An operation without a rule between two layers, and one that has a rule behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.cumsum(self.first(x), -1))
+        return y + nn.functional.softplus(y)
+
+
+def test_what_an_operation_without_a_rule_gives_is_named_after_it_as_others_are():
+    found = names(WithoutRule(), inputs=torch.zeros(2, 4))
+    assert {name for name in found if "weight" not in name} == {
+        "x_quantizer",
+        "first.activation_quantizer",
+        "cumsum_0_quantizer",
+        "second.activation_quantizer",
+        "softplus_0_quantizer",
+        "add_0_quantizer",
+    }
+
+
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()

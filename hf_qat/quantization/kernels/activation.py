@@ -21,9 +21,6 @@ BLOCK = 2048
 #: does not depend on the GPU, neither do the sums.
 PROGRAMS = 2048
 
-#: A scale is not limited by it.
-LARGEST = torch.finfo(torch.float32).max
-
 #: log2 to natural logarithm.
 LN2 = tl.constexpr(math.log(2.0))
 
@@ -130,32 +127,21 @@ def _quantized(x: Tensor, out: Tensor, scale: Tensor, offset: Tensor | None, cod
 
 
 def quantize_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    codes: CodeRange,
-    wants_x: bool,
-    wants_sums: bool,
-    kernel: Any = _quantize_backward,
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, codes: CodeRange, wants_x: bool, wants_sums: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient of `x`, and (2,) float32, those of `log2_scale` and `offset`, if wanted; the same in every run.
-
-    `kernel` is this module's, or what a compiler sees in its place.
-    """
+    """Gradient of `x`, and (2,) float32, those of `log2_scale` and `offset`, if wanted; the same in every run."""
     dx = torch.empty_like(x) if wants_x else None
     grad, n = laid_out_like(grad, x), x.numel()
     programs = max(1, min(PROGRAMS, triton.cdiv(n, BLOCK)))
     rows = 1 if offset is None else 2
     sums = torch.empty(rows, programs, dtype=torch.float32, device=x.device) if wants_sums else None
     with torch.cuda.device_of(x):
-        kernel[(programs,)](grad, x, dx, sums, scale, offset, n, *_numbers(codes), BLOCK=BLOCK)
+        _quantize_backward[(programs,)](grad, x, dx, sums, scale, offset, n, *_numbers(codes), BLOCK=BLOCK)
     return dx, None if sums is None else sums.sum(1)
 
 
 def _numbers(codes: CodeRange) -> tuple[float, float, float, bool, bool]:
-    limit = min(codes.scale_limit, LARGEST)  # a compiler writes numbers into code, where `inf` is a name
-    return float(codes.qmin), float(codes.qmax), limit, codes.logarithmic, codes.power_of_two
+    return float(codes.qmin), float(codes.qmax), codes.scale_limit, codes.logarithmic, codes.power_of_two
 
 
 def fused_fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, codes: CodeRange) -> Tensor:

@@ -23,7 +23,7 @@ from hf_qat.graph.call_signature import CallSignature, flatten_call
 from hf_qat.graph.captured_graph import CapturedGraph, fits_shape
 from hf_qat.graph.nodes import short_name
 from hf_qat.quantization.class_swap import MADE_BY, swap_class
-from hf_qat.quantization.float32_arithmetic import float32_arithmetic, widened
+from hf_qat.quantization.float32_arithmetic import float32_arithmetic
 from hf_qat.quantization.layers import QATLayer, folded_ahead, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 from hf_qat.quantization.saved_codes import codes_for_backward
@@ -122,8 +122,8 @@ class CapturedModule(nn.Module):
             self._check_places(captured)
         # Where gradients are followed, a part in evaluation is a frozen one in training: as fast as its surroundings.
         if tensors and not self.training and not torch.is_grad_enabled():
-            with float32_arithmetic(tensors[0].device):
-                return captured.compute(self, widened(tensors))
+            with float32_arithmetic(tensors) as inputs:
+                return captured.compute(self, inputs)
         if compiling:
             return captured.compute(self, tensors)
         with codes_for_backward(self.saves_memory), folded_ahead(self._layers_called(captured)):

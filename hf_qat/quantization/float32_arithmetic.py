@@ -20,14 +20,21 @@ _PRECISIONS = (_BACKENDS.cudnn.conv, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.con
 
 
 @contextmanager
-def float32_arithmetic(device: torch.device) -> Iterator[None]:
-    """Inside, products of float32 are computed in float32 on `device`, and autocast is off.
+def float32_arithmetic(inputs: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Inside, products of float32 are computed in float32, and autocast is off.
 
     A compiler takes only the latter: it sees no settings of libraries.
+
+    Args:
+        inputs: at least one; on the device that is meant.
+
+    Yields:
+        What to compute with: under autocast, the inputs that it has cast down already are float32 again.
     """
-    cast = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if cast else nullcontext(), _ieee():
-        yield
+    device = inputs[0].device.type
+    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if cast else nullcontext(), _ieee():
+        yield _widened(inputs) if cast else inputs
 
 
 @contextmanager
@@ -43,6 +50,5 @@ def _ieee() -> Iterator[None]:
             precision.fp32_precision = value
 
 
-def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those in half precision as float32, which `float32_arithmetic` multiplies them with."""
+def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors]

@@ -110,3 +110,9 @@ def test_a_frozen_part_in_training_stays_in_half_precision():
     model, pixels = calibrated("resnet")
     with torch.autocast("cpu", torch.bfloat16):
         assert model(pixel_values=pixels).logits.dtype == torch.bfloat16
+
+
+def test_tensors_without_values_pass():
+    model, pixels = calibrated("resnet")
+    with torch.no_grad():
+        assert model.to("meta")(pixel_values=pixels.to("meta")).logits.shape == (16, model.config.num_labels)

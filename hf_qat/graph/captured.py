@@ -23,7 +23,8 @@ from hf_qat.graph.call_signature import CallSignature, flatten_call
 from hf_qat.graph.captured_graph import CapturedGraph, fits_shape
 from hf_qat.graph.nodes import short_name
 from hf_qat.quantization.class_swap import MADE_BY, swap_class
-from hf_qat.quantization.layers import QATLayer, qat_layers
+from hf_qat.quantization.float32_arithmetic import float32_arithmetic
+from hf_qat.quantization.layers import QATLayer, folded_ahead, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 from hf_qat.quantization.saved_codes import codes_for_backward
 
@@ -116,11 +117,21 @@ class CapturedModule(nn.Module):
         """Take the tensors out of the call, run the graph, and rebuild the result of the original forward."""
         call, tensors = flatten_call(self._python_signature, args, kwargs)
         captured = self._graph_for(call, tensors)
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._check_places(captured)
+        # Where gradients are followed, a part in evaluation is a frozen one in training: as fast as its surroundings.
+        if tensors and not self.training and not torch.is_grad_enabled():
+            with float32_arithmetic(tensors) as inputs:
+                return captured.compute(self, inputs)
+        if compiling:
             return captured.compute(self, tensors)
-        self._check_places(captured)
-        with codes_for_backward(self.saves_memory):
+        with codes_for_backward(self.saves_memory), folded_ahead(self._layers_called(captured)):
             return captured.compute(self, tensors)
+
+    def _layers_called(self, captured: CapturedGraph) -> list[QATLayer]:
+        called = set(captured.called)
+        return [p.module for p in self.places if p.path in called and isinstance(p.module, QATLayer)]
 
     def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
         of_mode = [captured for captured in self.graphs if captured.training == self.training] or self.graphs[:1]

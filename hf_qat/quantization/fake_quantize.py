@@ -148,6 +148,18 @@ def pass_between(grad: Tensor, y: Tensor, low: float, high: float) -> Tensor:
     return passed
 
 
+def flat(x: Tensor) -> Tensor:
+    """All values of `x` as (n,), without a copy for any dense memory format such as channels_last."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """() `(a * b).sum()` of two tensors of one size; no copy is made where they lie in memory alike, without gaps."""
+    if torch.compiler.is_compiling() or a.stride() != b.stride():
+        return torch.dot(a.reshape(-1), b.reshape(-1))
+    return torch.dot(flat(a), flat(b))
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Saves its input, as it came; which values pass is found out again."""
 

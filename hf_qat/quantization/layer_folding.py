@@ -7,6 +7,7 @@ one: on a CPU, arithmetic on a few numbers for each channel would take as long a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hf_qat.quantization.folding import rounded_weight, saved_weight, weight_gradients
 from hf_qat.quantization.kernels import fuses
-from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, Folding, Norm
+from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, FoldCall, Folding, Norm
 
 
 def fold_layer(
@@ -37,6 +38,17 @@ def fold_layer(
         return fused_fold(weight, log2_scale, norm, folding)
     out, bias = _FoldLayer.apply(weight, log2_scale, *(norm or (None,) * 5), folding)
     return out, bias
+
+
+def fold_together(calls: Sequence[FoldCall]) -> list[tuple[Tensor, Tensor | None]]:
+    """`fold_layer` of each of `calls`, on a GPU where Triton runs; a launch each way for all that are of a kind."""
+    from hf_qat.quantization.kernels.weights_together import fused_fold_together
+
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for kind in dict.fromkeys(call.kind() for call in calls):
+        places = [place for place, call in enumerate(calls) if call.kind() == kind]
+        found.update(zip(places, fused_fold_together([calls[place] for place in places]), strict=True))
+    return [found[place] for place in range(len(calls))]
 
 
 class _FoldLayer(torch.autograd.Function):

@@ -10,7 +10,8 @@ Dividing the small weight by f, not the large output, keeps batch norm's epsilon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,14 +21,18 @@ from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
 from hf_qat.quantization.class_swap import original_class, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
-from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, Folding, Norm
-from hf_qat.quantization.layer_folding import fold_layer
+from hf_qat.quantization.kernels import fuses
+from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, FoldCall, Folding, Norm
+from hf_qat.quantization.layer_folding import fold_layer, fold_together
 from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
 
+
+#: Attribute of a layer: weight and bias that its next call uses, which `folded_ahead` has computed.
+AHEAD = "_ahead"
 
 register()  # a layer holds the operation that it computes
 
@@ -94,7 +99,7 @@ class QATLayer(nn.Module):
             arguments: in place of `operation_args`, where a layer is called in several ways.
         """
         batch_norm, arguments = self.batch_norm, self.operation_args if arguments is None else arguments
-        if batch_norm is not None and is_live(batch_norm) and not self.batch_norm_frozen:
+        if batch_norm is not None and self._is_live():
             out = self.operation(x, self._unfolded_weight(), self.bias, *arguments)
             return normalise_live(batch_norm, out)
         if self.training and self._folds_at_once():
@@ -104,6 +109,10 @@ class QATLayer(nn.Module):
         if not self.training and bias is not None:
             bias = self._rounded_bias(bias, scale)
         return self.operation(x, weight, bias, *arguments)
+
+    def _is_live(self) -> bool:
+        """Whether its batch norm uses batch statistics."""
+        return is_live(self.batch_norm) and not self.batch_norm_frozen
 
     def device_scale(self) -> Tensor:
         """Scale of the weight on the device: the quantizer's, or larger where a channel's bias would not fit int32."""
@@ -144,12 +153,24 @@ class QATLayer(nn.Module):
             self.weight, factor / scale, scale / factor, quantizer.spec.qmin, quantizer.spec.qmax, self.channel_axis
         )
 
+    def folds_ahead(self) -> bool:
+        """Whether its next call in training could find its weight there already, folded by a kernel."""
+        return self.training and self._folds_at_once() and fuses(self.weight)
+
     def _folds_at_once(self) -> bool:
         """Whether scale, fold and rounding are one operation; a compiler is given the formulas to fuse."""
         return self.weight_quantizer.rounds and not torch.compiler.is_compiling()
 
     def _folded_at_once(self, live: bool) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the operation in training; by a kernel, in the type that autocast wants."""
+        call = self._fold_call(live)
+        ahead = self.__dict__.pop(AHEAD, None)  # a second call of the layer comes after its batch norm has moved
+        if ahead is None or ahead[0].dtype != call.folding.dtype:
+            ahead = fold_layer(*call)
+        weight, bias = ahead
+        return weight, self.bias if call.norm is None else bias
+
+    def _fold_call(self, live: bool) -> FoldCall:
         bn: Any = self.batch_norm
         quantizer, device = self.weight_quantizer, self.weight.device.type
         spec, log2_scale = quantizer.spec, quantizer.log2_scale
@@ -157,13 +178,12 @@ class QATLayer(nn.Module):
         norm, eps = None, 0.0
         if bn is not None:
             norm, eps = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, self.bias), bn.eps
-        weight, bias = fold_layer(
+        return FoldCall(
             self.weight,
             log2_scale.detach() if quantizer.frozen else log2_scale,
             norm,
             Folding(spec.qmin, spec.qmax, self.channel_axis, spec.power_of_two, live, eps, dtype),
         )
-        return weight, self.bias if norm is None else bias
 
     def folded(self, scale: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight as the device sees it, batch norm folded in and quantized at `scale` if enabled, and its bias."""
@@ -301,6 +321,25 @@ def install_freezable_norm(module: nn.Module) -> None:
     """Make a batch norm one that can be frozen, in place."""
     if not isinstance(module, FreezableBatchNorm):
         swap_class(module, FreezableBatchNorm).batch_norm_frozen = False
+
+
+@contextmanager
+def folded_ahead(layers: Sequence[QATLayer]) -> Iterator[None]:
+    """Inside, the next call of each of `layers` finds its weight there already.
+
+    On a GPU it takes less time to launch a kernel for all of them than one for each. In several processes it does not:
+    they exchange gradients while others are still to come, and these would all come last.
+    """
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    ahead = [layer for layer in layers if alone and layer.folds_ahead()]
+    calls = [layer._fold_call(layer._is_live()) for layer in ahead]
+    try:
+        for layer, weight in zip(ahead, fold_together(calls) if calls else [], strict=True):
+            layer.__dict__[AHEAD] = weight
+        yield
+    finally:
+        for layer in ahead:
+            layer.__dict__.pop(AHEAD, None)
 
 
 def qat_layers(model: nn.Module) -> dict[str, QATLayer]:

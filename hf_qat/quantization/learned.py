@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.fake_quantize import Bound, as_dtype, code_bounds, is_cheap, pass_inside, round_to_codes
+from hf_qat.quantization.fake_quantize import (
+    Bound,
+    as_dtype,
+    code_bounds,
+    is_cheap,
+    pass_inside,
+    round_to_codes,
+    sum_of_products,
+)
 
 
 class QuantizerValues(NamedTuple):
@@ -82,7 +90,7 @@ class _Learned(torch.autograd.Function):
             # One sum of what rounding does to each value: the difference of two sums would cancel.
             spent = pass_inside(x, x, scale, low, high)
             change = round_to_codes(x, scale, low, high).sub_(spent)
-            dlog2 = torch.dot(grad.reshape(-1), change.reshape(-1)) * math.log(2.0)
+            dlog2 = sum_of_products(grad, change) * math.log(2.0)
             if unlimited_scale is not scale:
                 dlog2 *= unlimited_scale / scale
         alike = spent is not None and spent.stride() == grad.stride()

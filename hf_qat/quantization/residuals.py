@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.fake_quantize import as_dtype, pass_inside
+from hf_qat.quantization.fake_quantize import as_dtype, pass_inside, sum_of_products
 from hf_qat.quantization.learned import QuantizerValues, offset_gradient
 from hf_qat.quantization.saved_codes import byte_shift, keep_codes, to_byte
 
@@ -81,9 +81,9 @@ class _Compact(torch.autograd.Function):
         dx = torch.ops.aten.hardtanh_backward(grad, r, own.spread * own.low + 0.5, own.spread * own.high - 0.5)
         dlog2 = doffset = None
         if any(ctx.needs_input_grad[1:3]):
-            moved = torch.dot(dx.reshape(-1), r.reshape(-1)) / (2 * own.amplitude)
+            moved = sum_of_products(dx, r) / (2 * own.amplitude)
             outside = torch.sub(grad, dx)
-            ends, total = torch.dot(outside.reshape(-1), r.reshape(-1)) / own.spread, outside.sum()
+            ends, total = sum_of_products(outside, r) / own.spread, outside.sum()
             dlog2 = (ends + total * (values.low - own.low) - moved) * values.unlimited_scale * math.log(2.0)
             if offset is not None:
                 doffset = offset_gradient(-total, offset, values)

@@ -151,6 +151,15 @@ class Variant:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """Of the batch, without an update: the loss, and the gradients of all parameters as one vector."""
+        with torch.autocast(self.pixels.device.type, torch.bfloat16):
+            loss = self.run(pixel_values=self.pixels, labels=self.labels).loss
+        loss.backward()
+        gradients = [parameter.grad.flatten() for parameter in self.model.parameters() if parameter.grad is not None]
+        self.optimizer.zero_grad()
+        return float(loss.detach()), torch.cat(gradients)
+
     def set_mode(self, mode: str) -> None:
         """Of a prepared model."""
         bn_frozen, ranges_frozen = MODES[mode]
@@ -298,26 +307,35 @@ def observed(run: Run, net: str) -> None:
     compare(run, "eager", net, base, ours, ["observed"])
 
 
-def compiled(run: Run, net: str, modes: list[str], backend: str) -> None:
-    """Compiled against compiled, one mode after the other."""
+def compiled(run: Run, net: str, modes: list[str], how: dict[str, Any]) -> None:
+    """Compiled (`how`: of `torch.compile`) against compiled, one mode after the other; and against eager."""
     torch._dynamo.reset()
+    part = " ".join(["compiled", *how.values()])
     base, ours = make_pair(run, net, QATConfig("int8"))
     for name in ("float", *modes):
         variant = base if name == "float" else ours
         if name != "float":
             if run.left() < COMPILE_SECONDS[net]:
-                run.add(part="compiled", net=net, mode=name, skipped="no time left")
+                run.add(part=part, net=net, mode=name, skipped="no time left")
                 continue
             ours.set_mode(name)
         counters = torch._dynamo.utils.counters
         counters.clear()
-        if variant.run is variant.model:
-            variant.run = torch.compile(variant.model, backend=backend)
-        seconds = warm(variant)
+        compiled_before, variant.run = variant.run, variant.model
+        loss, gradient = variant.loss_and_gradient()
+        made = compiled_before is variant.model
+        variant.run = torch.compile(variant.model, **how) if made else compiled_before
+        began = time.monotonic()
+        found, compiled_gradient = variant.loss_and_gradient()
+        seconds = time.monotonic() - began + warm(variant)
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-        run.add(part="compile", net=net, mode=name, seconds=seconds, graphs=graphs, breaks=breaks)
+        error = float((compiled_gradient - gradient).norm() / gradient.norm())
+        checks: dict[str, float] = {"loss": loss, "loss_error": abs(found - loss) / abs(loss), "gradient_error": error}
+        run.add(
+            part=f"{part}, first step", net=net, mode=name, seconds=seconds, graphs=graphs, breaks=breaks, **checks
+        )
         if name != "float":
-            compare(run, "compiled", net, base, ours, [name])
+            compare(run, part, net, base, ours, [name])
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------
@@ -348,7 +366,7 @@ def evaluation(run: Run, net: str, target: str) -> None:
         run.add(part="evaluation", net=net, target=target, what=what, rms=rms, top1=top1)
 
 
-def parts(run: Run, backend: str) -> Iterator[tuple[str, float, Callable[[], None]]]:
+def parts(run: Run, how: dict[str, Any]) -> Iterator[tuple[str, float, Callable[[], None]]]:
     """What is measured, in the order of its weight: what, seconds that it may take, how."""
     yield "correctness", 60, lambda: gpu_correctness.check(run.add, run.device, run.tiny)
     yield "bandwidth", 15, lambda: gpu_correctness.speed(run.add, run.device, run.tiny)
@@ -359,7 +377,7 @@ def parts(run: Run, backend: str) -> Iterator[tuple[str, float, Callable[[], Non
     yield "evaluation w4a4", 15, lambda: evaluation(run, "mobilenet_v2", "w4a4")
     for net, modes in COMPILED.items():
         seconds = 1.3 * COMPILE_SECONDS[net]
-        yield f"compiled {net}", seconds, lambda net=net, modes=modes: compiled(run, net, modes, backend)  # type: ignore[misc]
+        yield f"compiled {net}", seconds, lambda net=net, modes=modes: compiled(run, net, modes, how)  # type: ignore[misc]
     yield "observed resnet50", 20, lambda: observed(run, "resnet50")
 
 
@@ -371,11 +389,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480.0, help="begin nothing that may end later; default: 480")
     parser.add_argument("--only", default="", help="parts whose name contains this")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; default: inductor")
+    parser.add_argument("--mode", help="of torch.compile, for instance reduce-overhead, which records CUDA graphs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there")
     options = parser.parse_args()
     run = Run(options.device, options.tiny, options.seconds, options.json)
     print(torch.__version__, transformers.__version__, name_of(run.device), flush=True)
-    for what, seconds, measure in parts(run, options.backend):
+    how = {"backend": options.backend} if options.mode is None else {"mode": options.mode}
+    for what, seconds, measure in parts(run, how):
         if options.only not in what:
             continue
         if run.left() < seconds:

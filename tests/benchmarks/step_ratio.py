@@ -76,12 +76,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 OBSERVED = {"learned": False, "observer": "moving_average"}
 
-#: Mode → whether scales are learned, whether batch norm is frozen, whether ranges are frozen.
+
+class Mode(NamedTuple):
+    """Whether scales are learned, batch norm and ranges are frozen, and codes are kept in place of values."""
+
+    learned: bool
+    bn_frozen: bool
+    ranges_frozen: bool = False
+    save_memory: bool = False
+
+
 MODES = {
-    "BN live, ranges observed": (False, False, False),
-    "both frozen": (False, True, True),
-    "learned, BN frozen": (True, True, False),
-    "learned, BN live": (True, False, False),
+    "BN live, ranges observed": Mode(False, False),
+    "both frozen": Mode(False, True, ranges_frozen=True),
+    "learned, BN frozen": Mode(True, True),
+    "learned, BN live": Mode(True, False),
+    "learned, frozen, codes kept": Mode(True, True, save_memory=True),
 }
 
 
@@ -124,13 +134,14 @@ class Variant:
         return sum(t.numel() * t.element_size() for t in tensors) + peak_bytes(self.step)
 
 
-def quantized(model: nn.Module, pixels: Tensor, learned: bool, bn_frozen: bool, ranges_frozen: bool) -> nn.Module:
+def quantized(model: nn.Module, pixels: Tensor, mode: Mode) -> nn.Module:
     """A calibrated copy of the float `model`, target int8, in one of the modes."""
-    scheme = {} if learned else {"weights": OBSERVED, "activations": OBSERVED}
-    prepared = prepare_qat(copy.deepcopy(model), QATConfig("int8", **scheme), {"pixel_values": pixels[:2]})
+    scheme = {} if mode.learned else {"weights": OBSERVED, "activations": OBSERVED}
+    config = QATConfig("int8", save_memory=mode.save_memory, **scheme)
+    prepared = prepare_qat(copy.deepcopy(model), config, {"pixel_values": pixels[:2]})
     calibrate(prepared, [{"pixel_values": pixels}], bias_correction=False)
-    freeze_batch_norm(prepared, bn_frozen)
-    return freeze_ranges(prepared, ranges_frozen)
+    freeze_batch_norm(prepared, mode.bn_frozen)
+    return freeze_ranges(prepared, mode.ranges_frozen)
 
 
 def variants(name: str) -> list[Variant]:
@@ -139,9 +150,9 @@ def variants(name: str) -> list[Variant]:
     torch.manual_seed(0)
     model, pixels, labels = make(), torch.randn(batch, 3, size, size), torch.randint(LABELS, (batch,))
     has_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    modes = {mode: switches for mode, switches in MODES.items() if has_norm or mode != "learned, BN live"}
+    modes = {name: mode for name, mode in MODES.items() if has_norm or name != "learned, BN live"}
     found = [Variant("float", model, pixels, labels)]
-    return found + [Variant(mode, quantized(model, pixels, *s), pixels, labels) for mode, s in modes.items()]
+    return found + [Variant(name, quantized(model, pixels, mode), pixels, labels) for name, mode in modes.items()]
 
 
 def measure(name: str, rounds: int, threads: Sequence[int]) -> Iterator[dict[str, object]]:
@@ -180,7 +191,7 @@ def row(mode: str, times: dict[str, list[Seconds]], memory: dict[str, int]) -> d
 
 #: What stands above the lines of `line`.
 HEAD = (
-    f"{'model':<14} {'threads':>7}  {'mode':<26} {'CPU s':>8} {'/ float':>7}  {'quartiles':<11}"
+    f"{'model':<14} {'threads':>7}  {'mode':<27} {'CPU s':>8} {'/ float':>7}  {'quartiles':<11}"
     f" {'peak MiB':>8} {'/ float':>7} {'wall / float':>12}"
 )
 
@@ -189,7 +200,7 @@ def line(result: dict[str, object]) -> str:
     """A row of the table."""
     low, high = result["ratio_quartiles"]  # type: ignore[misc]
     return (
-        f"{result['model']:<14} {result['threads']:>7}  {result['mode']:<26} {result['seconds']:>8.3f}"
+        f"{result['model']:<14} {result['threads']:>7}  {result['mode']:<27} {result['seconds']:>8.3f}"
         f" {result['ratio']:>7.3f}  {low:.3f}-{high:.3f} {result['peak_mib']:>8.0f} {result['peak_ratio']:>7.2f}"
         f" {result['wall_ratio']:>12.3f}"
     )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from hf_qat.quantization.fake_quantize import dequantize, fake_quantize, quantize
+from hf_qat.quantization.fake_quantize import dequantize, fake_quantize, flat, quantize, sum_of_products
 
 
 RANGES = {
@@ -253,3 +253,31 @@ def test_the_formula_for_a_compiler_has_the_same_values_and_gradients(axis, affi
     test_the_gradient_passes_straight_through_inside_the_range_only("uint8", axis, affine)
     test_ties_go_to_the_even_code_and_the_rest_saturates()
     test_the_gradient_is_zero_from_the_ends_of_the_range_on()
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "permuted": lambda x: x.permute(2, 0, 3, 1).contiguous().permute(1, 3, 0, 2),
+    "with gaps": lambda x: torch.stack([x, x], -1)[..., 0],
+    "expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("one", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_a_sum_of_products_is_the_same_in_every_layout(one: str, other: str):
+    a, b = LAYOUTS[one](torch.randn(3, 5, 4, 6)), LAYOUTS[other](torch.randn(3, 5, 4, 6))
+    expected = float((a.double().numpy() * b.double().numpy()).sum())
+    assert float(sum_of_products(a, b)) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "permuted"])
+def test_a_dense_layout_is_flattened_without_a_copy(layout: str):
+    x = LAYOUTS[layout](torch.randn(3, 5, 4, 6))
+    assert flat(x).data_ptr() == x.data_ptr()
+    assert torch.equal(flat(x).sort().values, x.reshape(-1).sort().values)
+
+
+def test_numbers_without_axes_are_multiplied_too():
+    assert float(sum_of_products(torch.tensor(3.0), torch.tensor(-2.0))) == -6.0

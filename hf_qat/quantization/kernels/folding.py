@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,3 +41,17 @@ class Norm(NamedTuple):
     gamma: Tensor | None
     beta: Tensor | None
     bias: Tensor | None
+
+
+class FoldCall(NamedTuple):
+    """What `hf_qat.quantization.layer_folding.fold_layer` is called with, for one layer."""
+
+    weight: Tensor
+    log2_scale: Tensor
+    norm: Norm | None
+    folding: Folding
+
+    def kind(self) -> tuple[Any, ...]:
+        """What layers that one kernel folds have in common."""
+        present = tuple(tensor is not None for tensor in self.norm or ())
+        return self.folding._replace(axis=0), self.log2_scale.dim(), self.weight.device, present

@@ -71,7 +71,7 @@ def _in_steps(w, multiplier, FOLDS: tl.constexpr):
 
 
 @triton.jit
-def _fold_bias(bias_out_at, kept_at, mean_at, beta_at, bias_at, inverse, factor, c, channels):
+def _fold_bias(bias_out_at, kept_at, mean_at, beta_at, bias_at, inverse, factor, c, row, rows):
     """Store the bias of a channel, and what its gradients need."""
     shift = tl.load(mean_at + c)
     if bias_at is not None:
@@ -79,27 +79,26 @@ def _fold_bias(bias_out_at, kept_at, mean_at, beta_at, bias_at, inverse, factor,
     folded = -shift * factor
     if beta_at is not None:
         folded = tl.load(beta_at + c) + folded
-    tl.store(bias_out_at + c, folded.to(bias_out_at.dtype.element_ty))
-    tl.store(kept_at + INVERSE * channels + c, inverse)
-    tl.store(kept_at + SHIFT * channels + c, shift)
+    tl.store(bias_out_at + row, folded.to(bias_out_at.dtype.element_ty))
+    tl.store(kept_at + INVERSE * rows + row, inverse)
+    tl.store(kept_at + SHIFT * rows + row, shift)
 
 
 @triton.jit
-def _fold(
+def fold_channel(
     w_at, out_at, log2_scale_at, kept_at, bias_out_at, mean_at, variance_at, gamma_at, beta_at, bias_at, eps,
-    qmin, qmax, channels, length, inner,
+    qmin, qmax, c, channels, length, inner, row, rows,
     PER_CHANNEL: tl.constexpr, POWER_OF_TWO: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each channel."""
-    c = tl.program_id(0)
+    """Channel `c` of a layer; what there is one of for each channel is number `row` of `rows`."""
     scale = scale_of(tl.load(log2_scale_at + (c if PER_CHANNEL else 0)), POWER_OF_TWO)
     multiplier, step = scale, scale
     if variance_at is not None:
         inverse, factor = _factor(variance_at, gamma_at, c, eps, LIVE)
         multiplier, step = _multiplier_and_step(scale, factor, LIVE)
-        tl.store(kept_at + FACTOR * channels + c, factor)
+        tl.store(kept_at + FACTOR * rows + row, factor)
         if not LIVE:
-            _fold_bias(bias_out_at, kept_at, mean_at, beta_at, bias_at, inverse, factor, c, channels)
+            _fold_bias(bias_out_at, kept_at, mean_at, beta_at, bias_at, inverse, factor, c, row, rows)
     start = 0
     while start < length:
         j, place = _place(c, start, channels, inner, BLOCK)
@@ -110,28 +109,41 @@ def _fold(
 
 
 @triton.jit
-def _bias_backward(bias_grad_at, sums_at, kept_at, passed, factor, c, channels):
-    """Store the gradients of gamma, beta and the layer's bias; `passed`: the sum of weights times their gradients."""
-    inverse = tl.load(kept_at + INVERSE * channels + c)
-    shift = tl.load(kept_at + SHIFT * channels + c)
-    grad = tl.load(bias_grad_at + c).to(tl.float32)
-    tl.store(sums_at + BY_GAMMA * channels + c, (passed - grad * shift) * inverse)
-    tl.store(sums_at + BY_BETA * channels + c, grad)
-    tl.store(sums_at + BY_BIAS * channels + c, grad * factor)
-
-
-@triton.jit
-def _fold_backward(
-    grad_at, bias_grad_at, w_at, dw_at, sums_at, log2_scale_at, kept_at,
+def _fold(
+    w_at, out_at, log2_scale_at, kept_at, bias_out_at, mean_at, variance_at, gamma_at, beta_at, bias_at, eps,
     qmin, qmax, channels, length, inner,
     PER_CHANNEL: tl.constexpr, POWER_OF_TWO: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for each channel: the gradient of its weights, and the sums for its parameters."""
+    """One program for each channel."""
     c = tl.program_id(0)
+    fold_channel(
+        w_at, out_at, log2_scale_at, kept_at, bias_out_at, mean_at, variance_at, gamma_at, beta_at, bias_at, eps,
+        qmin, qmax, c, channels, length, inner, c, channels, PER_CHANNEL, POWER_OF_TWO, LIVE, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _bias_backward(bias_grad_at, sums_at, kept_at, passed, factor, c, row, rows):
+    """Store the gradients of gamma, beta and the layer's bias; `passed`: the sum of weights times their gradients."""
+    inverse = tl.load(kept_at + INVERSE * rows + row)
+    shift = tl.load(kept_at + SHIFT * rows + row)
+    grad = tl.load(bias_grad_at + c).to(tl.float32)
+    tl.store(sums_at + BY_GAMMA * rows + row, (passed - grad * shift) * inverse)
+    tl.store(sums_at + BY_BETA * rows + row, grad)
+    tl.store(sums_at + BY_BIAS * rows + row, grad * factor)
+
+
+@triton.jit
+def fold_channel_backward(
+    grad_at, bias_grad_at, w_at, dw_at, sums_at, log2_scale_at, kept_at,
+    qmin, qmax, c, channels, length, inner, row, rows,
+    PER_CHANNEL: tl.constexpr, POWER_OF_TWO: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the weights of channel `c`, and the sums for its parameters; see `fold_channel`."""
     scale = scale_of(tl.load(log2_scale_at + (c if PER_CHANNEL else 0)), POWER_OF_TWO)
     multiplier, step, factor, slope = scale, scale, 1.0, 1.0
     if kept_at is not None:
-        factor = tl.load(kept_at + FACTOR * channels + c)
+        factor = tl.load(kept_at + FACTOR * rows + row)
         multiplier, step = _multiplier_and_step(scale, factor, LIVE)
         slope = multiplier * step
     changed = tl.zeros((BLOCK,), tl.float32)
@@ -148,9 +160,23 @@ def _fold_backward(
         passed += dy * w
         tl.store(dw_at + place, (dy * slope).to(dw_at.dtype.element_ty), mask=j < length)
         start += BLOCK
-    tl.store(sums_at + BY_SCALE * channels + c, tl.sum(changed) * (step * LN2))
+    tl.store(sums_at + BY_SCALE * rows + row, tl.sum(changed) * (step * LN2))
     if bias_grad_at is not None:
-        _bias_backward(bias_grad_at, sums_at, kept_at, tl.sum(passed), factor, c, channels)
+        _bias_backward(bias_grad_at, sums_at, kept_at, tl.sum(passed), factor, c, row, rows)
+
+
+@triton.jit
+def _fold_backward(
+    grad_at, bias_grad_at, w_at, dw_at, sums_at, log2_scale_at, kept_at,
+    qmin, qmax, channels, length, inner,
+    PER_CHANNEL: tl.constexpr, POWER_OF_TWO: tl.constexpr, LIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each channel."""
+    c = tl.program_id(0)
+    fold_channel_backward(
+        grad_at, bias_grad_at, w_at, dw_at, sums_at, log2_scale_at, kept_at,
+        qmin, qmax, c, channels, length, inner, c, channels, PER_CHANNEL, POWER_OF_TWO, LIVE, BLOCK,
+    )  # fmt: skip
 
 
 def fused_fold(

@@ -17,6 +17,7 @@ from hf_qat.config.observers import OBSERVERS
 from hf_qat.config.targets import did_you_mean
 from hf_qat.errors import CalibrationError, ConfigError
 from hf_qat.quantization import collectives
+from hf_qat.quantization.fake_quantize import flat
 from hf_qat.quantization.scales import largest_magnitude_scales, scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -58,7 +59,7 @@ class Observer(ABC):
             raise CalibrationError(f"a tensor of {x.dtype} has no range to calibrate; pass real numbers (float32)")
         if x.numel() == 0:
             return
-        values = _in_memory_order(x.float() if x.dtype == torch.float64 else x)
+        values = flat((x.float() if x.dtype == torch.float64 else x).detach())
         # One transfer for both; NaN and Inf survive aminmax, so this is the whole check.
         low, high = torch.stack(values.aminmax()).tolist()
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -127,9 +128,3 @@ def make_observer(spec: QuantizerSpec) -> Observer:
         raise ConfigError(f"unknown observer {spec.observer!r}.{nearest} Known observers: {sorted(OBSERVERS)}.")
     observer: Observer = OBSERVERS[spec.observer](spec)
     return observer
-
-
-def _in_memory_order(x: Tensor) -> Tensor:
-    """All values of `x` as (n,), without a copy for any dense memory format such as channels_last."""
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    return x.detach().permute(order).reshape(-1)

@@ -183,7 +183,8 @@ def test_where_triton_does_not_run_the_log_says_so_once(caplog: pytest.LogCaptur
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED or DEVICE.type == "cuda" or INTERPRETED, reason="Triton is not there, or runs here")
 def test_they_hold_in_the_interpreter():
-    files = [__file__, str(Path(__file__).parents[1] / "test_layer_folding.py")]
+    files = [__file__, str(Path(__file__).with_name("test_weights_together.py"))]
+    files.append(str(Path(__file__).parents[1] / "test_layer_folding.py"))
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

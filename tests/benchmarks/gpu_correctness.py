@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from hf_qat import calibrate, freeze_batch_norm, prepare_qat
 from hf_qat.quantization import kernels
 from hf_qat.quantization.kernels.code_range import CodeRange
-from hf_qat.quantization.kernels.folding import Folding, Norm
-from hf_qat.quantization.layer_folding import fold_layer
+from hf_qat.quantization.kernels.folding import FoldCall, Folding, Norm
+from hf_qat.quantization.layer_folding import fold_layer, fold_together
 
 
 Add = Callable[..., None]
@@ -53,6 +53,7 @@ def check(add: Add, device: torch.device, tiny: bool) -> None:
     _check_exponentials(add, device, 200 if tiny else 2000)
     _check_activations(add, device, TINY_SHAPES if tiny else SHAPES)
     _check_weights(add, device, tiny)
+    _check_weights_together(add, device)
     _check_model(add, device)
 
 
@@ -181,6 +182,27 @@ def _check_weights(add: Add, device: torch.device, tiny: bool) -> None:
         )
 
 
+def _check_weights_together(add: Add, device: torch.device) -> None:
+    """Many weights in one launch are those of a launch each, and so are the gradients."""
+    shapes = [((9, 6, 3, 3), 0), ((33, 13), 0), ((5, 6, 2, 2), 1), ((64, 32, 1, 1), 0)]
+    for kind in ("plain", "folded", "live"):
+        cases = [_WeightCase(shape, axis, kind, True, device) for shape, axis in shapes]
+        results = []
+        for together in (True, False):
+            leaves = [[leaf.detach().requires_grad_() for leaf in case.leaves] for case in cases]
+            calls = [case.call(own) for case, own in zip(cases, leaves, strict=True)]
+            pairs = fold_together(calls) if together else [fold_layer(*call) for call in calls]
+            for (weight, bias), case in zip(pairs, cases, strict=True):
+                outputs, grads = (
+                    ([weight], [case.grad]) if bias is None else ([weight, bias], [case.grad, case.bias_grad])
+                )
+                torch.autograd.backward(outputs, grads, retain_graph=True)
+            found = [weight for weight, _ in pairs] + [x.grad for own in leaves for x in own if x.grad is not None]
+            results.append(found)
+        errors = [float((a - b).detach().abs().max() / (b.abs().max() + 1e-30)) for a, b in zip(*results, strict=True)]
+        add(part="correctness", what=f"weights together {kind}", compared=len(errors), error=max(errors))
+
+
 class _WeightCase:
     """A weight, a batch norm, and incoming gradients."""
 
@@ -192,13 +214,17 @@ class _WeightCase:
         self.variance = torch.rand(channels, device=device) + 0.5
         self.grad, self.bias_grad = torch.randn(shape, device=device), torch.randn(channels, device=device)
 
+    def call(self, leaves: list[Tensor]) -> FoldCall:
+        """What folds `leaves`."""
+        norm = None if self.kind == "plain" else Norm(self.mean, self.variance, *leaves[2:])
+        folding = Folding(-127, 127, self.axis, False, self.kind == "live", 1e-5, torch.float32)
+        return FoldCall(leaves[0], leaves[1], norm, folding)
+
     def by_triton(self) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Weight, bias, and the gradients of the leaves that get one."""
 
         leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
-        norm = None if self.kind == "plain" else Norm(self.mean, self.variance, *leaves[2:])
-        folding = Folding(-127, 127, self.axis, False, self.kind == "live", 1e-5, torch.float32)
-        out, bias = fold_layer(leaves[0], leaves[1], norm, folding)
+        out, bias = fold_layer(*self.call(leaves))
         outputs, grads = ([out], [self.grad]) if bias is None else ([out, bias], [self.grad, self.bias_grad])
         return out, bias, list(torch.autograd.grad(outputs, leaves if bias is not None else leaves[:2], grads))
 

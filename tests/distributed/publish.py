@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from tests.exported import publisher
+from tests.training import images
 
 
 def main(directory: Path) -> None:
     """Train with a push after each of two saves, then publish; what each process came to is left for the test."""
     torch.manual_seed(0)
     hub = {"push_to_hub": True, "hub_model_id": "user/trained", "hub_always_push": True}
-    trainer = publisher(directory / "run", "AM68A", max_steps=24, save_strategy="steps", save_steps=12, **hub)
+    training = {"max_steps": 96, "save_strategy": "steps", "save_steps": 48, "train_dataset": images(200)}
+    trainer = publisher(directory / "run", "AM68A", **training, **hub)
     trainer.train()
     accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.export(directory / "export", license="apache-2.0")

@@ -211,7 +211,7 @@ def test_two_processes_push_and_export_once(tmp_path: Path):
         assert status == 0, errors[-3000:]
         repository = hub.repository("user/trained")
     titles = [commit.title for commit in repository.commits()]
-    assert titles == ["Training in progress, step 12", "Training in progress, step 24", "End of training"]
+    assert titles == ["Training in progress, step 48", "Training in progress, step 96", "End of training"]
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one["commit"] is not None and other["commit"] is None
     assert repository.files()["model.safetensors"] == (tmp_path / "export" / "model.safetensors").read_bytes()

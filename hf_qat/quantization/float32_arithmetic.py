@@ -39,14 +39,14 @@ def float32_arithmetic(inputs: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
 
 @contextmanager
 def _ieee() -> Iterator[None]:
-    changed = [] if torch.compiler.is_compiling() else [p for p in _PRECISIONS if p.fp32_precision != "ieee"]
-    before = [precision.fp32_precision for precision in changed]
+    found = [] if torch.compiler.is_compiling() else [(p, p.fp32_precision) for p in _PRECISIONS]
+    changed = [(precision, value) for precision, value in found if value != "ieee"]
     try:
-        for precision in changed:
+        for precision, _ in changed:
             precision.fp32_precision = "ieee"
         yield
     finally:
-        for precision, value in zip(changed, before, strict=True):
+        for precision, value in changed:
             precision.fp32_precision = value
 
 

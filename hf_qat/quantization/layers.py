@@ -155,7 +155,9 @@ class QATLayer(nn.Module):
 
     def folds_ahead(self) -> bool:
         """Whether its next call in training could find its weight there already, folded by a kernel."""
-        return self.training and self._folds_at_once() and fuses(self.weight)
+        if not (self.training and self._folds_at_once() and fuses(self.weight)):
+            return False
+        return not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def _folds_at_once(self) -> bool:
         """Whether scale, fold and rounding are one operation; a compiler is given the formulas to fuse."""
@@ -328,17 +330,18 @@ def folded_ahead(layers: Sequence[QATLayer]) -> Iterator[None]:
     """Inside, the next call of each of `layers` finds its weight there already.
 
     On a GPU it takes less time to launch a kernel for all of them than one for each. In several processes it does not:
-    they exchange gradients while others are still to come, and these would all come last.
+    they exchange gradients while others are still to come, and these would all come last. Nor while a CUDA graph is
+    recorded, which takes no table of addresses from the host.
     """
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    ahead = [layer for layer in layers if alone and layer.folds_ahead()]
-    calls = [layer._fold_call(layer._is_live()) for layer in ahead]
+    every = {layer: layer._fold_call(layer._is_live()) for layer in layers if alone and layer.folds_ahead()}
+    calls = {layer: call for layer, call in every.items() if call.is_float32()}
     try:
-        for layer, weight in zip(ahead, fold_together(calls) if calls else [], strict=True):
+        for layer, weight in zip(calls, fold_together(list(calls.values())) if calls else [], strict=True):
             layer.__dict__[AHEAD] = weight
         yield
     finally:
-        for layer in ahead:
+        for layer in calls:
             layer.__dict__.pop(AHEAD, None)
 
 

@@ -55,3 +55,8 @@ class FoldCall(NamedTuple):
         """What layers that one kernel folds have in common."""
         present = tuple(tensor is not None for tensor in self.norm or ())
         return self.folding._replace(axis=0), self.log2_scale.dim(), self.weight.device, present
+
+    def is_float32(self) -> bool:
+        """Whether all its tensors are float32, as a kernel that is told addresses alone takes them to be."""
+        tensors = (self.weight, self.log2_scale, *(self.norm or ()))
+        return all(tensor is None or tensor.dtype == torch.float32 for tensor in tensors)

@@ -89,6 +89,35 @@ def test_what_nothing_depends_on_gets_no_gradient_from_it():
     assert leaves[0][0].grad.any()
 
 
+@pytest.mark.parametrize("missing", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["folded", "live"])
+def test_a_batch_norm_or_layer_that_lacks_a_parameter(kind: str, missing: int):
+    leaves = [[leaf.requires_grad_() for leaf in leaves_of(shape, axis, True)] for shape, axis in SHAPES[:2]]
+    calls = []
+    for own, (shape, axis) in zip(leaves, SHAPES, strict=False):
+        statistics = torch.randn(shape[axis], device=DEVICE), torch.rand(shape[axis], device=DEVICE) + 0.5
+        call = call_of(own, statistics, axis, kind)
+        absent = ("gamma", "beta", "bias")[missing - 2]
+        calls.append(
+            call._replace(norm=call.norm._replace(**{absent: None}), folding=call.folding._replace(power_of_two=True))
+        )
+    for ours, theirs in zip(fold_together(calls), [fold_layer(*call) for call in calls], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_that_is_not_float32_is_folded_by_itself(monkeypatch: pytest.MonkeyPatch):
+    x = torch.randn(4, 3, 8, 8, device=DEVICE)
+    model = calibrate(prepare_qat(Twice().to(DEVICE), example_inputs=x), [x]).train()
+    model.again.to(torch.float64)
+    folded: list[int] = []
+    monkeypatch.setattr(
+        "hf_qat.quantization.layers.fold_together", lambda calls: folded.append(len(calls)) or fold_together(calls)
+    )
+    with pytest.raises(Exception, match=r"dtype|float|Double|fp64|type"):
+        model(x)
+    assert folded == [2]
+
+
 class Twice(nn.Module):
     """One layer that is called twice, one that is not, and one in a precision of its own."""
 

@@ -130,8 +130,7 @@ class CapturedModule(nn.Module):
             return captured.compute(self, tensors)
 
     def _layers_called(self, captured: CapturedGraph) -> list[QATLayer]:
-        called = set(captured.called)
-        return [p.module for p in self.places if p.path in called and isinstance(p.module, QATLayer)]
+        return [p.module for p in self.places if p.path in captured.called and isinstance(p.module, QATLayer)]
 
     def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
         of_mode = [captured for captured in self.graphs if captured.training == self.training] or self.graphs[:1]

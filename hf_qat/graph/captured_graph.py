@@ -38,7 +38,7 @@ class CapturedGraph:
         labelled_calls: `(args, kwargs)` that only a labelled step calls it with, of tensors without values: the first,
             and one of other sizes; empty where calls without labels are like it.
         run: the Python function of `graph`, called with the module and the inputs.
-        called: paths of the modules that it calls, in order.
+        called: paths of the modules that it calls.
     """
 
     graph: fx.Graph
@@ -52,7 +52,7 @@ class CapturedGraph:
     labelled_calls: list[tuple[list[Any], dict[str, Any]]] = field(default_factory=list)
     real: list[bool] = field(init=False)
     run: Callable[..., Any] = field(init=False, repr=False)
-    called: list[str] = field(init=False, repr=False)
+    called: frozenset[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for node, name in zip(self.inputs(), self.signature.tensor_names(), strict=True):
@@ -63,7 +63,7 @@ class CapturedGraph:
     def recompile(self) -> None:
         """Generate `run` anew, after a pass has changed the graph."""
         self.run = function_of(self.graph)
-        self.called = list(dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "call_module"))
+        self.called = frozenset(str(node.target) for node in self.graph.nodes if node.op == "call_module")
 
     def __getstate__(self) -> dict[str, Any]:
         """What `pickle` and `copy` keep: plain data, without the function that `recompile` makes."""

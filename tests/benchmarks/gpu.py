@@ -321,10 +321,9 @@ def compiled(run: Run, net: str, modes: list[str], how: dict[str, Any]) -> None:
             ours.set_mode(name)
         counters = torch._dynamo.utils.counters
         counters.clear()
-        compiled_before, variant.run = variant.run, variant.model
+        before, variant.run = variant.run, variant.model
         loss, gradient = variant.loss_and_gradient()
-        made = compiled_before is variant.model
-        variant.run = torch.compile(variant.model, **how) if made else compiled_before
+        variant.run = torch.compile(variant.model, **how) if before is variant.model else before
         began = time.monotonic()
         found, compiled_gradient = variant.loss_and_gradient()
         seconds = time.monotonic() - began + warm(variant)

@@ -23,6 +23,7 @@ from hf_qat.export.onnx_graph import (
     names_read,
     nodes_behind,
     replace_values,
+    take_attribute,
     with_shapes,
 )
 from hf_qat.export.pairs import repeat_pairs
@@ -70,6 +71,14 @@ def move_constants_to_initializers(model: ModelProto) -> None:
             tensor.CopyFrom(value)
             tensor.name = node.output[0]
     _replace(graph.node, others)
+
+
+def drop_axes_of_single_scales(model: ModelProto) -> None:
+    """Remove the axis of pairs with one scale, which runs along none: onnxscript notes its default value."""
+    onnx_graph = OnnxGraph(model.graph)
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and onnx_graph.shape(node.input[1]) == ():
+            take_attribute(node, "axis")
 
 
 def quantize_constants(model: ModelProto) -> None:
@@ -190,6 +199,7 @@ def _replace(field: Any, items: list[Any]) -> None:
 #: that are repeated are named after what they follow.
 PASSES: tuple[Callable[[ModelProto], None], ...] = (
     move_constants_to_initializers,
+    drop_axes_of_single_scales,
     split_quantized_weights,
     transpose_quantized_weights,
     quantize_constants,

@@ -1,8 +1,8 @@
 """A program of few composite operators, made ready for translation without tracing it anew.
 
-PyTorch's exporter decomposes what it has no translation for, and to that end traces the whole program twice more: a third
-of the time that an export takes. A graph that was captured holds next to nothing to decompose. So nodes are changed one
-by one, and the program is traced only where that cannot do.
+PyTorch's exporter decomposes what it has no translation for, and to that end traces the whole program twice more: a
+third of the time that an export takes. A graph that was captured holds next to nothing to decompose. So nodes are
+changed one by one, and the program is traced only where that does not suffice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 #: Changes one node of a graph into what tracing makes of it, in place.
 Rule = Callable[[fx.Node], None]
 
-_by_tracing = ExportedProgram.run_decompositions
+_by_tracing: Callable[..., ExportedProgram] = ExportedProgram.run_decompositions
 
 
 @contextmanager
@@ -47,10 +47,10 @@ def decompose(program: ExportedProgram, decomp_table: Mapping[Any, Any] | None =
     """
     graph = program.graph
     if decomp_table is None or not _is_plain(program):
-        return _by_tracing(program, decomp_table)  # type: ignore[arg-type]
+        return _by_tracing(program, decomp_table)
     calls = [node for node in graph.nodes if node.op == "call_function"]
     if not all(_has_rule(node) or _stays(node.target, decomp_table) for node in calls):
-        return _by_tracing(program, decomp_table)  # type: ignore[arg-type]
+        return _by_tracing(program, decomp_table)
     for node in calls:
         if node.target in RULES:
             RULES[node.target](node)

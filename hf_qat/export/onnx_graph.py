@@ -183,7 +183,8 @@ def with_shapes(model: ModelProto) -> ModelProto:
             tensor.raw_data = b""
     inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
     for tensor, whole in zip(inferred.graph.initializer, model.graph.initializer, strict=True):
-        tensor.raw_data = whole.raw_data
+        if len(whole.raw_data) > LARGEST_SHAPE:
+            tensor.raw_data = whole.raw_data
     return inferred
 
 

@@ -30,7 +30,7 @@ def simplify(model: Any) -> None:
 
 
 def _rules(model: Any) -> list[Any]:
-    """Onnxscript's patterns. For slices of one tensor it searches all nodes once for each node, a third of all the time."""
+    """Onnxscript's patterns, that for slices only where there are some: for each node it lists all nodes once more."""
     from onnxscript import rewriter
     from onnxscript.rewriter.rules.common import slice_split_rule
 

@@ -16,6 +16,7 @@ import torch
 
 from hf_qat.config.targets import TensorScheme
 from hf_qat.errors import ExportError
+from hf_qat.export.pair_translations import pairs
 
 
 aten = torch.ops.aten
@@ -45,6 +46,7 @@ def translations(weights: TensorScheme) -> dict[Callable[..., Any], Callable[...
     for function in (average, largest):  # the exporter reads the types of what it translates
         function.__annotations__ = {"x": FLOAT, "output_size": Sequence[int], "return": FLOAT}
     return {
+        **pairs(),
         aten.adaptive_avg_pool2d.default: average,
         aten._adaptive_avg_pool2d.default: average,
         aten.adaptive_max_pool2d.default: largest,

@@ -17,7 +17,7 @@ from hf_qat.quantization.bias import bias_scale, quantize_bias
 from hf_qat.quantization.class_swap import swap_class
 from hf_qat.quantization.fake_quantize import along, dequantize, fake_quantize
 from hf_qat.quantization.layers import QATLayer
-from hf_qat.quantization.onnx_ops import dequantize_linear, exporting_to_onnx, quantize_linear
+from hf_qat.quantization.onnx_ops import dequantize_codes, exporting_to_onnx, quantize_dequantize
 from hf_qat.quantization.packing import code_dtype
 from hf_qat.quantization.quantizer import ACTIVATIONS, FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
@@ -53,11 +53,9 @@ class QuantizeDequantize(nn.Module):
         qmin, qmax = self.spec.qmin, self.spec.qmax
         if not exporting_to_onnx():
             return fake_quantize(x, self.scale, self.zero_point.to(torch.float32), qmin, qmax)
-        dtype = code_dtype(self.spec)
         if self.spec.non_negative:
-            qmin = torch.iinfo(dtype).min  # nothing negative comes in: no clip needed
-        codes = quantize_linear(x, self.scale, self.zero_point, dtype, qmin, qmax)
-        return dequantize_linear(codes, self.scale, self.zero_point)
+            qmin = torch.iinfo(code_dtype(self.spec)).min  # nothing negative comes in: no clip needed
+        return quantize_dequantize(x, self.scale, self.zero_point, qmin, qmax)
 
     def extra_repr(self) -> str:
         """Width, scale and zero point."""
@@ -117,10 +115,10 @@ class QuantizedLayer(nn.Module):
             if self._quantizers is not None:
                 return self._integer_output(x, arguments, *self._quantizers)
             return self.operation(x, self.weight, self.float_bias(), *arguments)
-        weight = dequantize_linear(self.codes, self.weight_scale, None, self._axis(self.weight_scale))
+        weight = dequantize_codes(self.codes, self.weight_scale, self._axis(self.weight_scale))
         bias = self._buffers["bias"]
         if bias is not None and self.bias_scale is not None:
-            bias = dequantize_linear(bias, self.bias_scale, None, 0 if self.bias_scale.dim() else None)
+            bias = dequantize_codes(bias, self.bias_scale, 0 if self.bias_scale.dim() else None)
         return self.operation(x, weight, bias, *arguments)
 
     def _integer_output(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_qat.errors import CalibrationError
 from hf_qat.quantization.fake_quantize import dequantize, quantize
 from hf_qat.quantization.folding import fold_fake_quantize
-from hf_qat.quantization.onnx_ops import dequantize_linear, exporting_to_onnx
+from hf_qat.quantization.onnx_ops import dequantize_codes, exporting_to_onnx
 from hf_qat.quantization.packing import code_dtype
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import weight_scale
@@ -92,5 +92,5 @@ class QuantizedWeight(nn.Module):
         """The weight in float32."""
         axis = self.weight_spec.axis
         if exporting_to_onnx():
-            return dequantize_linear(self.weight, self.scale, None, axis)
+            return dequantize_codes(self.weight, self.scale, axis)
         return dequantize(self.weight, self.scale, None, axis)

@@ -50,7 +50,9 @@ def fold_constants(model: ModelProto) -> None:
     others = [node for node in graph.node if node.output[0] not in makers]
     wanted = [found for name in _in_order(names_read(others), makers) if (found := _folded(name, makers, onnx_graph))]
     values = _evaluate(model, fixed, [one.name for one in wanted if one.name not in outputs])
-    room = max(LARGEST_GROWTH, int(LARGEST_SHARE * model.ByteSize()))
+    room = LARGEST_GROWTH
+    if sum(value.nbytes for value in values.values()) > room:
+        room = max(room, int(LARGEST_SHARE * model.ByteSize()))
     by_output = {name: node for node in graph.node for name in node.output}
     for one in sorted((one for one in wanted if one.name in values), key=lambda one: values[one.name].nbytes):
         constant = values[one.name] if one.pair is None else _codes(values[one.name], one.pair, onnx_graph)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import ExportError
@@ -28,43 +30,54 @@ class ExportCall:
 
     Attributes:
         args, kwargs: example inputs, on the CPU.
-        input_names, output_names: one for each tensor.
+        input_names: one for each tensor.
         dynamic_shapes: which axes are free, as the exporter takes it; `None` if every size is fixed.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     input_names: list[str]
-    output_names: list[str]
     dynamic_shapes: dict[str, Any] | None
 
 
-@torch.no_grad()
 def export_call(model: nn.Module, inputs: Inputs, dynamic: bool) -> ExportCall:
     """The call of `model` with `inputs`, cut to the batch that the exporter needs.
 
     Args:
-        model: on the CPU; it is run once, to see what comes out.
+        model: on the CPU.
         inputs: as forward takes them, batch first.
         dynamic: the batch is free; else it is 1.
-
-    Raises:
-        ExportError: something else than tensors comes out.
     """
     # torch.export takes a size of 1 for a constant, even where it is told that the axis is dynamic.
     args, kwargs = with_batch(inputs, 2 if dynamic else 1, torch.device("cpu"))
     bound = bind(model, args, kwargs)
-    result = model(*args, **kwargs)
-    _require_tensors(type(model).__name__, result)
     # The exporter takes a dict at the end of the arguments for the arguments by name.
     by_name = bool(bound.args) and isinstance(bound.args[-1], dict)
     return ExportCall(
         args=() if by_name else bound.args,
         kwargs=dict(bound.arguments) if by_name else bound.kwargs,
         input_names=input_names(bound),
-        output_names=[name for name, _ in named_outputs(result)],
         dynamic_shapes=dynamic_batch(bound) if dynamic else None,
     )
+
+
+def output_names(model: nn.Module, program: ExportedProgram) -> list[str]:
+    """A name for each tensor that comes out, in order, as `named_outputs` gives it.
+
+    Args:
+        model: for the error.
+        program: of the model.
+
+    Raises:
+        ExportError: something else than tensors comes out.
+    """
+    specs, leaves = program.graph_signature.output_specs, program.graph.output_node().args[0]
+    assert isinstance(leaves, Sequence)
+    own = [leaf for leaf, spec in zip(leaves, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
+    values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in own]
+    result = pytree.tree_unflatten(values, program.call_spec.out_spec)
+    _require_tensors(type(model).__name__, result)
+    return [name for name, _ in named_outputs(result)]
 
 
 def _require_tensors(name: str, result: Any) -> None:

@@ -19,11 +19,11 @@ from torch import nn
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import ExportError, FixedBatchError, StageError
+from hf_qat.errors import CaptureError, ExportError, FixedBatchError, StageError
 from hf_qat.export.cleanup import clean_up, set_metadata
 from hf_qat.export.decomposing import decomposing_in_place
 from hf_qat.export.float_operators import count_quantize_nodes
-from hf_qat.export.io_names import ExportCall, example_of, export_call
+from hf_qat.export.io_names import ExportCall, example_of, export_call, output_names
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
 from hf_qat.export.refusals import require_expressible
@@ -126,18 +126,22 @@ def _to_proto(model: nn.Module, call: ExportCall, config: QATConfig, opset_versi
                 call.args,
                 kwargs=call.kwargs,
                 input_names=call.input_names,
-                output_names=call.output_names,
                 dynamic_shapes=call.dynamic_shapes,
                 opset_version=max(opset_version, EXPORTER_OPSET),
                 custom_translation_table=translations(config.weight_scheme),
                 verbose=False,
                 optimize=False,
             )
-            assert program is not None
+            assert program is not None and program.exported_program is not None
             simplify(program.model)
     except Exception as error:
+        cause = _innermost(error)
+        if isinstance(cause, CaptureError):
+            raise cause from None  # the call is none that the model takes
         kind = ExportError if call.dynamic_shapes is None else FixedBatchError
-        raise kind(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(error)}") from error
+        raise kind(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(cause)}") from error
+    for value, name in zip(program.model.graph.outputs, output_names(model, program.exported_program), strict=True):
+        value.name = name
     _register_constants(program)
     file = clean_up(lower_opset(program.model_proto, opset_version))
     _require_pairs(model, file, call.dynamic_shapes is not None)
@@ -172,10 +176,15 @@ def _register_constants(program: torch.onnx.ONNXProgram) -> None:
                 known.add(value.name)
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause: the exporter wraps it in pages of its own."""
+def _innermost(error: BaseException) -> BaseException:
+    """What an error was caused by in the first place: the exporter wraps it in pages of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of an error, and its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -25,7 +25,7 @@ CONTIGUOUS: dict[str, Any] = {"memory_format": torch.contiguous_format}
 #: Changes one node of a graph into what tracing makes of it, in place.
 Rule = Callable[[fx.Node], None]
 
-_by_tracing: Callable[..., ExportedProgram] = ExportedProgram.run_decompositions
+_TORCHS_OWN: Callable[..., ExportedProgram] = ExportedProgram.run_decompositions
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def decomposing_in_place() -> Iterator[None]:
     try:
         yield
     finally:
-        setattr(ExportedProgram, "run_decompositions", _by_tracing)  # noqa: B010
+        setattr(ExportedProgram, "run_decompositions", _TORCHS_OWN)  # noqa: B010
 
 
 def decompose(program: ExportedProgram, decomp_table: Mapping[Any, Any] | None = None) -> ExportedProgram:
@@ -56,6 +56,10 @@ def decompose(program: ExportedProgram, decomp_table: Mapping[Any, Any] | None =
             RULES[node.target](node)
     program.graph_module.recompile()
     return program
+
+
+def _by_tracing(program: ExportedProgram, decomp_table: Mapping[Any, Any] | None) -> ExportedProgram:
+    return _TORCHS_OWN(program, decomp_table)
 
 
 def _is_plain(program: ExportedProgram) -> bool:

@@ -13,6 +13,7 @@ from hf_qat.export.cleanup import (
     PASSES,
     clean_up,
     drop_additions_of_zero,
+    drop_axes_of_single_scales,
     drop_dead_nodes,
     drop_exporter_notes,
     drop_unused_opsets,
@@ -202,3 +203,13 @@ def test_metadata_is_added_and_overwritten_by_key(parse):
     set_metadata(model, {"a": "1", "b": "2"})
     set_metadata(model, {"b": "3"})
     assert Counter((entry.key, entry.value) for entry in model.metadata_props) == Counter([("a", "1"), ("b", "3")])
+
+
+def test_a_pair_with_one_scale_has_no_axis_and_one_with_several_keeps_it(parse):
+    model = parse(
+        "g (int8[3, 4] x) => (float[3, 4] y) <float step = {0.5}, int8 zero = {0}, float[4] steps = {1, 2, 3, 4}, "
+        "int8[4] zeros = {0, 0, 0, 0}> { a = DequantizeLinear<axis = 1>(x, step, zero) "
+        "b = QuantizeLinear<axis = 1>(a, step, zero) y = DequantizeLinear<axis = 1>(b, steps, zeros) }"
+    )
+    drop_axes_of_single_scales(model)
+    assert [[a.name for a in node.attribute] for node in model.graph.node] == [[], [], ["axis"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from hf_qat.export.onnx_graph import (
     OnnxGraph,
@@ -102,3 +102,17 @@ def test_the_opset_is_the_one_of_the_default_domain(parse):
     graph = "g (float[1] x) => (float[1] y) { y = Relu(x) }"
     assert opset_of(parse(graph, opset=17, imports=', "com.microsoft": 1')) == 17
     assert opset_of(onnx.ModelProto()) == 0
+
+
+def test_shapes_are_inferred_as_by_onnx_and_weights_stay(parse):
+    model = parse("g (float[N, 256] x) => (float[K, M, 8] y) { z = MatMul(x, weight) y = Reshape(z, shape) }")
+    weight = np.random.default_rng(0).standard_normal((256, 128), np.float32)  # 128 KiB
+    for name, values in (("weight", weight), ("shape", np.array([0, -1, 8]))):
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    before = model.SerializeToString()
+
+    found = with_shapes(model)
+
+    assert found == onnx.shape_inference.infer_shapes(model, data_prop=True)
+    assert np.array_equal(numpy_helper.to_array(found.graph.initializer[0]), weight)
+    assert model.SerializeToString() == before

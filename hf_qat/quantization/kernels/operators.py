@@ -1,4 +1,4 @@
-"""The gradient of a learned fake quantization as an operator, into which a compiler does not look.
+"""The gradient of a learned fake quantization as an operator, which a compiler takes as it is.
 
 The forward pass is a formula, for a compiler to fuse with what is around it. Backward is one kernel that reads the
 gradient and the input once, for the gradient of the input and for both sums; compiled, the sums would be a pass of
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.fake_quantize import as_dtype, round_to_codes
+from hf_qat.quantization.fake_quantize import round_as_dtype
+from hf_qat.quantization.kernels import COMPILED
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.learned import QuantizerValues
 
 
-@torch.library.custom_op("hf_qat::fake_quantize_backward", mutates_args=())
-def fake_quantize_backward(
+def _backward(
     grad: Tensor,
     x: Tensor,
     log2_scale: Tensor,
@@ -27,17 +27,17 @@ def fake_quantize_backward(
     scale_limit: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `x`, and that of `log2_scale` or, (2,), those of `log2_scale` and `offset`; see `CodeRange`."""
-    from hf_qat.quantization.kernels.activation import quantize_backward
+    from hf_qat.quantization.kernels.activation import _quantize_backward, quantize_backward
     from hf_qat.quantization.kernels.layout import in_memory_order
 
     codes = CodeRange(qmin, qmax, True, power_of_two, scale_limit)
-    dx, sums = quantize_backward(grad, in_memory_order(x)[0], log2_scale, offset, codes, True, True)
+    kernel = torch.library.wrap_triton(_quantize_backward) if COMPILED else _quantize_backward
+    dx, sums = quantize_backward(grad, in_memory_order(x)[0], log2_scale, offset, codes, True, True, kernel)
     assert dx is not None and sums is not None
     return dx, sums
 
 
-@fake_quantize_backward.register_fake
-def _(
+def _shapes(
     grad: Tensor,
     x: Tensor,
     log2_scale: Tensor,
@@ -48,6 +48,14 @@ def _(
     scale_limit: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(1 if offset is None else 2, dtype=torch.float32)
+
+
+fake_quantize_backward: Any
+if COMPILED:  # the compiler launches the kernel itself: through Python it takes longer than many a kernel runs
+    fake_quantize_backward = torch.library.triton_op("hf_qat::fake_quantize_backward", _backward, mutates_args=())
+else:
+    fake_quantize_backward = torch.library.custom_op("hf_qat::fake_quantize_backward", _backward, mutates_args=())
+    fake_quantize_backward.register_fake(_shapes)
 
 
 def traced_fake_quantize(
@@ -67,7 +75,7 @@ class _Traced(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, log2_scale, offset)
         ctx.codes = codes
-        return as_dtype(round_to_codes(x, values.scale, values.low, values.high), x.dtype)
+        return round_as_dtype(x, values.scale, values.low, values.high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.accuracy.nets import NETS, points
+from tests.benchmarks.accuracy.nets import NETS
 from tests.benchmarks.accuracy.rows import Row, learning_rate
 from tests.benchmarks.accuracy.table import add, read, table
 from tests.benchmarks.accuracy.textures import BACKGROUND, CLASSES, Images, draw
+from tests.benchmarks.accuracy.training import points
 
 
 def row(seed: int, optimized: float, **changes: object) -> Row:
     figures = {"trainer": optimized, "converted": optimized, "plain": optimized, "optimized": optimized}
-    return Row(
-        "ResNet", "int8", "calibrated", seed, **{**figures, "in_float": 90.0, "steps": 0, "versions": {}, **changes}
-    )
+    measured = {"in_float": 90.0, "steps": 0, "seconds": 1.0, "device": "cpu", "versions": {}}
+    return Row("ResNet", "int8", "calibrated", seed, **{**figures, **measured, **changes})
 
 
 def test_images_of_a_seed_are_the_same_ones_and_those_of_another_are_others():

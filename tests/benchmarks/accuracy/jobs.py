@@ -77,13 +77,13 @@ class Worker:
     def outcome(self) -> Outcome:
         """Of the job that has ended, one way or the other."""
         assert self.job is not None
-        job, seconds = self.job, time.monotonic() - self.began
-        self.job = None
+        job, self.job = self.job, None
         try:
-            result, error = self.connection.recv()
+            result, error, seconds = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
             result, error = None, f"its process ended with code {self.process.exitcode}"
+            seconds = time.monotonic() - self.began
         self.ended = bool(error)
         return Outcome(job, result, error, seconds)
 
@@ -104,12 +104,13 @@ def serve(connection: Connection) -> None:
             call, arguments = connection.recv()
         except EOFError:
             return
+        began = time.monotonic()
         try:
             with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
                 result = call(*arguments)
         except Exception:
             result, error = None, traceback.format_exc()
-        connection.send((result, error))
+        connection.send((result, error, time.monotonic() - began))
 
 
 def run(jobs: Sequence[Job], workers: int, seconds: float) -> Iterator[Outcome]:

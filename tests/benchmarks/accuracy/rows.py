@@ -129,11 +129,14 @@ class Bench:
     def float_model(self, name: str, seed: int) -> nn.Module:
         """Trained from scratch, or read where an earlier run has left it."""
         net, made = NETS[name], self.directory / "float" / f"{name}-{seed}"
-        if (made / "config.json").is_file():
+        if made.is_dir():
             return type(net.make()).from_pretrained(made).eval()
         teacher = None if net.teacher is None else self.float_model(net.teacher, seed)
-        model = train_float(net, self.train(seed), str(made), seed, teacher, self.device)
-        model.save_pretrained(made)
+        unfinished = self.directory / "unfinished" / made.name
+        model = train_float(net, self.train(seed), str(unfinished), seed, teacher, self.device)
+        model.save_pretrained(unfinished)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.rename(made)  # a run that is killed leaves no half of a net
         return model
 
 

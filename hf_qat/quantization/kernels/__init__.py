@@ -39,9 +39,6 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 _INTERPRETED = _interpreted()
 
-#: Whether Triton is there, and compiles its kernels.
-COMPILED = _INSTALLED and not _INTERPRETED
-
 
 @cache
 def _works(device: torch.device) -> bool:

@@ -144,19 +144,15 @@ def quantize_backward(
     codes: CodeRange,
     wants_x: bool,
     wants_sums: bool,
-    kernel: Any = _quantize_backward,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient of `x`, and (2,) float32, those of `log2_scale` and `offset`, if wanted; the same in every run.
-
-    `kernel` is this module's, or what a compiler sees in its place.
-    """
+    """Gradient of `x`, and (2,) float32, those of `log2_scale` and `offset`, if wanted; the same in every run."""
     dx = torch.empty_like(x) if wants_x else None
     grad, n = laid_out_like(grad, x), x.numel()
     programs = max(1, min(PROGRAMS, _blocks(n)))
     rows = 1 if offset is None else 2
     sums = torch.empty(rows, programs, dtype=torch.float32, device=x.device) if wants_sums else None
     with torch.cuda.device_of(x):
-        kernel[(programs,)](grad, x, dx, sums, scale, offset, n, *_numbers(codes), BLOCK=BLOCK)
+        _quantize_backward[(programs,)](grad, x, dx, sums, scale, offset, n, *_numbers(codes), BLOCK=BLOCK)
     return dx, None if sums is None else sums.sum(1)
 
 

@@ -1,4 +1,4 @@
-"""The gradient of a learned fake quantization as an operator, which a compiler takes as it is.
+"""The gradient of a learned fake quantization as an operator, into which a compiler does not look.
 
 The forward pass is a formula, for a compiler to fuse with what is around it. Backward is one kernel that reads the
 gradient and the input once, for the gradient of the input and for both sums; compiled, the sums would be a pass of
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hf_qat.quantization.fake_quantize import round_as_dtype
-from hf_qat.quantization.kernels import COMPILED
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.learned import QuantizerValues
 
 
-def _backward(
+@torch.library.custom_op("hf_qat::fake_quantize_backward", mutates_args=())
+def fake_quantize_backward(
     grad: Tensor,
     x: Tensor,
     log2_scale: Tensor,
@@ -27,17 +27,17 @@ def _backward(
     scale_limit: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `x`, and that of `log2_scale` or, (2,), those of `log2_scale` and `offset`; see `CodeRange`."""
-    from hf_qat.quantization.kernels.activation import _quantize_backward, quantize_backward
+    from hf_qat.quantization.kernels.activation import quantize_backward
     from hf_qat.quantization.kernels.layout import in_memory_order
 
     codes = CodeRange(qmin, qmax, True, power_of_two, scale_limit)
-    kernel = torch.library.wrap_triton(_quantize_backward) if COMPILED else _quantize_backward
-    dx, sums = quantize_backward(grad, in_memory_order(x)[0], log2_scale, offset, codes, True, True, kernel)
+    dx, sums = quantize_backward(grad, in_memory_order(x)[0], log2_scale, offset, codes, True, True)
     assert dx is not None and sums is not None
     return dx, sums
 
 
-def _shapes(
+@fake_quantize_backward.register_fake
+def _(
     grad: Tensor,
     x: Tensor,
     log2_scale: Tensor,
@@ -48,14 +48,6 @@ def _shapes(
     scale_limit: float,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(1 if offset is None else 2, dtype=torch.float32)
-
-
-fake_quantize_backward: Any
-if COMPILED:  # the compiler launches the kernel itself: through Python it takes longer than many a kernel runs
-    fake_quantize_backward = torch.library.triton_op("hf_qat::fake_quantize_backward", _backward, mutates_args=())
-else:
-    fake_quantize_backward = torch.library.custom_op("hf_qat::fake_quantize_backward", _backward, mutates_args=())
-    fake_quantize_backward.register_fake(_shapes)
 
 
 def traced_fake_quantize(

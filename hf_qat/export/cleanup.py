@@ -21,6 +21,7 @@ from hf_qat.export.onnx_graph import (
     constant_value,
     get_attribute,
     names_read,
+    nodes_behind,
     replace_values,
     with_shapes,
 )
@@ -155,13 +156,7 @@ def _is_global_mean(node: NodeProto, onnx_graph: OnnxGraph) -> bool:
 def drop_dead_nodes(model: ModelProto) -> None:
     """Remove nodes whose results nobody reads."""
     graph = model.graph
-    wanted = {output.name for output in graph.output}
-    alive = []
-    for node in reversed(graph.node):
-        if wanted.intersection(node.output):
-            alive.append(node)
-            wanted.update(names_read([node]))
-    _replace(graph.node, alive[::-1])
+    _replace(graph.node, nodes_behind(graph.node, [output.name for output in graph.output]))
 
 
 def drop_unused_values(model: ModelProto) -> None:

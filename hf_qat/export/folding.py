@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, names_read, subgraphs
+from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, names_read, nodes_behind, subgraphs
 
 
 #: How much a file may grow: so many bytes, or this share of it where that is more.
@@ -106,10 +106,11 @@ def _evaluate(model: ModelProto, nodes: Sequence[NodeProto], names: Sequence[str
     """The values of these names, by ONNX Runtime; none where it is not installed."""
     if not names or find_spec("onnxruntime") is None:
         return {}
+    nodes = nodes_behind(nodes, names)
     read = set(names_read(nodes))
     tensors = [tensor for tensor in model.graph.initializer if tensor.name in read]
     results = [helper.make_empty_tensor_value_info(name) for name in names]
-    graph = helper.make_graph(list(nodes), "constants", [], results, tensors)
+    graph = helper.make_graph(nodes, "constants", [], results, tensors)
     part = helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
     return dict(zip(names, _run(part), strict=True))
 

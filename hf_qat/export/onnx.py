@@ -21,12 +21,14 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ExportError, FixedBatchError, StageError
 from hf_qat.export.cleanup import clean_up, set_metadata
+from hf_qat.export.decomposing import decomposing_in_place
 from hf_qat.export.float_operators import count_quantize_nodes
 from hf_qat.export.io_names import ExportCall, example_of, export_call
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
 from hf_qat.export.refusals import require_expressible
 from hf_qat.export.report import ExportReport
+from hf_qat.export.simplifying import simplify
 from hf_qat.export.translations import translations
 from hf_qat.export.verify import describe, require_agreement, require_onnxruntime, verify_onnx
 from hf_qat.files.atomic import whole_file
@@ -118,7 +120,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
 def _to_proto(model: nn.Module, call: ExportCall, config: QATConfig, opset_version: int) -> onnx.ModelProto:
     """Export, lower to the opset asked for, and clean up."""
     try:
-        with _quiet():
+        with _quiet(), decomposing_in_place():
             program = torch.onnx.export(
                 model,
                 call.args,
@@ -129,11 +131,13 @@ def _to_proto(model: nn.Module, call: ExportCall, config: QATConfig, opset_versi
                 opset_version=max(opset_version, EXPORTER_OPSET),
                 custom_translation_table=translations(config.weight_scheme),
                 verbose=False,
+                optimize=False,
             )
+            assert program is not None
+            simplify(program.model)
     except Exception as error:
         kind = ExportError if call.dynamic_shapes is None else FixedBatchError
         raise kind(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(error)}") from error
-    assert program is not None
     _register_constants(program)
     file = clean_up(lower_opset(program.model_proto, opset_version))
     _require_pairs(model, file, call.dynamic_shapes is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -21,6 +21,9 @@ from onnx import (
 
 #: The two spellings of the default operator domain.
 DEFAULT_DOMAINS = ("", "ai.onnx")
+
+#: Bytes of a constant up to which it may hold a shape, which others are computed from.
+LARGEST_SHAPE = 2**16
 
 #: Of one dimension: its size, or `None` where it is dynamic or unknown.
 Shape = tuple[int | None, ...]
@@ -172,5 +175,23 @@ def opset_of(model: ModelProto) -> int:
 
 
 def with_shapes(model: ModelProto) -> ModelProto:
-    """A copy of the model with the shapes that `onnx.shape_inference` finds."""
-    return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    """A copy of the model with the shapes that `onnx.shape_inference` finds, which is not handed the weights."""
+    light = ModelProto()
+    light.CopyFrom(model)
+    for tensor in light.graph.initializer:
+        if len(tensor.raw_data) > LARGEST_SHAPE:
+            tensor.raw_data = b""
+    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True)
+    for tensor, whole in zip(inferred.graph.initializer, model.graph.initializer, strict=True):
+        tensor.raw_data = whole.raw_data
+    return inferred
+
+
+def nodes_behind(nodes: Sequence[NodeProto], names: Iterable[str]) -> list[NodeProto]:
+    """Those of the nodes, in their order, that values of these names are computed by."""
+    wanted, needed = set(names), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            needed.append(node)
+            wanted.update(names_read([node]))
+    return needed[::-1]

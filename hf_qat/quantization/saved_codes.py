@@ -243,8 +243,8 @@ def _unpack(packed: Any) -> Any:
 def kept_for_backward(kept: Kept) -> Iterator[None]:
     """Inside, what an operation keeps of a quantized tensor for backward is as `kept` says, if gradients are wanted.
 
-    Not so under a compiler, which decides itself what to keep, nor inside the hooks of somebody else: gradient
-    checkpointing and offloading have their own way with what is kept.
+    Not so under a compiler, which decides itself what to keep, nor inside the hooks of somebody else (gradient
+    checkpointing and offloading have their own way with what is kept), nor where there may be none (`torch.func`).
     """
     if kept is Kept.TENSORS or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _others_hooks():
         yield
@@ -259,6 +259,8 @@ def kept_for_backward(kept: Kept) -> Iterator[None]:
 
 
 def _others_hooks() -> bool:
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return True
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0] is not _pack
 

@@ -126,6 +126,13 @@ def test_checkpointed_activations_give_the_same_gradients():
     assert_equal(gradients(model, pixels, run), expected)
 
 
+def test_where_hooks_are_forbidden_all_is_kept():
+    model, pixels = in_phase("resnet", "learned", "batch norm frozen")
+    expected = gradients(model, pixels)
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        assert_equal(gradients(model, pixels), expected)
+
+
 def test_of_a_transformer_less_than_three_quarters_is_kept():
     model, pixels = in_phase("vit", "learned", "batch norm frozen")
     step = partial(gradients, model, pixels.repeat(16, 1, 1, 1))

@@ -46,9 +46,14 @@ class _Here(threading.local):
     """Of this thread: what `kept_for_backward` said, and what was computed inside it, if inputs are kept.
 
     Whatever operation keeps such a tensor holds on to it; what none has kept when the context ends is forgotten.
+
+    Attributes:
+        part: tells one context from the others. Outside, nothing is computed again: its parameters may not be there
+            while another one is in its backward pass, as under FSDP.
     """
 
     kept = Kept.TENSORS
+    part: object = None
     recomputed: list[Recomputed]
 
     def __init__(self) -> None:
@@ -101,6 +106,7 @@ class Recomputed:
         self.dtype, self.version = out.dtype, out._version
         self.function, self.arguments = function, [as_kept(argument) for argument in arguments]
         self.versions = _versions(self.arguments)
+        self.part = _here.part
         self.value: Tensor | None = None
         self.kept = self.taken = 0
 
@@ -223,6 +229,8 @@ def as_kept(tensor: Any) -> Any:
     found = getattr(tensor.untyped_storage(), _CONTENTS, None) if type(tensor) is Tensor else None
     if isinstance(found, weakref.ref):
         found = found()
+        if found is not None and found.part is not _here.part:
+            return tensor
     if found is None or found.version != tensor._version or found.dtype != tensor.dtype:
         return tensor
     return KeptView(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
@@ -249,13 +257,13 @@ def kept_for_backward(kept: Kept) -> Iterator[None]:
     if kept is Kept.TENSORS or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _others_hooks():
         yield
         return
-    before = _here.kept, _here.recomputed
-    _here.kept, _here.recomputed = kept, []
+    before = _here.kept, _here.part, _here.recomputed
+    _here.kept, _here.part, _here.recomputed = kept, object(), []
     try:
         with saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        _here.kept, _here.recomputed = before
+        _here.kept, _here.part, _here.recomputed = before
 
 
 def _others_hooks() -> bool:

@@ -155,6 +155,20 @@ def test_a_scale_that_has_moved_before_backward_is_an_error():
         product.sum().backward()
 
 
+def test_another_part_keeps_what_it_is_given_itself():
+    x, step, weight = torch.randn(5), torch.tensor(0.1), torch.ones((), requires_grad=True)
+    with kept_for_backward(Kept.INPUTS):
+        out = keep_inputs(rounded(x, step), rounded, x, step)
+        product = out * weight
+    with kept_for_backward(Kept.INPUTS):
+        other = out * weight
+    assert not isinstance(product.grad_fn._raw_saved_self.data, Tensor)
+    assert other.grad_fn._raw_saved_self.data is out
+    step.mul_(2)  # as if it was not there
+    other.sum().backward()
+    assert weight.grad == out.sum()
+
+
 def test_what_nobody_keeps_is_forgotten():
     x = torch.randn(1000)
     with kept_for_backward(Kept.INPUTS):

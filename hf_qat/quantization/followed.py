@@ -78,6 +78,16 @@ def _computed_again(operation: Callable[..., Tensor], x: Tensor, arguments: Any,
     return out
 
 
+def _add(a: Tensor, b: Any, **options: Any) -> Tensor:
+    """Of sums that follow each other every second one is computed again: all would be, of the first of them."""
+    out: Tensor = aten.add.Tensor(a, b, **options)
+    if keeps_inputs() and not options:
+        kept = as_kept(a), as_kept(b)
+        if all(isinstance(view, KeptView) and not view.base.has_sum for view in kept):
+            keep_inputs(out, _Again(aten.add.Tensor, options, a.device.type), a, b, is_sum=True)
+    return out
+
+
 def _is_known(x: Tensor) -> bool:
     """Whether it need not be kept for what is computed of it."""
     return keeps_inputs() and isinstance(as_kept(x), KeptView)
@@ -121,6 +131,7 @@ class _Softmax(torch.autograd.Function):
 
 #: Operation of a graph → what its Python function calls.
 FOLLOWED: dict[Any, Callable[..., Tensor]] = {
+    aten.add.Tensor: _add,
     aten.contiguous.default: _contiguous,
     aten.gelu.default: _gelu,
     aten.hardswish.default: _hardswish,

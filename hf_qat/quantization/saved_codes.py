@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class Codes:
     step: Tensor
     dtype: torch.dtype
     version: int
+    has_sum: ClassVar[bool] = False
 
     def keep(self) -> None:
         """Somebody will ask for it."""
@@ -100,12 +101,19 @@ class Recomputed:
     Args:
         out: the tensor.
         function: makes it of `arguments` again.
+        is_sum: of several such tensors.
+
+    Attributes:
+        has_sum: whether a sum is computed again on the way to it.
     """
 
-    def __init__(self, out: Tensor, function: Callable[..., Tensor], arguments: tuple[Any, ...]) -> None:
+    has_sum: bool
+
+    def __init__(self, out: Tensor, function: Callable[..., Tensor], arguments: Sequence[Any], is_sum: bool) -> None:
         self.dtype, self.version = out.dtype, out._version
         self.function, self.arguments = function, [as_kept(argument) for argument in arguments]
         self.versions = _versions(self.arguments)
+        self.has_sum = is_sum or any(isinstance(view, KeptView) and view.base.has_sum for view in self.arguments)
         self.part = _here.part
         self.value: Tensor | None = None
         self.kept = self.taken = 0
@@ -164,6 +172,11 @@ class KeptCopy:
     dtype: torch.dtype
     version: int
 
+    @property
+    def has_sum(self) -> bool:
+        """As of `Recomputed`."""
+        return self.view.base.has_sum
+
     def keep(self) -> None:
         """Somebody will ask for it."""
         self.view.base.keep()
@@ -186,16 +199,17 @@ def keep_codes(out: Tensor, codes: Tensor, shift: float | Tensor, step: Tensor) 
     setattr(out.untyped_storage(), _CONTENTS, Codes(codes, shift, step, out.dtype, out._version))
 
 
-def keep_inputs(out: Tensor, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def keep_inputs(out: Tensor, function: Callable[..., Tensor], *arguments: Any, is_sum: bool = False) -> Tensor:
     """`out`, of which is known from now on, where inputs are kept, that `function(*arguments)` makes it again.
 
     Args:
         out: a new tensor that fills its storage.
         function: is called without gradients.
         arguments: a tensor among them may not be written to before backward: `RuntimeError` then.
+        is_sum: as of `Recomputed`.
     """
     if keeps_inputs():
-        made = Recomputed(out, function, arguments)
+        made = Recomputed(out, function, arguments, is_sum)
         _here.recomputed.append(made)
         setattr(out.untyped_storage(), _CONTENTS, weakref.ref(made))
     return out
@@ -267,9 +281,10 @@ def kept_for_backward(kept: Kept) -> Iterator[None]:
 
 
 def _others_hooks() -> bool:
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
         return True
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0] is not _pack
 
 

@@ -84,7 +84,7 @@ class QATConfig(QuantizationConfigMixin):
         sync_batch_norm: while batch norm follows the data, take the statistics over the batches of all processes of a
             distributed training, not of each alone: for small batches per GPU.
         save_memory: in training, keep quantized activations as codes until the backward pass, a byte each, and of what
-            is quantized another byte each: less than half of the memory, for a little time. Weights get the same
+            is quantized another byte each: half of the memory, for a little time. Weights get the same
             gradients to the last bit, learned scales nearly the same.
         quant_method: always `"hf_qat"`; transformers finds the class by it.
         hf_qat_version: the version that wrote a saved config; `to_dict` puts it there.

@@ -26,7 +26,7 @@ from hf_qat.quantization.class_swap import MADE_BY, swap_class
 from hf_qat.quantization.float32_arithmetic import float32_arithmetic
 from hf_qat.quantization.layers import QATLayer, folded_ahead, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
-from hf_qat.quantization.saved_codes import codes_for_backward
+from hf_qat.quantization.saved_codes import Kept, kept_for_backward
 
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ class CapturedModule(nn.Module):
                 return captured.compute(self, inputs)
         if compiling:
             return captured.compute(self, tensors)
-        with codes_for_backward(self.saves_memory), folded_ahead(self._layers_called(captured)):
+        kept = Kept.CODES if self.saves_memory else Kept.INPUTS
+        with kept_for_backward(kept), folded_ahead(self._layers_called(captured)):
             return captured.compute(self, tensors)
 
     def _layers_called(self, captured: CapturedGraph) -> list[QATLayer]:

@@ -16,6 +16,7 @@ from hf_qat.graph.generated_code import function_of
 from hf_qat.graph.leading_axes import takes_leading_axes
 from hf_qat.graph.nodes import is_floating
 from hf_qat.graph.stored_graph import restore_graph, store_graph
+from hf_qat.quantization.followed import FOLLOWED
 
 
 #: Key in the `meta` of an input: the name of the argument that it comes from.
@@ -62,7 +63,7 @@ class CapturedGraph:
 
     def recompile(self) -> None:
         """Generate `run` anew, after a pass has changed the graph."""
-        self.run = function_of(self.graph)
+        self.run = function_of(self.graph, FOLLOWED)
         self.called = frozenset(str(node.target) for node in self.graph.nodes if node.op == "call_module")
 
     def __getstate__(self) -> dict[str, Any]:

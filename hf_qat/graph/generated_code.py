@@ -6,7 +6,7 @@ config names the parts of a model, a checkpoint the arguments of a call), so one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -18,8 +18,12 @@ from hf_qat.errors import CaptureError
 ENDS_A_STRING = frozenset('"\\')
 
 
-def function_of(graph: fx.Graph) -> Callable[..., Any]:
+def function_of(graph: fx.Graph, exchanged: Mapping[Any, Callable[..., Any]] | None = None) -> Callable[..., Any]:
     """The function that computes `graph`, called with the module that owns it and the inputs.
+
+    Args:
+        graph: stays as it is.
+        exchanged: operation → what is called in its place.
 
     Raises:
         CaptureError: a name in it could be read as code.
@@ -27,11 +31,23 @@ def function_of(graph: fx.Graph) -> Callable[..., Any]:
     graph.lint()
     for node in graph.nodes:
         _require_plain_node(node)
-    code = graph.python_code("self")
+    code = _exchange(graph, exchanged or {}).python_code("self")
     namespace, compiled = dict(code.globals), compile(code.src, f"<graph {id(graph):x}>", "exec")
     exec(compiled, namespace)  # nosec B102
     function: Callable[..., Any] = namespace["forward"]
     return function
+
+
+def _exchange(graph: fx.Graph, exchanged: Mapping[Any, Callable[..., Any]]) -> fx.Graph:
+    """A copy that calls other functions, or `graph` itself where there are none to exchange."""
+    if not any(node.op == "call_function" and node.target in exchanged for node in graph.nodes):
+        return graph
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    for node in copied.nodes:
+        if node.op == "call_function":
+            node.target = exchanged.get(node.target, node.target)
+    return copied
 
 
 def require_plain_names(module: nn.Module) -> None:

@@ -68,7 +68,7 @@ def fake_quantize(
     if x.requires_grad and torch.is_grad_enabled():
         out: Tensor = _FakeQuantize.apply(x, step, low, high)
         return out
-    return round_to_codes(x, step, low, high).to(x.dtype)
+    return round_as_dtype(x, step, low, high)
 
 
 def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -106,6 +106,11 @@ def round_to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.div(x.float(), step).round().clamp(low, high) * step
     return torch.div(x.float(), step).round_().clamp_(low, high).mul_(step)
+
+
+def round_as_dtype(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
+    """`round_to_codes`, in the dtype of `x`."""
+    return as_dtype(round_to_codes(x, step, low, high), x.dtype)
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -167,7 +172,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
         ctx.save_for_backward(x, step)
         ctx.bounds = low, high
-        return as_dtype(round_to_codes(x, step, low, high), x.dtype)
+        return round_as_dtype(x, step, low, high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

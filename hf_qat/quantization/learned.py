@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hf_qat.quantization.fake_quantize import (
     Bound,
-    as_dtype,
     code_bounds,
     is_cheap,
     pass_inside,
+    round_as_dtype,
     round_to_codes,
     sum_of_products,
 )
+from hf_qat.quantization.saved_codes import keep_inputs, keeps_inputs
 
 
 class QuantizerValues(NamedTuple):
@@ -72,25 +73,31 @@ def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, 
 
 
 class _Learned(torch.autograd.Function):
-    """Saves its input, as it came: its output is computed again, which takes no longer than to keep it."""
+    """Saves its input, as it came: its output is computed again, which takes no longer than to keep it.
+
+    Whoever else needs the output in backward shares it (`hf_qat.quantization.saved_codes`).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
-        ctx.save_for_backward(x, offset)
+        arguments = x, values.scale, values.low, values.high
+        out = keep_inputs(round_as_dtype(*arguments), round_as_dtype, *arguments)
+        shares = x.dtype == torch.float32 and keeps_inputs()
+        ctx.save_for_backward(x, offset, out if shares else None)
         ctx.values = values
-        return as_dtype(round_to_codes(x, values.scale, values.low, values.high), x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, offset = ctx.saved_tensors
+        saved, offset, out = ctx.saved_tensors
         scale, unlimited_scale, low, high, _ = ctx.values
         x, grad = saved.float(), grad.float()
         spent = dlog2 = doffset = None
         if ctx.needs_input_grad[1]:
             # One sum of what rounding does to each value: the difference of two sums would cancel.
             spent = pass_inside(x, x, scale, low, high)
-            change = round_to_codes(x, scale, low, high).sub_(spent)
-            dlog2 = sum_of_products(grad, change) * math.log(2.0)
+            out = round_to_codes(x, scale, low, high) if out is None else out
+            dlog2 = sum_of_products(grad, torch.sub(out, spent, out=spent)) * math.log(2.0)
             if unlimited_scale is not scale:
                 dlog2 *= unlimited_scale / scale
         alike = spent is not None and spent.stride() == grad.stride()

@@ -19,7 +19,7 @@ from hf_qat.quantization.kernels.operators import traced_fake_quantize
 from hf_qat.quantization.learned import QuantizerValues, learned_fake_quantize, levels
 from hf_qat.quantization.observers import AVERAGING_CONSTANT, RangeCollector, make_observer, synchronized_range
 from hf_qat.quantization.residuals import compact_fake_quantize
-from hf_qat.quantization.saved_codes import BYTE, keep_codes_found, keeps_codes
+from hf_qat.quantization.saved_codes import BYTE, keep_codes_found, keep_inputs, keeps_codes
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -175,10 +175,12 @@ class FakeQuantize(nn.Module):
             return self._fused(x)
         if self.learned and not self.frozen and torch.is_grad_enabled():
             offset = None if self.spec.symmetric else self.offset
+            values = self._levels()
             if calls_operators(x):
-                return traced_fake_quantize(x, self.log2_scale, offset, self._levels(), self._codes())
-            return learned_fake_quantize(x, self.log2_scale, offset, self._levels())
-        return fake_quantize(x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
+                return traced_fake_quantize(x, self.log2_scale, offset, values, self._codes())
+            return learned_fake_quantize(x, self.log2_scale, offset, values)
+        arguments = x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax
+        return keep_inputs(fake_quantize(*arguments), fake_quantize, *arguments)
 
     def _compact(self, x: Tensor) -> Tensor:
         """The same, with codes, and less kept for backward."""
@@ -194,15 +196,18 @@ class FakeQuantize(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor:
         """The same as one kernel each way, which takes the parameters themselves."""
-        from hf_qat.quantization.kernels.activation import fused_fake_quantize
+        from hf_qat.quantization.kernels.activation import fused_fake_quantize, quantize
 
+        arguments = x, *self._kernel_parameters()
+        return keep_inputs(fused_fake_quantize(*arguments), quantize, *arguments)
+
+    def _kernel_parameters(self) -> tuple[Tensor, Tensor | None, CodeRange]:
         if self.tracks_range:  # the next batch moves its parameters, perhaps before the backward of this one
-            codes = CodeRange(self.spec.qmin, self.spec.qmax, logarithmic=False)
-            return fused_fake_quantize(x, self.scale, self.zero_point, codes)
+            return self.scale, self.zero_point, CodeRange(self.spec.qmin, self.spec.qmax, logarithmic=False)
         scale, offset = self.log2_scale, None if self.spec.symmetric else self.offset
         if self.frozen:
             scale, offset = scale.detach(), offset if offset is None else offset.detach()
-        return fused_fake_quantize(x, scale, offset, self._codes())
+        return scale, offset, self._codes()
 
     def _codes(self) -> CodeRange:
         limit = math.inf if self.scale_limit is None else self.scale_limit

@@ -1,38 +1,66 @@
-"""What a quantizer puts out, kept for backward as integer codes: one byte a value, in place of four.
+"""What a quantizer puts out, kept for backward as less than itself.
 
 A convolution keeps its input for the gradient of its weight, and its weight for that of its input. Where a quantizer
-put these out, their codes say the same to the last bit. A storage carries the codes of what was written into it, so
-that views are known by them, too, and they are gone when it is.
+put these out, they need not be kept: the quantizer keeps its own input, and out of that they can be computed again, to
+the last bit; or their integer codes say the same, a byte a value in place of four. A storage carries what was written
+into it in that form, so that views are known by it, too.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 
 
-#: Attribute of a storage: the `Codes` of its contents.
-_CODES = "hf_qat_codes"
+#: Attribute of a storage: its contents as `Codes`, a `KeptCopy`, or a weak reference to `Recomputed`.
+_CONTENTS = "hf_qat_contents"
 
 #: Codes that an int8 can tell apart.
 BYTE = 256
 
 
-class _Active(threading.local):
-    """Whether this thread is inside `codes_for_backward`."""
+class Kept(Enum):
+    """What is kept of a quantized tensor for backward.
 
-    active = False
+    Attributes:
+        TENSORS: itself.
+        INPUTS: what it was computed from, which its quantizer keeps anyway.
+        CODES: its codes, and of what it was computed from a byte a value, too.
+    """
+
+    TENSORS = "tensors"
+    INPUTS = "inputs"
+    CODES = "codes"
 
 
-_here = _Active()
+class _Here(threading.local):
+    """Of this thread: what `kept_for_backward` said, and what was computed inside it, if inputs are kept.
+
+    Whatever operation keeps such a tensor holds on to it; what none has kept when the context ends is forgotten.
+
+    Attributes:
+        part: tells one context from the others. Outside, nothing is computed again: its parameters may not be there
+            while another one is in its backward pass, as under FSDP.
+    """
+
+    kept = Kept.TENSORS
+    part: object = None
+    recomputed: list[Recomputed]
+
+    def __init__(self) -> None:
+        self.recomputed = []
+
+
+_here = _Here()
 
 
 @dataclass(frozen=True)
@@ -52,6 +80,10 @@ class Codes:
     step: Tensor
     dtype: torch.dtype
     version: int
+    has_sum: ClassVar[bool] = False
+
+    def keep(self) -> None:
+        """Somebody will ask for it."""
 
     def values(self) -> Tensor:
         """The tensor, as it was."""
@@ -61,34 +93,126 @@ class Codes:
         return integers.mul_(self.step).to(self.dtype)
 
 
-@dataclass(frozen=True)
-class _View:
-    """Of a tensor that has codes."""
+class Recomputed:
+    """A tensor as what it is computed from.
 
-    base: Codes | _Copy
+    Its value is there from the first time it is asked for in a backward pass to the last, as many as have kept it.
+
+    Args:
+        out: the tensor.
+        function: makes it of `arguments` again.
+        is_sum: of several such tensors.
+
+    Attributes:
+        has_sum: whether a sum is computed again on the way to it.
+    """
+
+    has_sum: bool
+
+    def __init__(self, out: Tensor, function: Callable[..., Tensor], arguments: Sequence[Any], is_sum: bool) -> None:
+        self.dtype, self.version = out.dtype, out._version
+        self.function, self.arguments = function, [as_kept(argument) for argument in arguments]
+        self.versions = _versions(self.arguments)
+        self.has_sum = is_sum or any(isinstance(view, KeptView) and view.base.has_sum for view in self.arguments)
+        self.part = _here.part
+        self.value: Tensor | None = None
+        self.kept = self.taken = 0
+
+    def keep(self) -> None:
+        """Somebody will ask for it."""
+        self.kept += 1
+        if self.kept == 1:
+            for argument in self.arguments:
+                if isinstance(argument, KeptView):
+                    argument.base.keep()
+
+    def values(self) -> Tensor:
+        """The tensor, as it was."""
+        value = self._compute() if self.value is None else self.value
+        self.taken += 1
+        if self.taken >= self.kept:
+            self.taken, self.value = 0, None
+        else:
+            self.value = value
+        return value
+
+    @torch.no_grad()
+    def _compute(self) -> Tensor:
+        if _versions(self.arguments) != self.versions:
+            raise RuntimeError(
+                "what a quantizer needs to compute its gradient has been modified by an inplace operation since the "
+                "forward pass: its input, or its scale. Call backward() before the optimizer's step."
+            )
+        return self.function(*map(_unpack, self.arguments))
+
+
+def _versions(arguments: Sequence[Any]) -> list[int]:
+    return [argument._version for argument in arguments if isinstance(argument, Tensor)]
+
+
+@dataclass(frozen=True)
+class KeptView:
+    """A view of a tensor that is kept as something else."""
+
+    base: Codes | Recomputed | KeptCopy
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def values(self) -> Tensor:
+        """The tensor, as it was."""
         return self.base.values().as_strided(self.size, self.stride, self.offset)
 
 
 @dataclass(frozen=True)
-class _Copy:
+class KeptCopy:
     """A contiguous copy of a view; `dtype` and `version` as of `Codes`."""
 
-    view: _View
+    view: KeptView
     dtype: torch.dtype
     version: int
 
+    @property
+    def has_sum(self) -> bool:
+        """As of `Recomputed`."""
+        return self.view.base.has_sum
+
+    def keep(self) -> None:
+        """Somebody will ask for it."""
+        self.view.base.keep()
+
     def values(self) -> Tensor:
+        """The tensor, as it was."""
         return self.view.values().contiguous()
+
+
+def say_copied(x: Tensor, out: Tensor) -> None:
+    """Say that `out`, if it is contiguous and in memory of its own, holds what `x` does."""
+    if out.is_contiguous() and out.untyped_storage()._cdata != x.untyped_storage()._cdata:
+        view = as_kept(x)
+        if isinstance(view, KeptView):
+            setattr(out.untyped_storage(), _CONTENTS, KeptCopy(view, out.dtype, out._version))
 
 
 def keep_codes(out: Tensor, codes: Tensor, shift: float | Tensor, step: Tensor) -> None:
     """Say that `out`, a new tensor that fills its storage, is `(codes + shift) * step`; see `Codes`."""
-    setattr(out.untyped_storage(), _CODES, Codes(codes, shift, step, out.dtype, out._version))
+    setattr(out.untyped_storage(), _CONTENTS, Codes(codes, shift, step, out.dtype, out._version))
+
+
+def keep_inputs(out: Tensor, function: Callable[..., Tensor], *arguments: Any, is_sum: bool = False) -> Tensor:
+    """`out`, of which is known from now on, where inputs are kept, that `function(*arguments)` makes it again.
+
+    Args:
+        out: a new tensor that fills its storage.
+        function: is called without gradients.
+        arguments: a tensor among them may not be written to before backward: `RuntimeError` then.
+        is_sum: as of `Recomputed`.
+    """
+    if keeps_inputs():
+        made = Recomputed(out, function, arguments, is_sum)
+        _here.recomputed.append(made)
+        setattr(out.untyped_storage(), _CONTENTS, weakref.ref(made))
+    return out
 
 
 def fits_byte(qmin: int, qmax: int) -> bool:
@@ -114,79 +238,66 @@ def keep_codes_found(out: Tensor, step: Tensor, low: float | Tensor, span: int) 
     keep_codes(out, to_byte(torch.div(out.float(), step).round_(), shift), shift, step)
 
 
-def _pack(tensor: Tensor) -> Tensor | _View:
-    found: Codes | _Copy | None = getattr(tensor.untyped_storage(), _CODES, None) if type(tensor) is Tensor else None
+def as_kept(tensor: Any) -> Any:
+    """A tensor as a view of what is kept in its place, if anything; what is none, as it is."""
+    found = getattr(tensor.untyped_storage(), _CONTENTS, None) if type(tensor) is Tensor else None
+    if isinstance(found, weakref.ref):
+        found = found()
+        if found is not None and found.part is not _here.part:
+            return tensor
     if found is None or found.version != tensor._version or found.dtype != tensor.dtype:
         return tensor
-    return _View(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+    return KeptView(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
-class _FollowCopies(TorchFunctionMode):
-    """What rearranges a tensor in new memory hands on its codes; so does a product, which does it out of sight."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.matmul.default:
-            return func(*_batches(*args))
-        out = func(*args, **(kwargs or {}))
-        if func in COPIES:
-            _follow(args[0], out)
-        return out
+def _pack(tensor: Tensor) -> Tensor | KeptView:
+    packed: Tensor | KeptView = as_kept(tensor)
+    if isinstance(packed, KeptView):
+        packed.base.keep()
+    return packed
 
 
-#: What copies a tensor into contiguous memory, if it is not there.
-COPIES = frozenset({torch.ops.aten.contiguous.default, torch.ops.aten.reshape.default})
-
-
-def _follow(x: Tensor, out: Tensor) -> None:
-    if out.is_contiguous() and out.untyped_storage()._cdata != x.untyped_storage()._cdata:
-        view = _pack(x)
-        if isinstance(view, _View):
-            setattr(out.untyped_storage(), _CODES, _Copy(view, out.dtype, out._version))
-
-
-def _batches(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The operands of a product of matrices; where it would copy them to lay them out one after the other, the copies.
-
-    It would with two batch axes of which the first is not just further apart than the second.
-    """
-    if a.dim() < 4 or a.shape[:-2] != b.shape[:-2]:
-        return a, b
-    return _batch(a), _batch(b)
-
-
-def _batch(x: Tensor) -> Tensor:
-    out = x.reshape(-1, *x.shape[-2:])
-    _follow(x, out)
-    return out.view(x.shape) if out.is_contiguous() else x
-
-
-def _unpack(packed: Tensor | _View) -> Tensor:
-    return packed.values() if isinstance(packed, _View) else packed
+def _unpack(packed: Any) -> Any:
+    return packed.values() if isinstance(packed, KeptView) else packed
 
 
 @contextmanager
-def codes_for_backward(wanted: bool) -> Iterator[None]:
-    """Inside, if `wanted`, whatever operation keeps a quantized tensor for backward keeps its codes.
+def kept_for_backward(kept: Kept) -> Iterator[None]:
+    """Inside, what an operation keeps of a quantized tensor for backward is as `kept` says, if gradients are wanted.
 
-    Not so under a compiler, which decides itself what to keep, nor inside the hooks of somebody else: gradient
-    checkpointing and offloading have their own way with what is kept.
+    Not so under a compiler, which decides itself what to keep, nor inside the hooks of somebody else (gradient
+    checkpointing and offloading have their own way with what is kept), nor where there may be none (`torch.func`).
     """
-    if not wanted or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _others_hooks():
+    if kept is Kept.TENSORS or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _others_hooks():
         yield
         return
-    before, _here.active = _here.active, True
+    before = _here.kept, _here.part, _here.recomputed
+    _here.kept, _here.part, _here.recomputed = kept, object(), []
     try:
-        with saved_tensors_hooks(_pack, _unpack), _FollowCopies():
+        with saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        _here.active = before
+        _here.kept, _here.part, _here.recomputed = before
 
 
 def _others_hooks() -> bool:
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
+        return True
+    hooks = autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and hooks[0] is not _pack
+
+
+def keeps_less() -> bool:
+    """Whether quantized tensors are not kept as they are."""
+    return not torch.compiler.is_compiling() and _here.kept is not Kept.TENSORS
+
+
+def keeps_inputs() -> bool:
+    """Whether what a quantizer puts out is computed again of what came in."""
+    return not torch.compiler.is_compiling() and _here.kept is Kept.INPUTS
 
 
 def keeps_codes() -> bool:
     """Whether a quantizer is to hand on the codes of what it puts out."""
-    return not torch.compiler.is_compiling() and _here.active
+    return not torch.compiler.is_compiling() and _here.kept is Kept.CODES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
 from hf_qat.graph.captured import captured_modules
-from hf_qat.quantization.saved_codes import codes_for_backward, keep_codes, keeps_codes
+from hf_qat.quantization.followed import FOLLOWED
+from hf_qat.quantization.saved_codes import Kept, keep_codes, keeps_codes, kept_for_backward
 from tests.benchmarks.memory import peak_bytes
 from tests.models import HUGGING_FACE
 
@@ -62,6 +64,11 @@ def gradients(model: nn.Module, run: Callable[[Tensor], Tensor], pixels: Tensor)
     model.zero_grad()
     run(pixels).square().mean().backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def plain() -> saved_tensors_hooks:
+    """Inside, what operations keep for backward is kept as it is."""
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -115,14 +122,17 @@ def run_and_keep(model: nn.Module, images: Tensor, result: list[Tensor]) -> None
 
 def test_two_bytes_a_value_are_kept_of_eight():
     kept = []
-    for saving in (True, False):
+    for saving, hooks in ((True, nullcontext), (False, plain), (False, nullcontext)):
         (model, images), result = wide(saving), []
-        peak_bytes(partial(run_and_keep, model, images, result))
-        kept.append(peak_bytes(partial(run_and_keep, model, images, result)))
+        with hooks():
+            peak_bytes(partial(run_and_keep, model, images, result))
+            kept.append(peak_bytes(partial(run_and_keep, model, images, result)))
     map_bytes = 4 * 2 * 8 * 128 * 128
     # Of each of four layers, what comes in and what goes out of its quantizer: in float, or a byte each. At the end,
     # while the last one works, there are six more maps.
     assert kept[1] > 8 * map_bytes and kept[0] < (8 / 4 + 6) * map_bytes
+    # By default what comes in is kept, in float, and what goes out is not.
+    assert kept[2] < kept[1] - 2.9 * map_bytes
 
 
 def test_the_highest_point_of_a_step_is_lower():
@@ -131,7 +141,9 @@ def test_the_highest_point_of_a_step_is_lower():
         step = partial(gradients, model, logits(model), pixels.repeat(16, 1, 1, 1))
         step()
         peaks.append(peak_bytes(step))
-    assert peaks[0] < 0.7 * peaks[1]
+    with plain():
+        peaks.append(peak_bytes(step))
+    assert peaks[0] < 0.7 * peaks[2] and peaks[1] < 0.75 * peaks[2]
 
 
 def quantized(*shape: int) -> Tensor:
@@ -147,16 +159,16 @@ VIEWS = {
     "sliced": lambda x: x[:, 1:, ::2],
     "expanded": lambda x: x[:, :1].expand(-1, 6, -1, -1),
     "flattened": lambda x: x.flatten(1),
-    "copied": lambda x: torch.ops.aten.contiguous.default(x.transpose(1, 2)),
-    "copied into another shape": lambda x: torch.ops.aten.reshape.default(x.permute(0, 2, 1, 3), [3, -1]),
-    "a view of a copy": lambda x: torch.ops.aten.reshape.default(x.permute(0, 2, 1, 3), [3, -1])[:, 4:].t(),
+    "copied": lambda x: FOLLOWED[torch.ops.aten.contiguous.default](x.transpose(1, 2)),
+    "copied into another shape": lambda x: FOLLOWED[torch.ops.aten.reshape.default](x.permute(0, 2, 1, 3), [3, -1]),
+    "a view of a copy": lambda x: FOLLOWED[torch.ops.aten.reshape.default](x.permute(0, 2, 1, 3), [3, -1])[:, 4:].t(),
 }
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_whatever_view_is_kept_comes_back_as_it_was(view: Callable[[Tensor], Tensor]):
     x, weight = quantized(3, 4, 5, 6), torch.ones((), requires_grad=True)
-    with codes_for_backward(True):
+    with kept_for_backward(Kept.CODES):
         seen = view(x)
         out = seen * weight
     assert not isinstance(out.grad_fn._raw_saved_self.data, Tensor)  # its codes
@@ -166,8 +178,8 @@ def test_whatever_view_is_kept_comes_back_as_it_was(view: Callable[[Tensor], Ten
 
 def test_the_operands_of_a_product_of_matrices_are_kept_as_codes_though_it_copies_them():
     a, b = torch.randn(2, 3, 5, 4, requires_grad=True), quantized(2, 7, 3, 4).permute(0, 2, 3, 1)
-    with codes_for_backward(True):
-        product = torch.ops.aten.matmul.default(a, b)
+    with kept_for_backward(Kept.CODES):
+        product = FOLLOWED[torch.ops.aten.matmul.default](a, b)
     assert torch.equal(product, torch.matmul(a, b))
     node = product.grad_fn.next_functions[0][0]
     assert not isinstance(node._raw_saved_mat2.data, Tensor)
@@ -177,7 +189,7 @@ def test_the_operands_of_a_product_of_matrices_are_kept_as_codes_though_it_copie
 def test_what_was_written_to_since_is_kept_itself():
     x, weight = quantized(3, 4), torch.ones((), requires_grad=True)
     x.add_(1e-3)
-    with codes_for_backward(True):
+    with kept_for_backward(Kept.CODES):
         out = x * weight
     out.sum().backward()
     assert weight.grad == x.sum()
@@ -191,13 +203,13 @@ def test_hooks_of_others_are_left_their_way():
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        with codes_for_backward(True):
+        with kept_for_backward(Kept.CODES):
             assert not keeps_codes()
             quantized(3, 4) * torch.ones((), requires_grad=True)
     assert len(seen) == 1
-    with torch.no_grad(), codes_for_backward(True):
+    with torch.no_grad(), kept_for_backward(Kept.CODES):
         assert not keeps_codes()
-    with codes_for_backward(False):
+    with kept_for_backward(Kept.TENSORS):
         assert not keeps_codes()
 
 

@@ -26,19 +26,29 @@ LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
-def _parameters(scale_at, offset_at, qmin, qmax, limit, LOGARITHMIC: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+def _parameters(
+    scale_at,
+    offset_at,
+    QMIN: tl.constexpr,
+    QMAX: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LOGARITHMIC: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+):
     """Scale before and after its limit, and the bounds of the codes less the zero point."""
     unlimited = tl.load(scale_at).to(tl.float32)
     if LOGARITHMIC:
         unlimited = scale_of(unlimited, POWER_OF_TWO)
-    scale = tl.minimum(unlimited, limit)
+    scale = unlimited
+    if LIMIT > 0:
+        scale = tl.minimum(unlimited, LIMIT)
     zero = 0.0
     if offset_at is not None:
         zero = tl.load(offset_at).to(tl.float32)
         if LOGARITHMIC:
-            zero = tl.minimum(tl.maximum(zero, 0.0), 1.0) * (qmax - qmin) + qmin
+            zero = tl.minimum(tl.maximum(zero, 0.0), 1.0) * (QMAX - QMIN) + QMIN
         zero = (zero + ROUNDING) - ROUNDING
-    return unlimited, scale, qmin - zero, qmax - zero
+    return unlimited, scale, QMIN - zero, QMAX - zero
 
 
 @triton.jit
@@ -48,14 +58,14 @@ def _quantize(
     scale_at,
     offset_at,
     n,
-    qmin,
-    qmax,
-    limit,
+    QMIN: tl.constexpr,
+    QMAX: tl.constexpr,
+    LIMIT: tl.constexpr,
     LOGARITHMIC: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    _, scale, low, high = _parameters(scale_at, offset_at, qmin, qmax, limit, LOGARITHMIC, POWER_OF_TWO)
+    _, scale, low, high = _parameters(scale_at, offset_at, QMIN, QMAX, LIMIT, LOGARITHMIC, POWER_OF_TWO)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_at + index, mask=index < n).to(tl.float32)
     out = to_codes(divide(x, scale), low, high) * scale
@@ -71,14 +81,14 @@ def _quantize_backward(
     scale_at,
     offset_at,
     n,
-    qmin,
-    qmax,
-    limit,
+    QMIN: tl.constexpr,
+    QMAX: tl.constexpr,
+    LIMIT: tl.constexpr,
     LOGARITHMIC: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    unlimited, scale, low, high = _parameters(scale_at, offset_at, qmin, qmax, limit, LOGARITHMIC, POWER_OF_TWO)
+    unlimited, scale, low, high = _parameters(scale_at, offset_at, QMIN, QMAX, LIMIT, LOGARITHMIC, POWER_OF_TWO)
     program, programs = tl.program_id(0), tl.num_programs(0)
     changed = tl.zeros((BLOCK,), tl.float32)
     outside = tl.zeros((BLOCK,), tl.float32)
@@ -100,7 +110,7 @@ def _quantize_backward(
         if offset_at is not None:
             offset = tl.load(offset_at).to(tl.float32)
             held = (offset < 0.0) | (offset > 1.0)
-            moved = -tl.sum(outside) * scale * (qmax - qmin)
+            moved = -tl.sum(outside) * scale * (QMAX - QMIN)
             tl.store(sums_at + programs + program, tl.where(held, 0.0, moved))
 
 
@@ -122,17 +132,23 @@ def _quantized(x: Tensor, out: Tensor, scale: Tensor, offset: Tensor | None, cod
     n = x.numel()
     if n:
         with torch.cuda.device_of(x):
-            _quantize[(triton.cdiv(n, BLOCK),)](x, out, scale, offset, n, *_numbers(codes), BLOCK=BLOCK)
+            _quantize[(_blocks(n),)](x, out, scale, offset, n, *_numbers(codes), BLOCK=BLOCK)
     return out
 
 
 def quantize_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, codes: CodeRange, wants_x: bool, wants_sums: bool
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    codes: CodeRange,
+    wants_x: bool,
+    wants_sums: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradient of `x`, and (2,) float32, those of `log2_scale` and `offset`, if wanted; the same in every run."""
     dx = torch.empty_like(x) if wants_x else None
     grad, n = laid_out_like(grad, x), x.numel()
-    programs = max(1, min(PROGRAMS, triton.cdiv(n, BLOCK)))
+    programs = max(1, min(PROGRAMS, _blocks(n)))
     rows = 1 if offset is None else 2
     sums = torch.empty(rows, programs, dtype=torch.float32, device=x.device) if wants_sums else None
     with torch.cuda.device_of(x):
@@ -140,8 +156,15 @@ def quantize_backward(
     return dx, None if sums is None else sums.sum(1)
 
 
+def _blocks(n: int) -> int:
+    """How many hold `n` values; Triton's own function for it takes as long as a launch."""
+    return -(-n // BLOCK)
+
+
 def _numbers(codes: CodeRange) -> tuple[float, float, float, bool, bool]:
-    return float(codes.qmin), float(codes.qmax), codes.scale_limit, codes.logarithmic, codes.power_of_two
+    """What a kernel is compiled for. A limit of 0 is none: `inf` would be a name where a compiler writes it down."""
+    limit = 0.0 if math.isinf(codes.scale_limit) else codes.scale_limit
+    return float(codes.qmin), float(codes.qmax), limit, codes.logarithmic, codes.power_of_two
 
 
 def fused_fake_quantize(x: Tensor, scale: Tensor, offset: Tensor | None, codes: CodeRange) -> Tensor:

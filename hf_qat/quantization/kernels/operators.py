@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.fake_quantize import as_dtype, round_to_codes
+from hf_qat.quantization.fake_quantize import round_as_dtype
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.learned import QuantizerValues
 
@@ -67,7 +67,7 @@ class _Traced(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, log2_scale, offset)
         ctx.codes = codes
-        return as_dtype(round_to_codes(x, values.scale, values.low, values.high), x.dtype)
+        return round_as_dtype(x, values.scale, values.low, values.high)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

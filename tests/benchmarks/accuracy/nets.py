@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import transformers
-from torch import Tensor, nn
-from transformers import PretrainedConfig, Trainer, TrainingArguments
+from torch import nn
+from transformers import PretrainedConfig
 
-from tests.benchmarks.accuracy.textures import CLASSES, SIDE, Images
+from tests.benchmarks.accuracy.textures import CLASSES, SIDE
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class Net:
         learning_rate: of AdamW with a cosine schedule, from scratch.
         epochs: of the float training.
         batch: of all trainings.
+        warmup: the share of the float training in which the rate rises.
         dense: it says of each pixel what it is, not of the whole image.
         kind: in the name of the recipe that it is quantized by.
         teacher: the net whose answers it learns with the labels, as transformers need on few images
@@ -33,6 +33,7 @@ class Net:
     learning_rate: float
     epochs: int
     batch: int = 32
+    warmup: float = 0.05
     dense: bool = False
     kind: str = "cnn"
     teacher: str | None = None
@@ -106,7 +107,7 @@ NETS = {
             image_size=SIDE,
             width_coefficient=0.35,
             depth_coefficient=0.5,
-            hidden_dim=320,
+            hidden_dim=448,
             dropout_rate=0.1,
             drop_connect_rate=0.05,
         ),
@@ -176,90 +177,3 @@ NETS = {
         dense=True,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Images as rows that a net takes."""
-
-    images: Images
-    dense: bool
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        labels = self.images.masks if self.dense else self.images.labels
-        return {"pixel_values": self.images.pixels[row], "labels": labels[row]}
-
-
-def arguments(
-    directory: str, net: Net, seed: int, learning_rate: float, epochs: float, **more: Any
-) -> TrainingArguments:
-    """What all trainings have in common, and `more`."""
-    return TrainingArguments(
-        directory,
-        seed=seed,
-        learning_rate=learning_rate,
-        num_train_epochs=epochs,
-        lr_scheduler_type="cosine",
-        per_device_train_batch_size=net.batch,
-        per_device_eval_batch_size=100,
-        remove_unused_columns=False,
-        save_strategy="no",
-        logging_steps=50,
-        report_to=[],
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        **more,
-    )
-
-
-class TaughtTrainer(Trainer):
-    """Trainer with half of its loss the distance to what a teacher answers (Hinton et al. 2015, T = 1)."""
-
-    teacher: nn.Module
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **more: Any
-    ) -> Any:
-        """The loss, and what the model answered."""
-        outputs = model(**inputs)
-        with torch.no_grad():
-            taught = self.teacher(pixel_values=inputs["pixel_values"]).logits.softmax(-1)
-        loss = 0.5 * outputs.loss + 0.5 * nn.functional.cross_entropy(outputs.logits, taught)
-        return (loss, outputs) if return_outputs else loss
-
-
-def train_float(net: Net, train: Images, directory: str, seed: int, teacher: nn.Module | None) -> nn.Module:
-    """A net from scratch, in evaluation mode."""
-    torch.manual_seed(seed)
-    model = net.make().to(memory_format=torch.channels_last)  # of a CNN, in two thirds of the time
-    options = arguments(
-        directory, net, seed, net.learning_rate, net.epochs, warmup_steps=0.05, weight_decay=0.05, max_grad_norm=1.0
-    )
-    kind = Trainer if teacher is None else TaughtTrainer
-    trainer = kind(model, options, train_dataset=Rows(train, net.dense))
-    if teacher is not None:
-        trainer.teacher = teacher.eval()
-    trainer.train()
-    return model.eval().to(memory_format=torch.contiguous_format)
-
-
-def points(logits: Sequence[Tensor] | Tensor, images: Images, dense: bool) -> float:
-    """Points of 100: top-1 of a classifier; mean intersection over union of a map of logits, over
-    the classes that are there or were found.
-
-    Args:
-        logits: (N, classes), or (N, classes, H, W) at a fraction of the images' size, or batches of them.
-    """
-    scores = logits if isinstance(logits, Tensor) else torch.cat(list(logits))
-    if not dense:
-        return 100 * float((scores.argmax(-1) == images.labels).double().mean())
-    larger = nn.functional.interpolate(scores, (SIDE, SIDE), mode="bilinear")
-    count = len(CLASSES) + 1
-    pairs = (images.masks * count + larger.argmax(1)).flatten().bincount(minlength=count**2).view(count, count)
-    both = pairs.diagonal().double()
-    either = pairs.sum(0) + pairs.sum(1) - both
-    return 100 * float((both / either)[either > 0].mean())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ import transformers
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, QATTrainer, __version__, export_onnx
+from hf_qat.cli.demo.run import quiet
 from hf_qat.config.recipes import read_recipe, recipe_names
 from hf_qat.export.verify import Session
-from tests.benchmarks.accuracy.nets import NETS, Net, Rows, arguments, points, train_float
-from tests.benchmarks.accuracy.textures import Images, draw
+from tests.benchmarks.accuracy.nets import NETS, Net
+from tests.benchmarks.accuracy.textures import Images, images_of, normalized
+from tests.benchmarks.accuracy.training import Rows, answers, arguments, as_read, points, train_float
 
 
 TRAIN_IMAGES, TEST_IMAGES = 8000, 3000
@@ -28,8 +30,11 @@ TRAIN_IMAGES, TEST_IMAGES = 8000, 3000
 #: Of the test images; those of training have the seed of their run, which is never so large.
 TEST_SEED = 1_000_000
 
-#: Target → the bits in the name of the recipe that it is trained by.
-TARGETS = {"int8": "int8", "TDA4VM": "int8", "AM68A": "int8", "w4a8": "w4a8", "w4a4": "w4a4"}
+#: Target → the bits in the name of the recipe that it is trained by; what is hardest, or says most, comes first.
+TARGETS = {"w4a4": "w4a4", "int8": "int8", "TDA4VM": "int8", "w4a8": "w4a8", "AM68A": "int8"}
+
+#: Points of 100 that a float net must have for its rows to say anything.
+LEAST_POINTS = 80.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Method:
     effort: str = "fast"
 
 
-METHODS = {
+METHODS: dict[str, Method] = {
     "calibrated": Method(0),
     "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
@@ -76,6 +81,8 @@ class Row:
         plain, optimized: on ONNX Runtime with its optimizations off and on.
         in_float: of the float net in torch.
         steps: of QAT.
+        seconds: that quantizing and measuring took.
+        device: that computed, but for ONNX Runtime.
         versions: of packages.
     """
 
@@ -89,36 +96,62 @@ class Row:
     optimized: float
     in_float: float
     steps: int
+    seconds: float
+    device: str
     versions: dict[str, str]
 
 
-@lru_cache(maxsize=1)
-def train_images(seed: int) -> Images:
-    """What the runs of a seed learn from; drawn once for all of its rows."""
-    return draw(TRAIN_IMAGES, seed)
+class WeakFloatError(Exception):
+    """A float net has too few points for its rows to say anything."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where trained nets and files lie, and the images.
+    """Where trained nets and files lie, and what computes.
 
     Attributes:
         directory: kept between runs, so that a net is trained once.
-        test: what all are measured on.
+        device: "cuda" or "cpu".
     """
 
     directory: Path
-    test: Images
+    device: str
+
+    @property
+    def test(self) -> Images:
+        """What all are measured on."""
+        return images_of(self.directory, TEST_SEED, TEST_IMAGES)
+
+    def train(self, seed: int) -> Images:
+        """What the runs of a seed learn from."""
+        return images_of(self.directory, seed, TRAIN_IMAGES)
 
     def float_model(self, name: str, seed: int) -> nn.Module:
         """Trained from scratch, or read where an earlier run has left it."""
         net, made = NETS[name], self.directory / "float" / f"{name}-{seed}"
-        if (made / "config.json").is_file():
+        if made.is_dir():
             return type(net.make()).from_pretrained(made).eval()
         teacher = None if net.teacher is None else self.float_model(net.teacher, seed)
-        model = train_float(net, train_images(seed), str(made), seed, teacher)
-        model.save_pretrained(made)
+        unfinished = self.directory / "unfinished" / made.name
+        model = train_float(net, self.train(seed), str(unfinished), seed, teacher, self.device)
+        model.save_pretrained(unfinished)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.rename(made)  # a run that is killed leaves no half of a net
         return model
+
+
+@quiet()
+def float_points(bench: Bench, name: str, seed: int) -> float:
+    """Of the float net on the test images.
+
+    Raises:
+        WeakFloatError: they are too few.
+    """
+    model = bench.float_model(name, seed)
+    reached = points(list(answers(model, bench.test, bench.device)), bench.test, NETS[name].dense)
+    if reached < LEAST_POINTS:
+        raise WeakFloatError(f"{reached:.2f} points")
+    return reached
 
 
 def versions() -> dict[str, str]:
@@ -139,43 +172,46 @@ def learning_rate(net: Net, target: str) -> float:
     return float(recipe.training_arguments(net.learning_rate)["learning_rate"])
 
 
+@quiet()
 def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row:
     """Quantize one net in one way, and measure it."""
-    net, how = NETS[name], METHODS[method]
+    net, how, test, began = NETS[name], METHODS[method], bench.test, time.monotonic()
     model = bench.float_model(name, seed)
-    before = points(list(_answers(model, bench.test)), bench.test, net.dense)
+    before = points(list(answers(model, test, bench.device)), test, net.dense)
     directory = bench.directory / "quantized" / f"{name}-{target}-{method}-{seed}"
-    options = arguments(str(directory), net, seed, learning_rate(net, target) * how.share, max(how.epochs, 1))
+    rate = learning_rate(net, target) * how.share
     trainer = QATTrainer(
         copy.deepcopy(model).to(memory_format=torch.channels_last),
-        options,
+        arguments(str(directory), net, seed, rate, max(how.epochs, 1), bench.device),
         qat_config=QATConfig(target, **how.config),
-        train_dataset=Rows(train_images(seed), net.dense),
-        eval_dataset=Rows(bench.test, net.dense),
+        data_collator=as_read,
+        train_dataset=Rows(bench.train(seed), net.dense, turns=True),
+        eval_dataset=Rows(test, net.dense),
         teacher="float" if how.distil else None,
     )
     trainer.calibrate(effort=how.effort)
     if how.epochs:
         trainer.train()
-    simulated = points(torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions), bench.test, net.dense)
+    simulated = points(torch.from_numpy(trainer.predict(trainer.eval_dataset).predictions), test, net.dense)
     converted = trainer.convert()
     file = directory / "quantized.onnx"
-    export_onnx(converted, file, {"pixel_values": bench.test.pixels[:8]}, dynamic_batch=True)
-    plain, optimized = (points(list(_on_runtime(file, bench.test, on)), bench.test, net.dense) for on in (False, True))
-    in_torch = points(list(_answers(converted, bench.test)), bench.test, net.dense)
+    export_onnx(converted, file, {"pixel_values": normalized(test.pixels[:8])}, dynamic_batch=True)
+    plain, optimized = (points(list(_on_runtime(file, test, on)), test, net.dense) for on in (False, True))
+    in_torch = points(list(answers(converted, test, bench.device)), test, net.dense)
     figures = [round(figure, 3) for figure in (simulated, in_torch, plain, optimized, before)]
-    return Row(name, target, method, seed, *figures, trainer.state.global_step, versions())
+    seconds = round(time.monotonic() - began, 1)
+    return Row(
+        name, target, method, seed, *figures, trainer.state.global_step, seconds, name_of(bench.device), versions()
+    )
 
 
-@torch.no_grad()
-def _answers(model: nn.Module, images: Images) -> Iterator[Tensor]:
-    """Logits, batch by batch."""
-    for pixels in images.pixels.split(100):
-        yield model(pixel_values=pixels).logits
+def name_of(device: str) -> str:
+    """Of the GPU, or "cpu"."""
+    return torch.cuda.get_device_name() if device == "cuda" else device
 
 
 def _on_runtime(file: Path, images: Images, optimized: bool) -> Iterator[Tensor]:
     """Logits of a file, batch by batch."""
     session = Session(file, optimized)
     for pixels in images.pixels.split(100):
-        yield torch.from_numpy(session.run([pixels.numpy()])[0])
+        yield torch.from_numpy(session.run([normalized(pixels).numpy()])[0])

@@ -25,6 +25,7 @@ def read(directory: Path = RESULTS) -> list[Row]:
 
 def add(row: Row, directory: Path = RESULTS) -> None:
     """Write a row to the file of its net, in place of one that was measured before."""
+    directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"{row.net}.json"
     rows = [Row(**old) for old in json.loads(file.read_text())] if file.is_file() else []
     kept = [old for old in rows if (*key(old), old.seed) != (*key(row), row.seed)]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hf_qat.files.atomic import whole_file
 
 
 SIDE = 64
@@ -26,6 +31,9 @@ CONTRASTS = (40.0, 70.0)
 #: The length of a texture's period, at least and at most, in pixels.
 PERIODS = (5.0, 10.0)
 
+#: Images of a file.
+PART = 1000
+
 #: From a shape's centre to its edge or corner, at least and at most, in pixels.
 RADII = (15.0, 25.0)
 
@@ -35,9 +43,9 @@ class Images:
     """Images of one task.
 
     Attributes:
-        pixels: (N, 3, 64, 64) float32, -1 to 1.
+        pixels: (N, 3, 64, 64) uint8.
         labels: (N,) int64, of `CLASSES`.
-        masks: (N, 64, 64) int64, of `CLASSES` where the shape is, and `BACKGROUND`.
+        masks: (N, 64, 64) uint8, of `CLASSES` where the shape is, and `BACKGROUND`.
     """
 
     pixels: Tensor
@@ -48,16 +56,56 @@ class Images:
         return len(self.labels)
 
 
-def draw(images: int, seed: int) -> Images:
-    """Images of all classes in turn; a seed has the same ones on every machine, and no two seeds share any."""
+def draw(images: int, seed: int, first: int = 0) -> Images:
+    """Images of all classes in turn, from number `first` on; a seed has the same ones on every machine, and no two
+    seeds share any.
+    """
     pixels = np.empty((images, SIDE, SIDE, 3), np.uint8)
-    masks = np.full((images, SIDE, SIDE), BACKGROUND, np.int64)
-    labels = np.arange(images) % len(CLASSES)
-    for number, label in enumerate(labels):
-        pixels[number], inside = _image(np.random.default_rng([seed, number]), int(label))
-        masks[number][inside] = label
-    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
-    return Images(scaled, torch.from_numpy(labels), torch.from_numpy(masks))
+    masks = np.full((images, SIDE, SIDE), BACKGROUND, np.uint8)
+    labels = (first + np.arange(images)) % len(CLASSES)
+    for place, label in enumerate(labels):
+        pixels[place], inside = _image(np.random.default_rng([seed, first + place]), int(label))
+        masks[place][inside] = label
+    channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return Images(channels_first, torch.from_numpy(labels), torch.from_numpy(masks))
+
+
+def draw_part(directory: Path, seed: int, first: int, images: int = PART) -> None:
+    """Draw images as `draw` does into a file of `directory`, unless an earlier run has."""
+    file = directory / "images" / f"{seed}-{first}-{images}.safetensors"
+    if not file.is_file():
+        with whole_file(file) as temporary:
+            save_file(vars(draw(images, seed, first)), temporary)
+
+
+@lru_cache(maxsize=4)
+def images_of(directory: Path, seed: int, images: int) -> Images:
+    """The first images of a seed, from the files of their parts; a part that is not there is drawn."""
+    parts = []
+    for first in range(0, images, PART):
+        count = min(PART, images - first)
+        draw_part(directory, seed, first, count)
+        parts.append(load_file(directory / "images" / f"{seed}-{first}-{count}.safetensors"))
+    return Images(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """As nets take them: (N, 3, 64, 64) float32, -1 to 1."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def turned(maps: Tensor, turns: Tensor) -> Tensor:
+    """Each map laid down in one of the eight ways a square can be: no shape and no texture becomes another one.
+
+    Args:
+        maps: (N, ..., H, H).
+        turns: (N,) int64, 0 to 7: bit 0 transposes, bit 1 changes left and right, bit 2 top and bottom.
+    """
+    bits = (turns.view(-1, *[1] * (maps.ndim - 1)) >> bit & 1 for bit in range(3))
+    transposes, left_right, top_bottom = (bit.bool() for bit in bits)
+    maps = torch.where(transposes, maps.transpose(-1, -2), maps)
+    maps = torch.where(left_right, maps.flip(-1), maps)
+    return torch.where(top_bottom, maps.flip(-2), maps)
 
 
 def _image(generator: np.random.Generator, label: int) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,7 @@ mutants: $(STAMP) ## change the code in small ways, and print what no test sees;
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.mutation $(ARGS)
 
 bench: $(STAMP) ## compare the time of a QAT step with that of a float step
-	$(BIN)/python tests/benchmarks/step_ratio.py $(ARGS)
+	$(BIN)/python -m tests.benchmarks.step_ratio $(ARGS)
 
 docs: $(STAMP) ## write the API reference, from the docstrings, into build/docs
 	$(BIN)/python -m tests.reference build/docs

@@ -15,7 +15,7 @@ from tests.benchmarks.accuracy.nets import NETS
 from tests.benchmarks.accuracy.plan import Wanted, plan
 from tests.benchmarks.accuracy.rows import Bench, Row, WeakFloatError, float_points, learning_rate
 from tests.benchmarks.accuracy.table import add, read, table
-from tests.benchmarks.accuracy.textures import BACKGROUND, CLASSES, PART, Images, draw, images_of, turned
+from tests.benchmarks.accuracy.textures import BACKGROUND, CLASSES, PART, Images, draw, images_of, normalized, turned
 from tests.benchmarks.accuracy.training import Rows, points
 
 
@@ -145,11 +145,13 @@ def test_no_job_begins_that_would_not_end_in_time_and_one_that_runs_then_is_ende
         Job("short", "short", nap, (3.0,)),
         Job("too long", "long", nap, (200.0,)),
         Job("another", "short", nap, (3.0,)),
+        Job("one of a kind", "unknown", nap, (3.0,)),
     ]
     began = time.monotonic()
     outcomes = {outcome.job.name: outcome for outcome in run(jobs, 1, 40)}
     assert outcomes["short"].result == "slept" and outcomes["too long"].error == "the time is over"
-    assert outcomes["another"].error.startswith("it would take 3 s")
+    assert outcomes["another"].error.startswith("it takes 3 s, and 0")
+    assert not outcomes["another"].begun and not outcomes["one of a kind"].begun
     assert time.monotonic() - began < 60
 
 
@@ -172,3 +174,13 @@ def test_a_float_net_of_few_points_has_no_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(Bench, "test", draw(24, 0))
     with pytest.raises(WeakFloatError, match="points"):
         float_points(Bench(tmp_path, "cpu"), "ResNet", 0)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_an_untrained_net_answers_images_differently_so_that_it_can_begin_to_learn(name: str):
+    """With first weights as small as transformers makes them, EfficientNet's answers differ by 1e-34."""
+    torch.manual_seed(0)
+    model = NETS[name].make().train()
+    with torch.no_grad():
+        logits = model(pixel_values=normalized(draw(16, 0).pixels)).logits
+    assert float(logits.std(0).mean()) > 0.01

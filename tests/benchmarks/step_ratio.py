@@ -1,6 +1,6 @@
 """How much a quantization-aware training step costs, in time and memory, relative to a step of the float model.
 
-    python tests/benchmarks/step_ratio.py --model resnet18 --threads 1 --threads 2 --rounds 20 --json ratios.json
+    python -m tests.benchmarks.step_ratio --model resnet18 --threads 1 --threads 2 --rounds 20 --json ratios.json
 
 In each round every variant makes one step, in turn, and its time is divided by that of the float step of the same
 round; the table shows the medians, and the quartiles around them. Seconds are of CPU time, of all threads together,
@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from memory import peak_bytes
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
+from tests.benchmarks.memory import peak_bytes
 
 
 LABELS = 1000

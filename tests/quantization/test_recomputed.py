@@ -170,8 +170,8 @@ def test_every_second_sum_is_not_kept():
     ours = peak_bytes(run)
     with plain():
         everything = peak_bytes(run)
-    # What comes into the quantizers of 9 layers and 8 sums, and 9 inputs of layers, quantized; or what comes into those
-    # of the layers and of every second sum. The operation that is at work has up to four more.
+    # What comes into the quantizers of 9 layers and 8 sums, and 9 inputs of layers, quantized; or what comes into
+    # those of the layers and of every second sum. The operation that is at work has up to four more.
     map_bytes = 4 * 2 * 8 * 64 * 64
     assert everything > (9 + 8 + 9) * map_bytes and ours < (9 + 4 + 4) * map_bytes
     with plain():

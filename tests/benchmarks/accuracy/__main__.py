@@ -69,7 +69,7 @@ def _told(outcome: Outcome) -> str:
     """A line on a row, a float net, or what failed."""
     took = f"{outcome.seconds:6.1f} s"
     if outcome.error:
-        return f"{took}  FAILED {outcome.job.name}: {outcome.error.strip()}"
+        return f"{took}  {'FAILED' if outcome.begun else 'left out'} {outcome.job.name}: {outcome.error.strip()}"
     if isinstance(outcome.result, Row):
         return f"{took}  {table([outcome.result]).splitlines()[-1]}"
     return f"{took}  {outcome.job.name}: {outcome.result:.2f} points" if outcome.result is not None else ""

@@ -47,12 +47,14 @@ class Outcome:
         result: what the call returned.
         error: why it did not, or why it was not begun; empty if it went well.
         seconds: it took.
+        begun: whether it was.
     """
 
     job: Job
     result: Any = None
     error: str = ""
     seconds: float = 0.0
+    begun: bool = True
 
 
 class Worker:
@@ -147,11 +149,11 @@ def _not_to_be(waiting: Sequence[Job], lost: set[str], end: float, longest: dict
     """Of the jobs that are not to begin any more."""
     left = end - time.monotonic()
     for job in list(waiting):
-        missing = [name for name in job.needs if name in lost]
+        missing, takes = [name for name in job.needs if name in lost], longest.get(job.kind, 0.0)
         if missing:
-            yield Outcome(job, error=f"it needs {', '.join(missing)}")
-        elif longest.get(job.kind, 0.0) > left:
-            yield Outcome(job, error=f"it would take {longest[job.kind]:.0f} s, and {max(left, 0):.0f} are left")
+            yield Outcome(job, error=f"it needs {', '.join(missing)}", begun=False)
+        elif takes > left:
+            yield Outcome(job, error=f"it takes {takes:.0f} s, and {max(left, 0):.0f} are left", begun=False)
 
 
 def _begin(waiting: list[Job], done: set[str], team: list[Worker]) -> None:

@@ -81,7 +81,7 @@ class Row:
         plain, optimized: on ONNX Runtime with its optimizations off and on.
         in_float: of the float net in torch.
         steps: of QAT.
-        seconds: that quantizing and measuring took.
+        seconds: that quantizing and measuring took; nobody has noted it of rows that are older than this field.
         device: that computed, but for ONNX Runtime.
         versions: of packages.
     """
@@ -96,7 +96,7 @@ class Row:
     optimized: float
     in_float: float
     steps: int
-    seconds: float
+    seconds: float | None
     device: str
     versions: dict[str, str]
 

@@ -17,6 +17,13 @@ RESULTS = Path(__file__).parent / "results"
 
 Key = tuple[str, str, str]
 
+#: What a line of the plot is made of, and how a target's looks.
+PLOTTED = ("calibrated", "QAT, 1 epoch", "QAT, 3 epochs")
+STYLES = {"int8": "C0o-", "AM68A": "C1s--", "TDA4VM": "C2^-.", "w4a8": "C3D:", "w4a4": "C4v-"}
+
+#: Panels beside each other.
+PANELS = 4
+
 
 def read(directory: Path = RESULTS) -> list[Row]:
     """All rows measured so far."""
@@ -51,15 +58,19 @@ def table(rows: Iterable[Row]) -> str:
     """Points on ONNX Runtime, with its optimizations, against float; `apart` is the most that any two ways differ."""
     lines = [f"{'':<12}{'':<8}{'':<44}{'seeds':>6}{'float':>8}{'int':>8}{'±':>6}{'change':>8}{'±':>6}{'apart':>7}"]
     for (net, target, method), group in grouped(rows).items():
-        changes = [row.optimized - row.in_float for row in group]
         figures = [mean(row.in_float for row in group), mean(row.optimized for row in group)]
-        spreads = [spread([row.optimized for row in group]), spread(changes)]
+        spreads = [spread([row.optimized for row in group]), spread(changes(group))]
         apart = max(max(ways(row)) - min(ways(row)) for row in group)
         lines.append(
             f"{net:<12}{target:<8}{method:<44}{len(group):>6}{figures[0]:>8.2f}{figures[1]:>8.2f}{spreads[0]:>6.2f}"
-            f"{mean(changes):>+8.2f}{spreads[1]:>6.2f}{apart:>7.2f}"
+            f"{mean(changes(group)):>+8.2f}{spreads[1]:>6.2f}{apart:>7.2f}"
         )
     return "\n".join(lines)
+
+
+def changes(group: Iterable[Row]) -> list[float]:
+    """Points gained against float, of each seed."""
+    return [row.optimized - row.in_float for row in group]
 
 
 def ways(row: Row) -> tuple[float, float, float, float]:
@@ -73,27 +84,28 @@ def spread(values: Sequence[float]) -> float:
 
 
 def plot(rows: Iterable[Row], file: Path) -> None:
-    """Points lost against steps of QAT, a panel for each net, a line for each target, from calibration on."""
+    """Points lost against steps of QAT, a panel for each net, a line for each target, bars for the spread of seeds."""
     from matplotlib import pyplot
 
-    groups = grouped(
-        row for row in rows if row.method == "calibrated" or row.method in ("QAT, 1 epoch", "QAT, 3 epochs")
-    )
+    groups = grouped(row for row in rows if row.method in PLOTTED)
     nets = list(dict.fromkeys(net for net, _, _ in groups))
-    figure, panels = pyplot.subplots(1, len(nets), figsize=(3.4 * len(nets), 3.4), squeeze=False, layout="constrained")
-    for panel, net in zip(panels[0], nets, strict=True):
-        for style, target in zip(
-            ("o-", "s--", "^-.", "D:", "v-"), ("int8", "AM68A", "TDA4VM", "w4a8", "w4a4"), strict=True
-        ):
+    lines = -(-len(nets) // PANELS)
+    size = (3.4 * min(len(nets), PANELS), 3.2 * lines)
+    figure, panels = pyplot.subplots(lines, min(len(nets), PANELS), figsize=size, squeeze=False, layout="constrained")
+    for panel in panels.flat[len(nets) :]:
+        panel.set_axis_off()
+    for panel, net in zip(panels.flat, nets, strict=False):
+        for target, style in STYLES.items():
             line = sorted(
-                (mean(row.steps for row in group), mean(row.optimized - row.in_float for row in group))
+                (mean(row.steps for row in group), mean(changes(group)), spread(changes(group)))
                 for (of, at, _), group in groups.items()
                 if (of, at) == (net, target)
             )
-            panel.plot([steps for steps, _ in line], [change for _, change in line], style, label=target)
+            if line:
+                panel.errorbar(*zip(*line, strict=True), fmt=style, label=target, capsize=2)
         panel.set(title=net, xlabel="steps of QAT")
         panel.axhline(0, color="black", linewidth=0.8)
+        panel.legend()
     panels[0][0].set_ylabel("points against float, ONNX Runtime")
-    panels[0][0].legend()
     figure.savefig(file)
     pyplot.close(figure)

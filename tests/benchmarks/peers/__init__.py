@@ -1,0 +1,1 @@
+"""Other libraries' quantization-aware training, by their own recipes, beside ours."""

@@ -28,6 +28,10 @@ from torch import Tensor, nn
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
 
 
+#: What PyTorch 2.13 exports in float: it fails on Swin-T, for which it has no figure to compare with.
+EXPORTED = ["ViT-B/16", "ResNet-50"]
+
+
 class Logits(nn.Module):
     """A model that returns one tensor."""
 
@@ -67,10 +71,10 @@ def measure(name: str, kind: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure all models in processes of their own and print a table."""
+    """Measure models in processes of their own and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="processes per model and kind; default: 3")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=EXPORTED, help=f"default: {' '.join(EXPORTED)}")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -112,6 +112,21 @@ def test_a_float_model_is_refused(own_file):
         verify_onnx(HandWritten(), own_file[1], [torch.randn(1, 3, 16, 16)])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_onnx_runtime_takes_as_many_threads_as_torch(threads: int, own_file, monkeypatch):
+    asked = []
+    start = onnxruntime.InferenceSession
+
+    def session(path, options, **more):
+        asked.append(options.intra_op_num_threads)
+        return start(path, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    verify_onnx(*own_file, [torch.randn(1, 3, 16, 16)])
+    assert asked == [threads, threads]
+
+
 def test_the_session_option_that_signed_codes_may_need_is_reported(own_file, monkeypatch):
     from hf_qat.export import verify
 

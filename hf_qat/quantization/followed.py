@@ -19,14 +19,6 @@ from hf_qat.quantization.saved_codes import KeptView, as_kept, keep_inputs, keep
 aten = torch.ops.aten
 
 
-def _contiguous(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    return _copied(aten.contiguous.default, x, arguments, options)
-
-
-def _reshape(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    return _copied(aten.reshape.default, x, arguments, options)
-
-
 def _copied(operation: Callable[..., Tensor], x: Tensor, arguments: Any, options: Any) -> Tensor:
     out = operation(x, *arguments, **options)
     if keeps_less():
@@ -53,22 +45,6 @@ def _batch(x: Tensor) -> Tensor:
     out = x.reshape(-1, *x.shape[-2:])
     say_copied(x, out)
     return out.view(x.shape) if out.is_contiguous() else x
-
-
-def _gelu(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    return _computed_again(aten.gelu.default, x, arguments, options)
-
-
-def _hardswish(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    return _computed_again(aten.hardswish.default, x, arguments, options)
-
-
-def _layer_norm(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    return _computed_again(aten.layer_norm.default, x, arguments, options)
-
-
-def _silu(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    return _computed_again(aten.silu.default, x, arguments, options)
 
 
 def _computed_again(operation: Callable[..., Tensor], x: Tensor, arguments: Any, options: Any) -> Tensor:
@@ -129,15 +105,24 @@ class _Softmax(torch.autograd.Function):
         return dx.to(ctx.dtype), None, None
 
 
+def _calling(how: Callable[..., Tensor], operation: Any) -> Callable[..., Tensor]:
+    def followed(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return how(operation, x, arguments, options)
+
+    followed.__name__ = f"followed_{operation.overloadpacket.__name__}"  # stands in the code of the graph
+    return followed
+
+
+COPIES = (aten.contiguous.default, aten.reshape.default)
+
+#: They take little time for what they save, and keep their input for backward, not what they put out.
+CHEAP = (aten.gelu.default, aten.hardswish.default, aten.layer_norm.default, aten.silu.default)
+
 #: Operation of a graph → what its Python function calls.
 FOLLOWED: dict[Any, Callable[..., Tensor]] = {
+    **{operation: _calling(_copied, operation) for operation in COPIES},
+    **{operation: _calling(_computed_again, operation) for operation in CHEAP},
     aten.add.Tensor: _add,
-    aten.contiguous.default: _contiguous,
-    aten.gelu.default: _gelu,
-    aten.hardswish.default: _hardswish,
-    aten.layer_norm.default: _layer_norm,
     aten.matmul.default: _matmul,
-    aten.reshape.default: _reshape,
-    aten.silu.default: _silu,
     aten.softmax.int: _softmax,
 }

@@ -6,10 +6,9 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.peers.peer import Bits, Logits, Peer, edges, run_all
+from tests.benchmarks.peers.peer import Bits, Logits, Peer, edges, export_by_torchscript, run_all
 
 
 def quantize(model: Logits, batches: Sequence[Tensor], bits: Bits) -> nn.Module:
@@ -31,16 +30,7 @@ def quantize(model: Logits, batches: Sequence[Tensor], bits: Bits) -> nn.Module:
 
 def export(module: nn.Module, pixels: Tensor, file: Path) -> None:
     """Through TorchScript, which its quantizers have symbols for."""
-    torch.onnx.export(
-        module,
-        (pixels,),
-        file,
-        input_names=["pixel_values"],
-        output_names=["logits"],
-        dynamic_axes={"pixel_values": {0: "batch"}, "logits": {0: "batch"}},
-        opset_version=17,
-        dynamo=False,
-    )
+    export_by_torchscript(module, pixels, file)
 
 
 def quantizers(module: nn.Module) -> tuple[int, int]:

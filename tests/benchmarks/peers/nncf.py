@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.peers.peer import Bits, Logits, Peer
+from tests.benchmarks.peers.peer import Bits, Logits, Peer, export_by_torchscript
 
 
 def quantize(model: Logits, batches: Sequence[Tensor], bits: Bits) -> nn.Module:
@@ -25,16 +24,7 @@ def export(module: nn.Module, pixels: Tensor, file: Path) -> None:
     import nncf
 
     stripped = nncf.strip(module, example_input=pixels)
-    torch.onnx.export(
-        stripped,
-        (pixels,),
-        file,
-        input_names=["pixel_values"],
-        output_names=["logits"],
-        dynamic_axes={"pixel_values": {0: "batch"}, "logits": {0: "batch"}},
-        opset_version=17,
-        dynamo=False,
-    )
+    export_by_torchscript(stripped, pixels, file)
 
 
 def quantizers(module: nn.Module) -> tuple[int, int]:

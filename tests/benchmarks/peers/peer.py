@@ -96,3 +96,17 @@ def edges(model: nn.Module) -> list[str]:
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [*convolutions[:1], *linears[-1:]]
+
+
+def export_by_torchscript(module: nn.Module, pixels: Tensor, file: Path) -> None:
+    """Write an ONNX file that takes batches of any size."""
+    torch.onnx.export(
+        module,
+        (pixels,),
+        file,
+        input_names=["pixel_values"],
+        output_names=["logits"],
+        dynamic_axes={"pixel_values": {0: "batch"}, "logits": {0: "batch"}},
+        opset_version=17,
+        dynamo=False,
+    )

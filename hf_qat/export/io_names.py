@@ -80,6 +80,12 @@ def output_names(model: nn.Module, program: ExportedProgram) -> list[str]:
     return [name for name, _ in named_outputs(result)]
 
 
+@torch.no_grad()
+def require_tensors(model: nn.Module, call: ExportCall) -> None:
+    """Raise `ExportError` if something else than tensors comes out of the call, on which PyTorch's exporter breaks."""
+    _require_tensors(type(model).__name__, model(*call.args, **call.kwargs))
+
+
 def _require_tensors(name: str, result: Any) -> None:
     """Refuse what an ONNX file cannot return."""
     others = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None and not isinstance(leaf, Tensor)]

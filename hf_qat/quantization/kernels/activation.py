@@ -137,13 +137,7 @@ def _quantized(x: Tensor, out: Tensor, scale: Tensor, offset: Tensor | None, cod
 
 
 def quantize_backward(
-    grad: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    codes: CodeRange,
-    wants_x: bool,
-    wants_sums: bool,
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, codes: CodeRange, wants_x: bool, wants_sums: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradient of `x`, and (2,) float32, those of `log2_scale` and `offset`, if wanted; the same in every run."""
     dx = torch.empty_like(x) if wants_x else None

@@ -196,7 +196,7 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
     converted = trainer.convert()
     file = directory / "quantized.onnx"
     export_onnx(converted, file, {"pixel_values": normalized(test.pixels[:8])}, dynamic_batch=True)
-    plain, optimized = (points(list(_on_runtime(file, test, on)), test, net.dense) for on in (False, True))
+    plain, optimized = (points(list(on_runtime(file, test, on)), test, net.dense) for on in (False, True))
     in_torch = points(list(answers(converted, test, bench.device)), test, net.dense)
     figures = [round(figure, 3) for figure in (simulated, in_torch, plain, optimized, before)]
     seconds = round(time.monotonic() - began, 1)
@@ -210,8 +210,8 @@ def name_of(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else device
 
 
-def _on_runtime(file: Path, images: Images, optimized: bool) -> Iterator[Tensor]:
-    """Logits of a file, batch by batch."""
+def on_runtime(file: Path, images: Images, optimized: bool) -> Iterator[Tensor]:
+    """Logits of a file, in batches of the size that files without an open first dimension have."""
     session = Session(file, optimized)
     for pixels in images.pixels.split(100):
         yield torch.from_numpy(session.run([normalized(pixels).numpy()])[0])

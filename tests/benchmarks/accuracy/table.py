@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, TypeVar
 
 from hf_qat.files.atomic import whole_file
 from tests.benchmarks.accuracy.rows import Row
@@ -16,6 +17,9 @@ from tests.benchmarks.accuracy.rows import Row
 RESULTS = Path(__file__).parent / "results"
 
 Key = tuple[str, str, str]
+
+#: A dataclass of rows.
+Measured = TypeVar("Measured", bound=Any)
 
 #: What a line of the plot is made of, and how a target's looks.
 PLOTTED = ("calibrated", "QAT, 1 epoch", "QAT, 3 epochs")
@@ -27,17 +31,26 @@ PANELS = 4
 
 def read(directory: Path = RESULTS) -> list[Row]:
     """All rows measured so far."""
-    return [Row(**row) for file in sorted(directory.glob("*.json")) for row in json.loads(file.read_text())]
+    return rows_in(directory, Row)
+
+
+def rows_in(directory: Path, kind: type[Measured]) -> list[Measured]:
+    """Those of all files of a directory."""
+    return [kind(**row) for file in sorted(directory.glob("*.json")) for row in json.loads(file.read_text())]
 
 
 def add(row: Row, directory: Path = RESULTS) -> None:
     """Write a row to the file of its net, in place of one that was measured before."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"{row.net}.json"
-    rows = [Row(**old) for old in json.loads(file.read_text())] if file.is_file() else []
-    kept = [old for old in rows if (*key(old), old.seed) != (*key(row), row.seed)]
-    ordered = sorted([*kept, row], key=lambda one: (*key(one), one.seed))
+    add_to(directory / f"{row.net}.json", row, lambda one: (*key(one), one.seed))
+
+
+def add_to(file: Path, row: Measured, question: Callable[[Measured], tuple[Any, ...]]) -> None:
+    """Write a row among those of its file, ordered by what they answer, in place of one that did so before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [type(row)(**old) for old in json.loads(file.read_text())] if file.is_file() else []
+    kept = [old for old in rows if question(old) != question(row)]
     with whole_file(file) as temporary:
+        ordered = sorted([*kept, row], key=question)
         temporary.write_text(json.dumps([asdict(one) for one in ordered], indent=1) + "\n")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +17,8 @@ from transformers import Trainer
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_qat.cli.demo.run import quiet
-from hf_qat.export.verify import Session
 from tests.benchmarks.accuracy.nets import NETS
-from tests.benchmarks.accuracy.rows import Bench, learning_rate, name_of, versions
+from tests.benchmarks.accuracy.rows import Bench, learning_rate, name_of, on_runtime, versions
 from tests.benchmarks.accuracy.textures import Images, normalized
 from tests.benchmarks.accuracy.training import Rows, answers, arguments, as_read, points
 from tests.benchmarks.peers.peer import TARGETS, Logits, Peer
@@ -47,7 +46,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Question):
     """Points of 100 on the test images; those that could not be measured are not there, and `error` says why.
 
     Attributes:
@@ -61,12 +60,6 @@ class Row:
         error: the peer's own words.
     """
 
-    peer: str
-    net: str
-    target: str
-    epochs: float
-    rate: float
-    seed: int
     in_float: float
     device: str
     versions: dict[str, str]
@@ -194,16 +187,9 @@ def evaluate_file(file: Path, images: Images, dense: bool, found: Found) -> None
     for name, optimized in (("plain", False), ("optimized", True)):
 
         def run(name: str = name, optimized: bool = optimized) -> None:
-            found.figures[name] = round(points(list(_on_runtime(file, images, optimized)), images, dense), 3)
+            found.figures[name] = round(points(list(on_runtime(file, images, optimized)), images, dense), 3)
 
         found.attempt(f"ONNX Runtime, {name}", run)
-
-
-def _on_runtime(file: Path, images: Images, optimized: bool) -> Iterator[Tensor]:
-    """Logits, in batches of the size that files without an open first dimension have."""
-    session = Session(file, optimized)
-    for pixels in images.pixels.split(100):
-        yield torch.from_numpy(session.run([normalized(pixels).numpy()])[0])
 
 
 def version_of(peer: Peer) -> dict[str, str]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import astuple
 from pathlib import Path
 from statistics import mean
 
-from hf_qat.files.atomic import whole_file
 from tests.benchmarks.accuracy import rows as ours
-from tests.benchmarks.accuracy.table import spread
+from tests.benchmarks.accuracy.table import add_to, rows_in, spread
 from tests.benchmarks.peers.rows import Question, Row
 
 
@@ -31,18 +29,12 @@ def question(row: Row) -> Question:
 
 def read(directory: Path = RESULTS) -> list[Row]:
     """All rows measured so far."""
-    return [Row(**row) for file in sorted(directory.glob("*.json")) for row in json.loads(file.read_text())]
+    return rows_in(directory, Row)
 
 
 def add(row: Row, directory: Path = RESULTS) -> None:
     """Write a row to the file of its net, in place of one that was measured before."""
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"{row.net}.json"
-    rows = [Row(**old) for old in json.loads(file.read_text())] if file.is_file() else []
-    kept = [old for old in rows if question(old) != question(row)]
-    ordered = sorted([*kept, row], key=lambda one: tuple(vars(question(one)).values()))
-    with whole_file(file) as temporary:
-        temporary.write_text(json.dumps([asdict(one) for one in ordered], indent=1) + "\n")
+    add_to(directory / f"{row.net}.json", row, lambda one: astuple(question(one)))
 
 
 def task(row: Row) -> Task:

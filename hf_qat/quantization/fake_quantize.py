@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_qat.quantization.kernels import fuses
+from hf_qat.quantization.kernels.cpu import compiles
 
 
 Bound = Any  # a number, or a tensor where reading it would wait for a GPU
@@ -110,6 +111,10 @@ def round_to_codes(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
 
 def round_as_dtype(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
     """`round_to_codes`, in the dtype of `x`."""
+    if step.dim() == 0 and compiles(x, step) and not isinstance(low, Tensor):
+        from hf_qat.quantization.kernels.cpu.activation import quantize as quantize_in_one_pass
+
+        return quantize_in_one_pass(x, step, low, high)
     return as_dtype(round_to_codes(x, step, low, high), x.dtype)
 
 

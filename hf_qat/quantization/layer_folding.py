@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_qat.quantization.folding import rounded_weight, saved_weight, weight_gradients
 from hf_qat.quantization.kernels import fuses
+from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, FoldCall, Folding, Norm
 
 
@@ -36,8 +37,17 @@ def fold_layer(
         from hf_qat.quantization.kernels.weight import fused_fold
 
         return fused_fold(weight, log2_scale, norm, folding)
+    if _compiles(weight, log2_scale, norm):
+        from hf_qat.quantization.kernels.cpu.weight import compiled_fold
+
+        return compiled_fold(weight, log2_scale, norm, folding)
     out, bias = _FoldLayer.apply(weight, log2_scale, *(norm or (None,) * 5), folding)
     return out, bias
+
+
+def _compiles(weight: Tensor, log2_scale: Tensor, norm: Norm | None) -> bool:
+    present = [tensor for tensor in norm or () if tensor is not None]
+    return compiles(weight, log2_scale, *present)
 
 
 def fold_together(calls: Sequence[FoldCall]) -> list[tuple[Tensor, Tensor | None]]:

@@ -7,6 +7,7 @@ the graph, the arithmetic on single numbers takes longer than the quantizing of 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from hf_qat.quantization.fake_quantize import (
     round_to_codes,
     sum_of_products,
 )
+from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.saved_codes import keep_inputs, keeps_inputs
 
 
@@ -82,7 +84,7 @@ class _Learned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
         arguments = x, values.scale, values.low, values.high
         out = keep_inputs(round_as_dtype(*arguments), round_as_dtype, *arguments)
-        shares = x.dtype == torch.float32 and keeps_inputs()
+        shares = x.dtype == torch.float32 and keeps_inputs() and not compiles(x)
         ctx.save_for_backward(x, offset, out if shares else None)
         ctx.values = values
         return out
@@ -90,6 +92,8 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, offset, out = ctx.saved_tensors
+        if compiles(saved, grad):
+            return *_in_one_pass(grad, saved, offset, ctx.values, ctx.needs_input_grad), None
         scale, unlimited_scale, low, high, _ = ctx.values
         x, grad = saved.float(), grad.float()
         spent = dlog2 = doffset = None
@@ -105,6 +109,22 @@ class _Learned(torch.autograd.Function):
         if offset is not None and ctx.needs_input_grad[2]:
             doffset = offset_gradient(dx.sum() - grad.sum(), offset, ctx.values)
         return (dx.to(saved.dtype) if ctx.needs_input_grad[0] else None), dlog2, doffset, None
+
+
+def _in_one_pass(
+    grad: Tensor, x: Tensor, offset: Tensor | None, values: QuantizerValues, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the input, of `log2_scale` and of the offset, where they are wanted."""
+    from hf_qat.quantization.kernels.cpu.activation import quantize_backward
+
+    dx, changed, outside = quantize_backward(grad, x, values.scale, values.low, values.high)
+    dlog2 = doffset = None
+    if wanted[1]:
+        ratio = float(values.unlimited_scale) / float(values.scale)
+        dlog2 = torch.tensor(changed * ratio * math.log(2.0))
+    if offset is not None and wanted[2]:
+        doffset = offset_gradient(torch.tensor(-outside), offset, values)
+    return dx if wanted[0] else None, dlog2, doffset
 
 
 def offset_gradient(passed: Tensor, offset: Tensor, values: QuantizerValues) -> Tensor:

@@ -208,7 +208,12 @@ def keep_inputs(out: Tensor, function: Callable[..., Tensor], *arguments: Any, i
         arguments: a tensor among them may not be written to before backward: `RuntimeError` then.
         is_sum: as of `Recomputed`.
     """
-    if keeps_inputs():
+    return compute_again(out, function, *arguments, is_sum=is_sum) if keeps_inputs() else out
+
+
+def compute_again(out: Tensor, function: Callable[..., Tensor], *arguments: Any, is_sum: bool = False) -> Tensor:
+    """`keep_inputs`, where codes are kept, too."""
+    if keeps_less():
         made = Recomputed(out, function, arguments, is_sum)
         _here.recomputed.append(made)
         setattr(out.untyped_storage(), _CONTENTS, weakref.ref(made))

@@ -17,6 +17,9 @@ from hf_qat.quantization.kernels.folding import Folding, Norm
 from hf_qat.quantization.layer_folding import fold_layer
 
 
+pytestmark = pytest.mark.usefixtures("each_form")
+
+
 @pytest.fixture(params=[folding.BLOCK, 100], ids=["at once", "in blocks"], autouse=True)
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of a weight together, and two channels of 45 values at a time."""

@@ -14,6 +14,9 @@ from hf_qat.quantization.learned import learned_fake_quantize, levels
 from tests.quantization.test_fake_quantize import RANGES, close, random_case, sum_to
 
 
+pytestmark = pytest.mark.usefixtures("each_form")
+
+
 @dataclass(frozen=True)
 class Case:
     """A quantizer, and what its parameters come to, worked out by hand.

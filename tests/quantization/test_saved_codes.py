@@ -27,6 +27,9 @@ from tests.benchmarks.memory import peak_bytes
 from tests.models import HUGGING_FACE
 
 
+pytestmark = pytest.mark.usefixtures("each_form")
+
+
 #: Phase → whether batch norm and whether ranges are frozen.
 PHASES = {"live": (False, False), "batch norm frozen": (True, False), "all frozen": (True, True)}
 

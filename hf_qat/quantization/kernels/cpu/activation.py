@@ -1,0 +1,70 @@
+"""One pass each way over a tensor with one scale, with the gradients of `hf_qat.quantization.learned`."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_qat.quantization.kernels.cpu.loops import (
+    CHUNK,
+    QUANTIZE,
+    QUANTIZE_BACKWARD,
+    QuantizeBackwardCall,
+    QuantizeCall,
+)
+from hf_qat.quantization.kernels.cpu.threads import run
+from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+
+
+class Gradients(NamedTuple):
+    """What comes back through a quantizer.
+
+    Attributes:
+        dx: the gradient where the input lies between the lowest and the highest value, 0 elsewhere.
+        changed: the sum of the gradient times what rounding (inside) or clamping to a value (outside) comes to.
+        outside: the sum of the gradient where the input lies outside.
+    """
+
+    dx: Tensor
+    changed: float
+    outside: float
+
+
+def quantize(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
+    """`clamp(round(x / step), low, high) * step`, without gradients.
+
+    Args:
+        x: any shape and layout, float32.
+        step: () float32.
+        low, high: whole numbers.
+
+    Returns:
+        The shape and layout of `x`.
+    """
+    x, out = in_memory_order(x)
+    count = x.numel()
+    call = QuantizeCall(0, count, x.data_ptr(), out.data_ptr(), float(step), low, high)
+    run(QUANTIZE, call, _chunks(count))
+    return out
+
+
+def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, low: float, high: float) -> Gradients:
+    """The gradients of `quantize`; sums are the same in every run, with any number of threads."""
+    x, dx = in_memory_order(x)
+    grad = laid_out_like(grad, x)
+    count, size = x.numel(), float(step)
+    chunks = _chunks(count)
+    changed, outside = (ctypes.c_float * chunks)(), (ctypes.c_float * chunks)()
+    call = QuantizeBackwardCall(
+        0, count, x.data_ptr(), grad.data_ptr(), dx.data_ptr(), ctypes.addressof(changed), ctypes.addressof(outside),
+        size, low, high, low * size, high * size,
+    )  # fmt: skip
+    run(QUANTIZE_BACKWARD, call, chunks)
+    return Gradients(dx, math.fsum(changed), math.fsum(outside))
+
+
+def _chunks(count: int) -> int:
+    return -(-count // CHUNK)

@@ -1,0 +1,300 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+"""The loops, compiled for the processor at hand, and what they are told.
+
+All of PyTorch's threads call a loop at the same time with the same call. A thread takes the first chunk that none has
+taken, until there are no more: one that is held up, by another process for instance, holds up nobody else.
+
+The loops and what they use stand in one file, since what Numba has compiled is kept on disk until this file changes.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.extending import intrinsic
+
+from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
+
+
+#: Values that a thread works on before it looks for more; they and what comes out fit into its cache.
+CHUNK = 2**14
+
+SMALLEST_FACTOR = np.float32(SMALLEST)
+
+
+class _Call(ctypes.Structure):
+    """What a loop is told; addresses are of float32, 0 for what there is none of.
+
+    Attributes:
+        taken: number of chunks that threads have taken.
+    """
+
+    @classmethod
+    def numba_type(cls) -> Any:
+        """As a loop sees it: a pointer to it."""
+        return types.CPointer(numba.from_dtype(np.dtype(cls)))
+
+
+class QuantizeCall(_Call):
+    """`out[i] = clamp(round(x[i] / step), low, high) * step` for `count` values."""
+
+    _fields_ = [
+        ("taken", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("x", "out")),
+        *((name, ctypes.c_float) for name in ("step", "low", "high")),
+    ]
+
+
+class QuantizeBackwardCall(_Call):
+    """The gradient `dx`, and sums of each chunk: of `grad` times what rounding changes, and of `grad` outside.
+
+    Inside is what lies between `lowest` and `highest`.
+    """
+
+    _fields_ = [
+        *QuantizeCall._fields_[:2],
+        *((name, ctypes.c_int64) for name in ("x", "grad", "dx", "changed", "outside")),
+        *((name, ctypes.c_float) for name in ("step", "low", "high", "lowest", "highest")),
+    ]
+
+
+_FOLD: list[Any] = [
+    ("taken", ctypes.c_int64),
+    *((name, ctypes.c_int64) for name in ("channels", "length", "inner", "together", "per_channel", "live")),
+    *((name, ctypes.c_int64) for name in ("weight", "scale", "variance", "gamma", "mean", "bias")),
+    *((name, ctypes.c_float) for name in ("low", "high", "eps")),
+]
+
+
+class FoldCall(_Call):
+    """See `hf_qat.quantization.layer_folding.fold_layer`.
+
+    The values of a channel, `length` in all, lie in runs of `inner`, one of each channel after the other. A thread
+    takes `together` channels at a time.
+    """
+
+    _fields_ = [*_FOLD, *((name, ctypes.c_int64) for name in ("beta", "out", "folded"))]
+
+
+class FoldBackwardCall(_Call):
+    """Its gradients: of the weights, and of the parameters of each channel."""
+
+    _fields_ = [
+        *_FOLD,
+        *((name, ctypes.c_int64) for name in ("grad", "bias_grad", "dweight", "dscale", "dgamma", "dbias")),
+    ]
+
+
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """The address of float32 as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+def _number(typing_context: Any, call: Any) -> Any:
+    """The number of a chunk that no other thread has: the first field of the call, counted on in one go."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        counter = builder.bitcast(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(call), generate
+
+
+_at: Any = intrinsic(_pointer)
+_take: Any = intrinsic(_number)
+
+_inner: Any = numba.njit(error_model="numpy")
+
+#: Sums may be added up in any order, as vectors do; nothing else changes.
+_adding: Any = numba.njit(error_model="numpy", fastmath={"reassoc", "nsz"})
+
+
+@_inner
+def _to_codes(y, low, high):
+    """Rounded half to even, and clamped; NaN stays."""
+    code = np.rint(y)
+    code = low if code < low else code
+    return high if code > high else code
+
+
+@_inner
+def _quantize_values(x, out, step, low, high):
+    for i in range(x.size):
+        out[i] = _to_codes(x[i] / step, low, high) * step
+
+
+def _quantize(call):
+    its = carray(call, 1)[0]
+    x, out = carray(_at(its.x), (its.count,)), carray(_at(its.out), (its.count,))
+    start = _take(call) * CHUNK
+    while start < its.count:
+        end = min(start + CHUNK, its.count)
+        _quantize_values(x[start:end], out[start:end], its.step, its.low, its.high)
+        start = _take(call) * CHUNK
+
+
+@_adding
+def _gradients(x, grad, dx, step, low, high, lowest, highest):
+    changed = outside = np.float32(0)
+    for i in range(x.size):
+        inside = (x[i] > lowest) & (x[i] < highest)
+        passed = grad[i] if inside else np.float32(0)
+        dx[i] = passed
+        changed += grad[i] * (_to_codes(x[i] / step, low, high) * step - (x[i] if inside else np.float32(0)))
+        outside += grad[i] - passed  # where nothing passes; a sum under a condition would be no vector
+    return changed, outside
+
+
+def _quantize_backward(call):
+    its = carray(call, 1)[0]
+    count, chunks = its.count, (its.count + CHUNK - 1) // CHUNK
+    x, grad, dx = carray(_at(its.x), (count,)), carray(_at(its.grad), (count,)), carray(_at(its.dx), (count,))
+    changed, outside = carray(_at(its.changed), (chunks,)), carray(_at(its.outside), (chunks,))
+    chunk = _take(call)
+    while chunk < chunks:
+        start, end = chunk * CHUNK, min((chunk + 1) * CHUNK, count)
+        changed[chunk], outside[chunk] = _gradients(
+            x[start:end], grad[start:end], dx[start:end], its.step, its.low, its.high, its.lowest, its.highest
+        )
+        chunk = _take(call)
+
+
+@_inner
+def _factor(its, c):
+    """1 / sigma and gamma / sigma of a channel; the latter is not 0 where it will be divided by."""
+    inverse = np.float32(1) / np.sqrt(carray(_at(its.variance), (its.channels,))[c] + its.eps)
+    factor = inverse
+    if its.gamma:
+        factor = carray(_at(its.gamma), (its.channels,))[c] * inverse
+    if its.live and abs(factor) < SMALLEST_FACTOR:
+        factor = SMALLEST_FACTOR
+    return inverse, factor
+
+
+@_inner
+def _shift(its, c):
+    """The mean of a channel, less the bias of the layer."""
+    shift = carray(_at(its.mean), (its.channels,))[c]
+    if its.bias:
+        shift -= carray(_at(its.bias), (its.channels,))[c]
+    return shift
+
+
+@_inner
+def _step(its, c):
+    """The scale of a channel."""
+    return carray(_at(its.scale), (its.channels if its.per_channel else 1,))[c if its.per_channel else 0]
+
+
+@_inner
+def _fold_values(weight, out, multiplier, step, low, high):
+    for i in range(weight.size):
+        out[i] = _to_codes(weight[i] * multiplier, low, high) * step
+
+
+def _fold(call):
+    its = carray(call, 1)[0]
+    count, runs = its.channels * its.length, its.length // its.inner
+    weight, out = carray(_at(its.weight), (count,)), carray(_at(its.out), (count,))
+    first = _take(call) * its.together
+    while first < its.channels:
+        for c in range(first, min(first + its.together, its.channels)):
+            step = _step(its, c)
+            multiplier = step
+            if its.variance:
+                _, factor = _factor(its, c)
+                multiplier = factor / step
+                if its.live:
+                    step /= factor
+                elif its.folded:
+                    beta = carray(_at(its.beta), (its.channels,))[c] if its.beta else np.float32(0)
+                    carray(_at(its.folded), (its.channels,))[c] = beta - _shift(its, c) * factor
+            for run in range(runs):
+                start = (run * its.channels + c) * its.inner
+                end = start + its.inner
+                if its.variance:
+                    _fold_values(weight[start:end], out[start:end], multiplier, step, its.low, its.high)
+                else:
+                    _quantize_values(weight[start:end], out[start:end], step, its.low, its.high)
+        first = _take(call) * its.together
+
+
+@_adding
+def _weight_gradients(weight, grad, dweight, divides, multiplier, slope, low, high):
+    """Sums of `grad` times what rounding changes, in steps, and of what passes times the weight."""
+    changed = passed = np.float32(0)
+    for i in range(weight.size):
+        y = weight[i] / multiplier if divides else weight[i] * multiplier
+        inside = (y > low) & (y < high)
+        dy = grad[i] if inside else np.float32(0)
+        changed += grad[i] * (_to_codes(y, low, high) - (y if inside else np.float32(0)))
+        passed += dy * weight[i]
+        dweight[i] = dy * slope
+    return changed, passed
+
+
+@_inner
+def _parameter_gradients(its, c, passed, inverse, factor):
+    """Of gamma and of the layer's bias."""
+    grad = carray(_at(its.bias_grad), (its.channels,))[c] if its.bias_grad else np.float32(0)
+    carray(_at(its.dgamma), (its.channels,))[c] = (passed - grad * _shift(its, c)) * inverse
+    carray(_at(its.dbias), (its.channels,))[c] = grad * factor
+
+
+def _fold_backward(call):
+    its = carray(call, 1)[0]
+    count, runs = its.channels * its.length, its.length // its.inner
+    weight, grad, dweight = (
+        carray(_at(its.weight), (count,)),
+        carray(_at(its.grad), (count,)),
+        carray(_at(its.dweight), (count,)),
+    )
+    first = _take(call) * its.together
+    while first < its.channels:
+        for c in range(first, min(first + its.together, its.channels)):
+            step = _step(its, c)
+            multiplier, inverse, factor, slope = step, np.float32(1), np.float32(1), np.float32(1)
+            if its.variance:
+                inverse, factor = _factor(its, c)
+                multiplier = factor / step
+                if its.live:
+                    step /= factor
+                slope = multiplier * step
+            changed = passed = np.float32(0)
+            for run in range(runs):
+                start = (run * its.channels + c) * its.inner
+                end = start + its.inner
+                more_changed, more_passed = _weight_gradients(
+                    weight[start:end], grad[start:end], dweight[start:end],
+                    its.variance == 0, multiplier, slope, its.low, its.high,
+                )  # fmt: skip
+                changed += more_changed
+                passed += more_passed
+            carray(_at(its.dscale), (its.channels,))[c] = changed * step
+            if its.variance and not its.live:
+                _parameter_gradients(its, c, passed, inverse, factor)
+        first = _take(call) * its.together
+
+
+def _compiled(loop: Callable[..., None], call: type[_Call]) -> Any:
+    """`loop` as a function of C, out of Numba's cache on disk where it is there."""
+    signature = types.void(call.numba_type())
+    try:
+        return numba.cfunc(signature, cache=True, error_model="numpy")(loop)
+    except RuntimeError:  # nowhere to keep it
+        return numba.cfunc(signature, error_model="numpy")(loop)
+
+
+QUANTIZE = _compiled(_quantize, QuantizeCall)
+QUANTIZE_BACKWARD = _compiled(_quantize_backward, QuantizeBackwardCall)
+FOLD = _compiled(_fold, FoldCall)
+FOLD_BACKWARD = _compiled(_fold_backward, FoldBackwardCall)

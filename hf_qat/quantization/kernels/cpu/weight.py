@@ -1,0 +1,125 @@
+"""One pass each way over the weight of a layer: batch norm folded in, quantized per channel, and the bias with it.
+
+The expressions are those of `hf_qat.quantization.layer_folding`, and so are the gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_qat.quantization.kernels.cpu.loops import CHUNK, FOLD, FOLD_BACKWARD, FoldBackwardCall, FoldCall
+from hf_qat.quantization.kernels.cpu.threads import run
+from hf_qat.quantization.kernels.folding import Folding, Norm
+from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+from hf_qat.quantization.saved_codes import compute_again
+
+
+def compiled_fold(
+    weight: Tensor, log2_scale: Tensor, norm: Norm | None, folding: Folding
+) -> tuple[Tensor, Tensor | None]:
+    """See `fold_layer`, which calls it where the loops can be used."""
+    out, bias = _CompiledFold.apply(weight, log2_scale, *(norm or (None,) * 5), folding)
+    return out, bias
+
+
+class _CompiledFold(torch.autograd.Function):
+    """Saves the weight and the tensors that it is folded with; statistics as they are now, if they are live.
+
+    What it puts out is computed again for whoever needs it in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        log2_scale: Tensor,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        bias: Tensor | None,
+        folding: Folding,
+    ) -> tuple[Tensor, Tensor | None]:
+        weight = in_memory_order(weight)[0]
+        gamma, beta, mean, bias = (None if x is None else x.contiguous() for x in (gamma, beta, mean, bias))
+        scale = torch.exp2(log2_scale.round() if folding.power_of_two else log2_scale)
+        folded = None
+        if variance is not None and folding.live:
+            variance = variance.clone()  # the batch norm that follows moves it before backward
+        elif variance is not None:
+            folded = torch.empty(weight.shape[folding.axis])
+        out = _folded(weight, scale, variance, gamma, mean, bias, folding, beta, folded)
+        compute_again(out, _folded, weight, scale, variance, gamma, None, None, folding)
+        ctx.save_for_backward(weight, scale, variance, gamma, mean, bias)
+        ctx.folding = folding
+        ctx.set_materialize_grads(False)
+        return out, folded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: hooks of gradient checkpointing allow no more
+        weight, scale, variance, *_ = saved
+        _, by_scale, _, _, by_gamma, by_beta, by_bias, _ = ctx.needs_input_grad
+        grad = torch.zeros_like(weight) if grad is None else laid_out_like(grad, weight)
+        bias_grad = None if bias_grad is None else bias_grad.contiguous()
+        dweight = torch.empty_like(weight)
+        dscale, dgamma, dbias = torch.empty(3, weight.shape[ctx.folding.axis])
+        gradients = (grad, bias_grad, dweight, dscale, dgamma, dbias)
+        call = FoldBackwardCall(*_told(saved, ctx.folding), *map(_address, gradients))
+        run(FOLD_BACKWARD, call, _chunks(call))
+        folds = variance is not None and not ctx.folding.live
+        dscale *= math.log(2.0)
+        return (
+            dweight,
+            None if not by_scale else dscale if scale.dim() else dscale.sum(),
+            None,
+            None,
+            dgamma if by_gamma and folds else None,
+            bias_grad if by_beta and folds else None,
+            dbias if by_bias and folds else None,
+            None,
+        )
+
+
+def _folded(
+    weight: Tensor,
+    scale: Tensor,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    mean: Tensor | None,
+    bias: Tensor | None,
+    folding: Folding,
+    beta: Tensor | None = None,
+    folded: Tensor | None = None,
+) -> Tensor:
+    """The rounded weight; its bias is written into `folded`, if given."""
+    out = torch.empty_like(weight)
+    told = _told((weight, scale, variance, gamma, mean, bias), folding)
+    call = FoldCall(*told, _address(beta), out.data_ptr(), _address(folded))
+    run(FOLD, call, _chunks(call))
+    return out
+
+
+def _told(tensors: Sequence[Tensor | None], folding: Folding) -> tuple[int | float, ...]:
+    """What both loops are told first; `tensors`: weight, scale, variance, gamma, mean and bias."""
+    weight, scale = tensors[:2]
+    assert weight is not None and scale is not None
+    channels = weight.shape[folding.axis]
+    length = weight.numel() // max(1, channels)
+    return (
+        0, channels, length, weight.stride(folding.axis), max(1, CHUNK // max(1, length)), scale.dim(), folding.live,
+        *map(_address, tensors), folding.qmin, folding.qmax, folding.eps,
+    )  # fmt: skip
+
+
+def _chunks(call: Any) -> int:
+    return -(-int(call.channels) // int(call.together))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

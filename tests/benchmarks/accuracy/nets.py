@@ -78,8 +78,9 @@ NETS = {
             classifier_dropout_prob=0.1,
         ),
         kind="depthwise",
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         epochs=20,
+        warmup=0.1,
     ),
     "ResNet": Net(
         _of(
@@ -91,7 +92,7 @@ NETS = {
             layer_type="basic",
         ),
         learning_rate=3e-3,
-        epochs=6,
+        epochs=8,
     ),
     "RegNet": Net(
         _of(

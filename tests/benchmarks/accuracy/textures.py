@@ -22,8 +22,8 @@ CLASSES = tuple(f"{texture} {shape}" for texture in TEXTURES for shape in SHAPES
 #: In the maps of `masks`, what is no shape.
 BACKGROUND = len(CLASSES)
 
-#: Standard deviation of the noise on every pixel, of 255.
-NOISE = 8.0
+#: Standard deviation of the noise on every pixel, of 255: with 8, nets that see images turned get 98 of 100.
+NOISE = 20.0
 
 #: How much a texture brightens and darkens its shape, at least and at most, of 255.
 CONTRASTS = (40.0, 70.0)

@@ -137,7 +137,7 @@ def test_who_watches_operations_sees_them():
     x = torch.tensor([0.6, 100.0, -0.2])
     traced = torch.jit.trace(Quantized(), x)
     assert traced(2 * x).tolist() == [1.0, 3.5, -0.5]
-    assert torch.func.vmap(Quantized())(torch.stack([x, 2 * x])).tolist() == [[0.5, 3.5, 0.0], [1.0, 3.5, 0.0]]
+    assert torch.func.vmap(Quantized())(torch.stack([x, 2 * x])).tolist() == [[0.5, 3.5, 0.0], [1.0, 3.5, -0.5]]
     with FakeTensorMode() as mode:
         assert Quantized()(mode.from_tensor(x)).shape == (3,)
     with FlopCounterMode(display=False):

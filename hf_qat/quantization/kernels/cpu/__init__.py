@@ -18,6 +18,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _INSTALLED = importlib.util.find_spec("numba") is not None
 
 
@@ -26,17 +28,17 @@ def compiles(*tensors: Tensor) -> bool:
 
     A compiler, a tracer, a transform of `torch.func` and a dispatch mode need to see each operation.
     """
-    return all(map(_is_plain, tensors)) and not _watched() and _works()
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype is torch.float32 and type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg()
+    for x in tensors:
+        plain = x.is_cpu and x.dtype is torch.float32 and type(x) in _PLAIN and not x.is_neg()
+        if not plain:
+            return False
+    return not _watched() and _works()
 
 
 def _watched() -> bool:
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )

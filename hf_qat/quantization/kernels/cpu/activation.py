@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
+from array import array
 from typing import NamedTuple
 
 from torch import Tensor
@@ -57,9 +57,9 @@ def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, low: float, high: f
     grad = laid_out_like(grad, x)
     count, size = x.numel(), float(step)
     chunks = _chunks(count)
-    changed, outside = (ctypes.c_float * chunks)(), (ctypes.c_float * chunks)()
+    changed, outside = (array("f", bytes(4 * chunks)) for _ in range(2))
     call = QuantizeBackwardCall(
-        0, count, x.data_ptr(), grad.data_ptr(), dx.data_ptr(), ctypes.addressof(changed), ctypes.addressof(outside),
+        0, count, x.data_ptr(), grad.data_ptr(), dx.data_ptr(), changed.buffer_info()[0], outside.buffer_info()[0],
         size, low, high, low * size, high * size,
     )  # fmt: skip
     run(QUANTIZE_BACKWARD, call, chunks)

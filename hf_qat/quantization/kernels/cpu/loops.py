@@ -8,6 +8,7 @@ The loops and what they use stand in one file, since what Numba has compiled is 
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,9 @@ from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
 CHUNK = 2**14
 
 SMALLEST_FACTOR = np.float32(SMALLEST)
+
+#: log2 to natural logarithm.
+LN2 = np.float32(math.log(2.0))
 
 
 class _Call(ctypes.Structure):
@@ -246,8 +250,10 @@ def _weight_gradients(weight, grad, dweight, divides, multiplier, slope, low, hi
 def _parameter_gradients(its, c, passed, inverse, factor):
     """Of gamma and of the layer's bias."""
     grad = carray(_at(its.bias_grad), (its.channels,))[c] if its.bias_grad else np.float32(0)
-    carray(_at(its.dgamma), (its.channels,))[c] = (passed - grad * _shift(its, c)) * inverse
-    carray(_at(its.dbias), (its.channels,))[c] = grad * factor
+    if its.dgamma:
+        carray(_at(its.dgamma), (its.channels,))[c] = (passed - grad * _shift(its, c)) * inverse
+    if its.dbias:
+        carray(_at(its.dbias), (its.channels,))[c] = grad * factor
 
 
 def _fold_backward(call):
@@ -279,7 +285,7 @@ def _fold_backward(call):
                 )  # fmt: skip
                 changed += more_changed
                 passed += more_passed
-            carray(_at(its.dscale), (its.channels,))[c] = changed * step
+            carray(_at(its.dscale), (its.channels,))[c] = changed * step * LN2
             if its.variance and not its.live:
                 _parameter_gradients(its, c, passed, inverse, factor)
         first = _take(call) * its.together

@@ -5,7 +5,6 @@ The expressions are those of `hf_qat.quantization.layer_folding`, and so are the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,24 +65,16 @@ class _CompiledFold(torch.autograd.Function):
         weight, scale, variance, *_ = saved
         _, by_scale, _, _, by_gamma, by_beta, by_bias, _ = ctx.needs_input_grad
         grad = torch.zeros_like(weight) if grad is None else laid_out_like(grad, weight)
-        bias_grad = None if bias_grad is None else bias_grad.contiguous()
-        dweight = torch.empty_like(weight)
-        dscale, dgamma, dbias = torch.empty(3, weight.shape[ctx.folding.axis])
+        folds = variance is not None and not ctx.folding.live
+        bias_grad = bias_grad.contiguous() if folds and bias_grad is not None else None
+        dweight, channels = torch.empty_like(weight), weight.shape[ctx.folding.axis]
+        dscale = torch.empty(channels)
+        dgamma, dbias = (torch.empty(channels) if folds and wanted else None for wanted in (by_gamma, by_bias))
         gradients = (grad, bias_grad, dweight, dscale, dgamma, dbias)
         call = FoldBackwardCall(*_told(saved, ctx.folding), *map(_address, gradients))
         run(FOLD_BACKWARD, call, _chunks(call))
-        folds = variance is not None and not ctx.folding.live
-        dscale *= math.log(2.0)
-        return (
-            dweight,
-            None if not by_scale else dscale if scale.dim() else dscale.sum(),
-            None,
-            None,
-            dgamma if by_gamma and folds else None,
-            bias_grad if by_beta and folds else None,
-            dbias if by_bias and folds else None,
-            None,
-        )
+        summed = None if not by_scale else dscale if scale.dim() else dscale.sum()
+        return dweight, summed, None, None, dgamma, bias_grad if by_beta else None, dbias, None
 
 
 def _folded(

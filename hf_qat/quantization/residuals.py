@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_qat.quantization.fake_quantize import as_dtype, pass_inside, sum_of_products
+from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.learned import QuantizerValues, offset_gradient
 from hf_qat.quantization.saved_codes import byte_shift, keep_codes, to_byte
 
@@ -61,6 +62,9 @@ class _Compact(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
         step, low, high = values.scale, values.low, values.high
         shift = byte_shift(low, values.span)
+        ctx.values, ctx.dtype = values, x.dtype
+        if compiles(x) and not isinstance(shift, Tensor):
+            return _in_one_pass(ctx, x, offset, values, shift)
         y = torch.div(x.float(), step)
         rounded = y.round().clamp_(low, high)
         codes, residuals = to_byte(rounded, shift), None
@@ -69,7 +73,6 @@ class _Compact(torch.autograd.Function):
         out = as_dtype(rounded.mul_(step), x.dtype)
         keep_codes(out, codes, shift, step)
         ctx.save_for_backward(residuals, offset)
-        ctx.values, ctx.dtype = values, x.dtype
         return out
 
     @staticmethod
@@ -77,17 +80,45 @@ class _Compact(torch.autograd.Function):
         residuals, offset = ctx.saved_tensors
         values: QuantizerValues = ctx.values
         own = byte_range(values.span)
-        grad, r = grad.float(), residuals.float()
-        dx = torch.ops.aten.hardtanh_backward(grad, r, own.spread * own.low + 0.5, own.spread * own.high - 0.5)
+        lowest, highest = own.spread * own.low + 0.5, own.spread * own.high - 0.5
+        by_parameters = any(ctx.needs_input_grad[1:3])
+        moved: Any
+        if compiles(grad):
+            from hf_qat.quantization.kernels.cpu.compact import compact_backward
+
+            dx, moved, ends, outside = compact_backward(grad, residuals, lowest, highest)
+        else:
+            dx, moved, ends, outside = _sums(grad.float(), residuals.float(), lowest, highest, by_parameters)
         dlog2 = doffset = None
-        if any(ctx.needs_input_grad[1:3]):
-            moved = sum_of_products(dx, r) / (2 * own.amplitude)
-            outside = torch.sub(grad, dx)
-            ends, total = sum_of_products(outside, r) / own.spread, outside.sum()
-            dlog2 = (ends + total * (values.low - own.low) - moved) * values.unlimited_scale * math.log(2.0)
+        if by_parameters:
+            changed = ends / own.spread + outside * (values.low - own.low) - moved / (2 * own.amplitude)
+            dlog2 = changed * values.unlimited_scale * math.log(2.0)
             if offset is not None:
-                doffset = offset_gradient(-total, offset, values)
+                doffset = offset_gradient(torch.as_tensor(-outside), offset, values)
         return dx.to(ctx.dtype), dlog2, doffset, None
+
+
+def _in_one_pass(ctx: Any, x: Tensor, offset: Tensor | None, values: QuantizerValues, shift: float) -> Tensor:
+    """The same by a loop."""
+    from hf_qat.quantization.kernels.cpu.compact import quantize_compactly
+
+    own = byte_range(values.span)
+    wanted = (own.spread, own.amplitude) if any(ctx.needs_input_grad) else None
+    out, codes, residuals = quantize_compactly(x, values.scale, values.low, values.high, shift, wanted)
+    keep_codes(out, codes, shift, values.scale)
+    ctx.save_for_backward(residuals, offset)
+    return out
+
+
+def _sums(
+    grad: Tensor, residuals: Tensor, lowest: float, highest: float, wanted: bool
+) -> tuple[Tensor, Any, Any, Any]:
+    """The gradient of the input, and the sums of `CompactGradients`, if they are wanted."""
+    dx: Tensor = torch.ops.aten.hardtanh_backward(grad, residuals, lowest, highest)
+    if not wanted:
+        return dx, None, None, None
+    outside = torch.sub(grad, dx)
+    return dx, sum_of_products(dx, residuals), sum_of_products(outside, residuals), outside.sum()
 
 
 def _residuals(y: Tensor, rounded: Tensor, x: Tensor, values: QuantizerValues, shift: float | Tensor) -> Tensor:

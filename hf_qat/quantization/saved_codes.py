@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from hf_qat.quantization.kernels.cpu import compiles
+
 
 #: Attribute of a storage: its contents as `Codes`, a `KeptCopy`, or a weak reference to `Recomputed`.
 _CONTENTS = "hf_qat_contents"
@@ -87,6 +89,10 @@ class Codes:
 
     def values(self) -> Tensor:
         """The tensor, as it was."""
+        if self.step.dim() == 0 and not isinstance(self.shift, Tensor) and compiles(self.step):
+            from hf_qat.quantization.kernels.cpu.compact import expand
+
+            return expand(self.codes, self.shift, self.step).to(self.dtype)
         integers = self.codes.float()
         if isinstance(self.shift, Tensor) or self.shift:
             integers.add_(self.shift)

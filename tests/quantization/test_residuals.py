@@ -10,6 +10,9 @@ from hf_qat.quantization.residuals import byte_range, compact_fake_quantize
 from tests.quantization.test_learned import CASES, Case, textbook
 
 
+pytestmark = pytest.mark.usefixtures("each_form")
+
+
 @pytest.mark.parametrize("span", [2, 3, 7, 15, 127, 254, 255])
 def test_the_bytes_of_both_ends_lie_apart_from_all_that_says_how_a_value_was_rounded(span: int):
     own = byte_range(span)

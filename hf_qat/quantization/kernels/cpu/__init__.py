@@ -28,6 +28,8 @@ def compiles(*tensors: Tensor) -> bool:
 
     A compiler, a tracer, a transform of `torch.func` and a dispatch mode need to see each operation.
     """
+    if torch.compiler.is_compiling():
+        return False
     for x in tensors:
         plain = x.is_cpu and x.dtype is torch.float32 and type(x) in _PLAIN and not x.is_neg()
         if not plain:
@@ -37,8 +39,7 @@ def compiles(*tensors: Tensor) -> bool:
 
 def _watched() -> bool:
     return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
+        torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )

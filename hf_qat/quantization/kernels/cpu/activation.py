@@ -8,13 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hf_qat.quantization.kernels.cpu.loops import (
-    CHUNK,
-    QUANTIZE,
-    QUANTIZE_BACKWARD,
-    QuantizeBackwardCall,
-    QuantizeCall,
-)
+from hf_qat.quantization.kernels.cpu.calls import QuantizeBackwardCall, QuantizeCall
+from hf_qat.quantization.kernels.cpu.loops import CHUNK, QUANTIZE, QUANTIZE_BACKWARD
 from hf_qat.quantization.kernels.cpu.threads import run
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
 

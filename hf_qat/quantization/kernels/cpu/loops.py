@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-"""The loops, compiled for the processor at hand, and what they are told.
+"""The loops, compiled for the processor at hand.
 
 All of PyTorch's threads call a loop at the same time with the same call. A thread takes the first chunk that none has
 taken, until there are no more: one that is held up, by another process for instance, holds up nobody else.
@@ -7,7 +7,6 @@ taken, until there are no more: one that is held up, by another process for inst
 The loops and what they use stand in one file, since what Numba has compiled is kept on disk until this file changes.
 """
 
-import ctypes
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,16 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from hf_qat.quantization.kernels.cpu.calls import (
+    Call,
+    CompactBackwardCall,
+    CompactCall,
+    ExpandCall,
+    FoldBackwardCall,
+    FoldCall,
+    QuantizeBackwardCall,
+    QuantizeCall,
+)
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
 
 
@@ -28,70 +37,6 @@ SMALLEST_FACTOR = np.float32(SMALLEST)
 
 #: log2 to natural logarithm.
 LN2 = np.float32(math.log(2.0))
-
-
-class _Call(ctypes.Structure):
-    """What a loop is told; addresses are of float32, 0 for what there is none of.
-
-    Attributes:
-        taken: number of chunks that threads have taken.
-    """
-
-    @classmethod
-    def numba_type(cls) -> Any:
-        """As a loop sees it: a pointer to it."""
-        return types.CPointer(numba.from_dtype(np.dtype(cls)))
-
-
-class QuantizeCall(_Call):
-    """`out[i] = clamp(round(x[i] / step), low, high) * step` for `count` values."""
-
-    _fields_ = [
-        ("taken", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        *((name, ctypes.c_int64) for name in ("x", "out")),
-        *((name, ctypes.c_float) for name in ("step", "low", "high")),
-    ]
-
-
-class QuantizeBackwardCall(_Call):
-    """The gradient `dx`, and sums of each chunk: of `grad` times what rounding changes, and of `grad` outside.
-
-    Inside is what lies between `lowest` and `highest`.
-    """
-
-    _fields_ = [
-        *QuantizeCall._fields_[:2],
-        *((name, ctypes.c_int64) for name in ("x", "grad", "dx", "changed", "outside")),
-        *((name, ctypes.c_float) for name in ("step", "low", "high", "lowest", "highest")),
-    ]
-
-
-_FOLD: list[Any] = [
-    ("taken", ctypes.c_int64),
-    *((name, ctypes.c_int64) for name in ("channels", "length", "inner", "together", "per_channel", "live")),
-    *((name, ctypes.c_int64) for name in ("weight", "scale", "variance", "gamma", "mean", "bias")),
-    *((name, ctypes.c_float) for name in ("low", "high", "eps")),
-]
-
-
-class FoldCall(_Call):
-    """See `hf_qat.quantization.layer_folding.fold_layer`.
-
-    The values of a channel, `length` in all, lie in runs of `inner`, one of each channel after the other. A thread
-    takes `together` channels at a time.
-    """
-
-    _fields_ = [*_FOLD, *((name, ctypes.c_int64) for name in ("beta", "out", "folded"))]
-
-
-class FoldBackwardCall(_Call):
-    """Its gradients: of the weights, and of the parameters of each channel."""
-
-    _fields_ = [
-        *_FOLD,
-        *((name, ctypes.c_int64) for name in ("grad", "bias_grad", "dweight", "dscale", "dgamma", "dbias")),
-    ]
 
 
 def _pointer(typing_context: Any, address: Any) -> Any:
@@ -113,7 +58,17 @@ def _number(typing_context: Any, call: Any) -> Any:
     return types.int64(call), generate
 
 
+def _byte_pointer(typing_context: Any, address: Any) -> Any:
+    """The address of int8 as a pointer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int8)(types.int64), generate
+
+
 _at: Any = intrinsic(_pointer)
+_bytes_at: Any = intrinsic(_byte_pointer)
 _take: Any = intrinsic(_number)
 
 _inner: Any = numba.njit(error_model="numpy")
@@ -170,6 +125,90 @@ def _quantize_backward(call):
             x[start:end], grad[start:end], dx[start:end], its.step, its.low, its.high, its.lowest, its.highest
         )
         chunk = _take(call)
+
+
+@_inner
+def _compact_values(x, out, codes, step, low, high, shift):
+    for i in range(x.size):
+        code = _to_codes(x[i] / step, low, high)
+        out[i] = code * step
+        codes[i] = np.int8(code - shift)
+
+
+@_inner
+def _residual_values(x, residuals, step, low, high, lowest, highest, shift, spread, amplitude):
+    for i in range(x.size):
+        y = x[i] / step
+        code = _to_codes(y, low, high)
+        moved = np.rint((y - code) * (amplitude + amplitude))
+        inside = (x[i] > lowest) & (x[i] < highest)
+        residuals[i] = np.int8(moved if inside else spread * (code - shift))
+
+
+def _compact(call):
+    its = carray(call, 1)[0]
+    count = its.count
+    x, out, codes = (
+        carray(_at(its.x), (count,)),
+        carray(_at(its.out), (count,)),
+        carray(_bytes_at(its.codes), (count,)),
+    )
+    residuals = carray(_bytes_at(its.residuals), (count,))
+    start = _take(call) * CHUNK
+    while start < count:
+        end = min(start + CHUNK, count)
+        _compact_values(x[start:end], out[start:end], codes[start:end], its.step, its.low, its.high, its.shift)
+        if its.residuals:
+            _residual_values(
+                x[start:end], residuals[start:end], its.step, its.low, its.high, its.lowest, its.highest,
+                its.shift, its.spread, its.amplitude,
+            )  # fmt: skip
+        start = _take(call) * CHUNK
+
+
+@_adding
+def _compact_gradients(residuals, grad, dx, lowest, highest):
+    moved = ends = outside = np.float32(0)
+    for i in range(grad.size):
+        residual = np.float32(residuals[i])
+        passed = grad[i] if (residual > lowest) & (residual < highest) else np.float32(0)
+        dx[i] = passed
+        held = grad[i] - passed
+        moved += passed * residual
+        ends += held * residual
+        outside += held
+    return moved, ends, outside
+
+
+def _compact_backward(call):
+    its = carray(call, 1)[0]
+    count, chunks = its.count, (its.count + CHUNK - 1) // CHUNK
+    residuals, grad = carray(_bytes_at(its.residuals), (count,)), carray(_at(its.grad), (count,))
+    dx, moved = carray(_at(its.dx), (count,)), carray(_at(its.moved), (chunks,))
+    ends, outside = carray(_at(its.ends), (chunks,)), carray(_at(its.outside), (chunks,))
+    chunk = _take(call)
+    while chunk < chunks:
+        start, end = chunk * CHUNK, min((chunk + 1) * CHUNK, count)
+        moved[chunk], ends[chunk], outside[chunk] = _compact_gradients(
+            residuals[start:end], grad[start:end], dx[start:end], its.lowest, its.highest
+        )
+        chunk = _take(call)
+
+
+@_inner
+def _expand_values(codes, out, shift, step):
+    for i in range(codes.size):
+        out[i] = (np.float32(codes[i]) + shift) * step
+
+
+def _expand(call):
+    its = carray(call, 1)[0]
+    codes, out = carray(_bytes_at(its.codes), (its.count,)), carray(_at(its.out), (its.count,))
+    start = _take(call) * CHUNK
+    while start < its.count:
+        end = min(start + CHUNK, its.count)
+        _expand_values(codes[start:end], out[start:end], its.shift, its.step)
+        start = _take(call) * CHUNK
 
 
 @_inner
@@ -291,7 +330,7 @@ def _fold_backward(call):
         first = _take(call) * its.together
 
 
-def _compiled(loop: Callable[..., None], call: type[_Call]) -> Any:
+def _compiled(loop: Callable[..., None], call: type[Call]) -> Any:
     """`loop` as a function of C, out of Numba's cache on disk where it is there."""
     signature = types.void(call.numba_type())
     try:
@@ -304,3 +343,6 @@ QUANTIZE = _compiled(_quantize, QuantizeCall)
 QUANTIZE_BACKWARD = _compiled(_quantize_backward, QuantizeBackwardCall)
 FOLD = _compiled(_fold, FoldCall)
 FOLD_BACKWARD = _compiled(_fold_backward, FoldBackwardCall)
+COMPACT = _compiled(_compact, CompactCall)
+COMPACT_BACKWARD = _compiled(_compact_backward, CompactBackwardCall)
+EXPAND = _compiled(_expand, ExpandCall)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.kernels.cpu.loops import CHUNK, FOLD, FOLD_BACKWARD, FoldBackwardCall, FoldCall
+from hf_qat.quantization.kernels.cpu.calls import FoldBackwardCall, FoldCall
+from hf_qat.quantization.kernels.cpu.loops import CHUNK, FOLD, FOLD_BACKWARD
 from hf_qat.quantization.kernels.cpu.threads import run
 from hf_qat.quantization.kernels.folding import Folding, Norm
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like

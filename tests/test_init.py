@@ -1,8 +1,10 @@
 """The package as a table of contents. What an import does is seen only in a fresh interpreter."""
 
 import ast
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,40 @@ def test_a_lazy_name_is_the_object_of_its_module():
     from hf_qat.config.qat_config import QATConfig
 
     assert hf_qat.QATConfig is QATConfig
+
+
+#: Forks a process for each module, so that what all of them need is loaded once.
+EACH_FIRST = """
+import importlib, os, sys
+import torch, transformers, onnx, numpy
+failed = []
+for name in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            print(name, repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+print(failed)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to fork")
+def test_every_module_can_be_the_first_that_is_imported():
+    skipped = set() if find_spec("triton") else {"activation", "arithmetic", "weight", "weights_together"}
+    names = [
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+        for path in sorted(ROOT.rglob("*.py"))
+        if "templates" not in path.parts and path.name != "__main__.py"
+        if not (path.parent.name == "kernels" and path.stem in skipped)
+    ]
+    command = [sys.executable, "-c", EACH_FIRST, *(name.removesuffix(".__init__") for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert len(names) > 200

@@ -31,9 +31,10 @@ from hf_qat.quantization.collectives import min_over_ranks, range_over_ranks
 from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.observers import Observer, make_observer
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
-from hf_qat.quantization.scales import scale_from_range, weight_scale
+from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 from hf_qat.quantization.weight_quantizer import WeightQuantizer
+from hf_qat.quantization.weight_scale import weight_scale
 
 
 #: A range is outgrown if what is seen reaches beyond it by more than this share of its width,

@@ -27,8 +27,8 @@ from hf_qat.quantization.layer_folding import fold_layer, fold_together
 from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
-from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
+from hf_qat.quantization.weight_scale import weight_scale
 
 
 #: Attribute of a layer: weight and bias that its next call uses, which `folded_ahead` has computed.

@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from hf_qat.config.observers import OBSERVERS
-from hf_qat.errors import CalibrationError, ConfigError
+from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.spec import QuantizerSpec
 
 
@@ -81,39 +80,6 @@ def scale_from_range(minimum: Tensor, maximum: Tensor, spec: QuantizerSpec) -> t
     return scale, torch.round(spec.qmin - low / scale).clamp(spec.qmin, spec.qmax)
 
 
-def weight_scale(weight: Tensor, spec: QuantizerSpec) -> Tensor:
-    """Scale of a symmetrically quantized weight, per channel where `spec.axis` names one, by `spec.observer`.
-
-    See `weight_scales` of the observers: `"minmax"` represents the largest magnitude, `"percentile"` clips 0.1 % of
-    the magnitudes, and `"mse"` clips where the squared error of the quantized weight is least. A channel of zeros gets
-    the scale of the largest magnitude in the whole weight, so that its bias, in units of that scale, still fits int32.
-
-    Args:
-        weight: any shape, any float type.
-        spec: the quantizer: `axis`, the code range, `power_of_two`, `observer`.
-
-    Returns:
-        () or (C,), float32, on the device of `weight`.
-
-    Raises:
-        CalibrationError: the weight holds NaN or Inf.
-        ConfigError: no observer is called `spec.observer`.
-    """
-    if spec.observer not in OBSERVERS:
-        raise ConfigError(
-            f"observer {spec.observer!r} has no rule for the scale of a weight; choose one of {sorted(OBSERVERS)}"
-        )
-    with torch.no_grad():
-        rows = _rows(weight.detach().float(), spec.axis)
-        if not torch.stack(rows.aminmax()).isfinite().all():
-            raise CalibrationError(
-                f"a weight of shape {tuple(weight.shape)} holds NaN or Inf, so it has no scale; "
-                "training has diverged, or the checkpoint that was loaded has it; load weights from before that"
-            )
-        scale: Tensor = OBSERVERS[spec.observer].weight_scales(rows, spec)
-        return scale if spec.axis is not None else scale.squeeze(0)
-
-
 def _covering_scale(low: Tensor, high: Tensor, spec: QuantizerSpec) -> Tensor:
     if not spec.symmetric:
         # Halves, because high - low may overflow; exact, because 2 is a power of two.
@@ -127,11 +93,6 @@ def _next_power_of_two(scale: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(scale)  # 0.5 <= mantissa < 1
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     return torch.ldexp(torch.ones_like(scale), exponent)
-
-
-def _rows(weight: Tensor, axis: int | None) -> Tensor:
-    """One row per scale: (1, numel) or (C, numel / C)."""
-    return weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1)
 
 
 def _scale_of_magnitudes(low: Tensor, high: Tensor, spec: QuantizerSpec) -> Tensor:
@@ -180,6 +141,10 @@ def _squared_errors(rows: Tensor, scales: Tensor, first: int, spec: QuantizerSpe
     On a CPU, bands of rows are worked on side by side, by as many threads as PyTorch has; none of them forks. It is
     infinite there for scales that are known to be worse than the one at `first`.
     """
+    if compiles(rows, scales):
+        from hf_qat.quantization.kernels.cpu.search import squared_errors
+
+        return squared_errors(rows, scales, first, spec.qmin, spec.qmax, CERTAINLY_WORSE)
     if rows.device.type != "cpu":
         buffer = torch.empty_like(rows)
         return torch.stack([_errors_of_scale(rows, scale, buffer, spec) for scale in scales])

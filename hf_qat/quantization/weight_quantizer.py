@@ -14,8 +14,8 @@ from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.onnx_ops import dequantize_codes, exporting_to_onnx
 from hf_qat.quantization.packing import code_dtype
 from hf_qat.quantization.quantizer import FakeQuantize
-from hf_qat.quantization.scales import weight_scale
 from hf_qat.quantization.spec import QuantizerSpec
+from hf_qat.quantization.weight_scale import weight_scale
 
 
 class WeightObserver:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_qat.errors import CalibrationError, ConfigError
-from hf_qat.quantization.scales import LARGEST_SCALE, SMALLEST_SCALE, scale_from_range, weight_scale
+from hf_qat.quantization.scales import LARGEST_SCALE, SMALLEST_SCALE, scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
+from hf_qat.quantization.weight_scale import weight_scale
 
 
 AFFINE = QuantizerSpec(signed=False, symmetric=False)
@@ -162,6 +163,7 @@ def test_a_weight_of_zeros_has_a_scale_that_is_neither_tiny_nor_nan(observer, po
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("size", [64, 3000])
 @pytest.mark.parametrize("kind", ["normal", "heavy-tailed"])
+@pytest.mark.usefixtures("each_form")
 def test_the_mse_scale_is_close_to_the_best_of_a_thousand(bits, size, kind):
     rng = np.random.default_rng(bits * size)
     weight = (rng.standard_normal((16, size)) if kind == "normal" else rng.standard_t(3, (16, size))).astype(
@@ -195,6 +197,7 @@ def test_the_mse_scale_is_never_worse_than_the_largest_magnitude(seed, bits, siz
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("axis", [0, None], ids=["per channel", "per tensor"])
+@pytest.mark.usefixtures("each_form")
 def test_the_power_of_two_mse_scale_is_the_best_power_of_two(bits, axis):
     weight = np.random.default_rng(bits).standard_t(3, (12, 700)).astype(np.float32)
     spec = QuantizerSpec(bits=bits, narrow_range=True, axis=axis, observer="mse", power_of_two=True)
@@ -205,6 +208,7 @@ def test_the_power_of_two_mse_scale_is_the_best_power_of_two(bits, axis):
     np.testing.assert_array_equal(np.atleast_1d(scale.numpy()), 2.0 ** exponents[errors.argmin(0)])
 
 
+@pytest.mark.usefixtures("each_form")
 def test_an_outlier_is_clipped_at_four_bits_but_not_at_eight():
     weight = torch.cat([torch.linspace(-1, 1, 999), torch.tensor([2.0])])[None]
     at = {b: float(weight_scale(weight, QuantizerSpec(bits=b, narrow_range=True, axis=0))) for b in (4, 8)}
@@ -233,12 +237,14 @@ def test_channels_on_another_axis_give_the_scales_of_the_transposed_weight(obser
     assert torch.equal(weight_scale(weight, along[1]), weight_scale(weight.transpose(0, 1).contiguous(), along[0]))
 
 
+@pytest.mark.usefixtures("each_form")
 def test_a_weight_that_spans_several_blocks_has_the_scales_of_its_channels_alone():
     weight = torch.randn(3, 70_000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [5.0], [0.1]])
     together = weight_scale(weight, WEIGHT)
     assert torch.equal(together, torch.cat([weight_scale(row[None], WEIGHT) for row in weight]))
 
 
+@pytest.mark.usefixtures("each_form")
 def test_every_block_of_a_long_channel_counts():
     weight = np.random.default_rng(0).standard_t(3, (1, 140_000)).astype(np.float32)
     weight[:, 130_000:] *= 1e-3  # a last block for which any scale will do
@@ -271,6 +277,7 @@ def test_an_observer_without_a_rule_for_weights_is_an_error():
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("each_form")
 def test_no_scale_of_the_grid_has_less_squared_error_than_the_one_found(bits, threads):
     weight = np.random.default_rng(bits).standard_t(3, (40, 5000)).astype(np.float32)
     spec = QuantizerSpec(bits=bits, narrow_range=True, axis=0)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from hf_qat import calibrate, convert, prepare_qat
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
-from hf_qat.quantization.scales import LARGEST_SCALE, SMALLEST_SCALE, weight_scale
+from hf_qat.quantization.scales import LARGEST_SCALE, SMALLEST_SCALE
 from hf_qat.quantization.spec import QuantizerSpec
+from hf_qat.quantization.weight_scale import weight_scale
 from tests.models import resnet
 
 

@@ -110,3 +110,18 @@ class ExpandCall(Call):
         *((name, ctypes.c_int64) for name in ("codes", "out")),
         *((name, ctypes.c_float) for name in ("shift", "step")),
     ]
+
+
+class SearchCall(Call):
+    """Squared errors of `rows`, (count, length), quantized with each of `scales`, (candidates, count).
+
+    They are written into `errors`, laid out as `scales`: infinity for what is certain to be worse than number `first`.
+    A thread takes `together` rows at a time.
+    """
+
+    _fields_ = [
+        *QuantizeCall._fields_[:2],
+        *((name, ctypes.c_int64) for name in ("length", "candidates", "first", "together")),
+        *((name, ctypes.c_int64) for name in ("rows", "scales", "errors")),
+        *((name, ctypes.c_float) for name in ("low", "high", "certainly_worse")),
+    ]

@@ -26,6 +26,7 @@ from hf_qat.quantization.kernels.cpu.calls import (
     FoldCall,
     QuantizeBackwardCall,
     QuantizeCall,
+    SearchCall,
 )
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
 
@@ -330,6 +331,53 @@ def _fold_backward(call):
         first = _take(call) * its.together
 
 
+@_adding
+def _squared_error(values, step, low, high):
+    error = np.float32(0)
+    for i in range(values.size):
+        lost = _to_codes(values[i] / step, low, high) * step - values[i]
+        error += lost * lost
+    return error
+
+
+@_inner
+def _error_of(row, step, low, high):
+    """In float64, as rows may be long; a part at a time that stays in the cache."""
+    error = np.float64(0)
+    for start in range(0, row.size, CHUNK):
+        error += _squared_error(row[start : start + CHUNK], step, low, high)
+    return error
+
+
+@_inner
+def _search_row(row, steps, errors, its):
+    """What clipping does to the two extremes of a row alone is a lower bound of its error."""
+    least, greatest = np.float32(0), np.float32(0)
+    for i in range(row.size):
+        least, greatest = min(least, row[i]), max(greatest, row[i])
+    known = _error_of(row, steps[its.first], its.low, its.high)
+    for k in range(steps.size):
+        clipped = max(greatest - steps[k] * its.high, steps[k] * its.low - least, np.float32(0))
+        if k == its.first:
+            errors[k] = known
+        elif clipped * clipped <= its.certainly_worse * known:
+            errors[k] = _error_of(row, steps[k], its.low, its.high)
+        else:
+            errors[k] = np.inf
+
+
+def _search(call):
+    its = carray(call, 1)[0]
+    rows = carray(_at(its.rows), (its.count, its.length))
+    scales = carray(_at(its.scales), (its.candidates, its.count))
+    errors = carray(_at(its.errors), (its.candidates, its.count))
+    first = _take(call) * its.together
+    while first < its.count:
+        for c in range(first, min(first + its.together, its.count)):
+            _search_row(rows[c], scales[:, c], errors[:, c], its)
+        first = _take(call) * its.together
+
+
 def _compiled(loop: Callable[..., None], call: type[Call]) -> Any:
     """`loop` as a function of C, out of Numba's cache on disk where it is there."""
     signature = types.void(call.numba_type())
@@ -346,3 +394,4 @@ FOLD_BACKWARD = _compiled(_fold_backward, FoldBackwardCall)
 COMPACT = _compiled(_compact, CompactCall)
 COMPACT_BACKWARD = _compiled(_compact_backward, CompactBackwardCall)
 EXPAND = _compiled(_expand, ExpandCall)
+SEARCH = _compiled(_search, SearchCall)

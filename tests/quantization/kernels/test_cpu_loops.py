@@ -106,6 +106,14 @@ def test_weights_are_folded_alike_on_any_number_of_threads(thread_count: int):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("stride", [1, 45, 1000])
+def test_the_stride_of_a_single_channel_says_nothing(stride: int):
+    weight = torch.randn(45).as_strided((1, 5, 3, 3), (stride, 9, 3, 1))
+    folding = Folding(-127, 127, 0, False, False, 0.0, torch.float32)
+    out, _ = fold_layer(weight, torch.full((1,), math.log2(STEP)), None, folding)
+    np.testing.assert_allclose(out.numpy(), by_numpy(weight, -127, 127), rtol=1e-6)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PyTorch's threads are found on Linux only")
 def test_pytorchs_own_threads_are_found():
     assert threads._start_team() is not None

@@ -103,8 +103,9 @@ def _told(tensors: Sequence[Tensor | None], folding: Folding) -> tuple[int | flo
     assert weight is not None and scale is not None
     channels = weight.shape[folding.axis]
     length = weight.numel() // max(1, channels)
+    inner = min(weight.stride(folding.axis), length)  # the stride of a single channel says nothing
     return (
-        0, channels, length, weight.stride(folding.axis), max(1, CHUNK // max(1, length)), scale.dim(), folding.live,
+        0, channels, length, inner, max(1, CHUNK // max(1, length)), scale.dim(), folding.live,
         *map(_address, tensors), folding.qmin, folding.qmax, folding.eps,
     )  # fmt: skip
 

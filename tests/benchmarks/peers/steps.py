@@ -103,27 +103,36 @@ def contestants(options: argparse.Namespace, name: str) -> Iterator[Contestant |
                 made.step()
             yield made
         except Exception as error:
-            yield {"model": name, "mode": peer.name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+            yield failure(name, peer.name, error)
 
 
 def measure(options: argparse.Namespace, name: str) -> Iterator[dict[str, object]]:
-    """Rows of one net: a round is a step of each, as in `step_ratio`."""
+    """Rows of one net: a round is a step of each, as in `step_ratio`; who fails is left out from then on."""
     made = list(contestants(options, name))
-    yield from (each for each in made if isinstance(each, dict))
+    failed = [each for each in made if isinstance(each, dict)]
     running = [each for each in made if isinstance(each, Contestant)]
     for threads in options.threads or [1]:
         torch.set_num_threads(threads)
-        for each in running:
-            for _ in range(WARM_UP):
-                each.step()
         times: dict[str, list[Seconds]] = {each.name: [] for each in running}
-        for number in range(options.rounds):
+        for number in range(-WARM_UP, options.rounds):
             shift = number % len(running)  # nobody always runs after the same neighbour
             for each in running[shift:] + running[:shift]:
-                times[each.name].append(each.seconds())
+                try:
+                    passed = each.seconds()
+                except Exception as error:
+                    failed.append(failure(name, each.name, error))
+                    running.remove(each)
+                else:
+                    times[each.name] += [passed] * (number >= 0)
         memory = {each.name: each.peak_memory() for each in running}
         for each in running:
             yield {"model": name, "threads": threads, **row(each.name, times, memory), "rounded": list(each.rounded)}
+    yield from failed
+
+
+def failure(model: str, name: str, error: Exception) -> dict[str, object]:
+    """The row of a peer that fails."""
+    return {"model": model, "mode": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def shown(result: dict[str, object]) -> str:

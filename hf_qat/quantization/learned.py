@@ -118,12 +118,13 @@ def _in_one_pass(
     from hf_qat.quantization.kernels.cpu.activation import quantize_backward
 
     dx, changed, outside = quantize_backward(grad, x, values.scale, values.low, values.high)
-    dlog2 = doffset = None
+    scale, dlog2, doffset = float(values.scale), None, None
     if wanted[1]:
-        ratio = float(values.unlimited_scale) / float(values.scale)
-        dlog2 = torch.tensor(changed * ratio * math.log(2.0))
+        dlog2 = torch.scalar_tensor(changed * math.log(2.0) * float(values.unlimited_scale) / scale)
     if offset is not None and wanted[2]:
-        doffset = offset_gradient(torch.tensor(-outside), offset, values)
+        gradient, now = -outside * scale * values.span, float(offset.detach())
+        away = (now - min(max(now, 0.0), 1.0)) * gradient < 0.0
+        doffset = torch.scalar_tensor(0.0 if away else gradient)
     return dx if wanted[0] else None, dlog2, doffset
 
 

@@ -2,7 +2,8 @@
 
 `compiles` says whether they can be used; only then may `activation` and `weight` be imported, which need Numba
 (`pip install "hf_qat[cpu]"`). Values are those of PyTorch's operations to the last bit, and so are gradients, but for
-those that are sums: these are added up in another order, whatever the number of threads the same in every run.
+those that are sums: these are added up in another order, whatever the number of threads the same in every run. A
+folded bias may differ in its last bit.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hf_qat.quantization.kernels.cpu.calls import QuantizeBackwardCall, QuantizeCall
-from hf_qat.quantization.kernels.cpu.loops import CHUNK, QUANTIZE, QUANTIZE_BACKWARD
+from hf_qat.quantization.kernels.cpu.loops import QUANTIZE, QUANTIZE_BACKWARD, chunks_of
 from hf_qat.quantization.kernels.cpu.threads import run
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
 
@@ -42,7 +42,7 @@ def quantize(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
     x, out = in_memory_order(x)
     count = x.numel()
     call = QuantizeCall(0, count, x.data_ptr(), out.data_ptr(), float(step), low, high)
-    run(QUANTIZE, call, _chunks(count))
+    run(QUANTIZE, call, chunks_of(count))
     return out
 
 
@@ -51,7 +51,7 @@ def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, low: float, high: f
     x, dx = in_memory_order(x)
     grad = laid_out_like(grad, x)
     count, size = x.numel(), float(step)
-    chunks = _chunks(count)
+    chunks = chunks_of(count)
     changed, outside = (array("f", bytes(4 * chunks)) for _ in range(2))
     call = QuantizeBackwardCall(
         0, count, x.data_ptr(), grad.data_ptr(), dx.data_ptr(), changed.buffer_info()[0], outside.buffer_info()[0],
@@ -59,7 +59,3 @@ def quantize_backward(grad: Tensor, x: Tensor, step: Tensor, low: float, high: f
     )  # fmt: skip
     run(QUANTIZE_BACKWARD, call, chunks)
     return Gradients(dx, math.fsum(changed), math.fsum(outside))
-
-
-def _chunks(count: int) -> int:
-    return -(-count // CHUNK)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_qat.quantization.kernels.cpu.calls import CompactBackwardCall, CompactCall, ExpandCall
-from hf_qat.quantization.kernels.cpu.loops import CHUNK, COMPACT, COMPACT_BACKWARD, EXPAND
+from hf_qat.quantization.kernels.cpu.loops import COMPACT, COMPACT_BACKWARD, EXPAND, chunks_of
 from hf_qat.quantization.kernels.cpu.threads import run
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
 
@@ -51,7 +51,7 @@ def quantize_compactly(
         0, count, x.data_ptr(), out.data_ptr(), codes.data_ptr(), 0 if residuals is None else residuals.data_ptr(),
         size, low, high, low * size, high * size, shift, spread, amplitude,
     )  # fmt: skip
-    run(COMPACT, call, -(-count // CHUNK))
+    run(COMPACT, call, chunks_of(count))
     return Compact(out, codes, residuals)
 
 
@@ -59,7 +59,7 @@ def compact_backward(grad: Tensor, residuals: Tensor, lowest: float, highest: fl
     """The gradients, by residuals: what lies between `lowest` and `highest` passes."""
     grad = laid_out_like(grad, residuals)
     dx, count = torch.empty_like(grad), grad.numel()
-    chunks = -(-count // CHUNK)
+    chunks = chunks_of(count)
     sums = [array("f", bytes(4 * chunks)) for _ in range(3)]
     addresses = (residuals.data_ptr(), grad.data_ptr(), dx.data_ptr(), *(each.buffer_info()[0] for each in sums))
     run(COMPACT_BACKWARD, CompactBackwardCall(0, count, *addresses, lowest, highest), chunks)
@@ -70,5 +70,5 @@ def expand(codes: Tensor, shift: float, step: Tensor) -> Tensor:
     """`(codes + shift) * step`, float32, laid out as `codes`, which are int8 without gaps."""
     out, count = torch.empty_like(codes, dtype=torch.float32), codes.numel()
     call = ExpandCall(0, count, codes.data_ptr(), out.data_ptr(), shift, float(step))
-    run(EXPAND, call, -(-count // CHUNK))
+    run(EXPAND, call, chunks_of(count))
     return out

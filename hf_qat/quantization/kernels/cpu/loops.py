@@ -34,19 +34,28 @@ from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
 #: Values that a thread works on before it looks for more; they and what comes out fit into its cache.
 CHUNK = 2**14
 
+
 SMALLEST_FACTOR = np.float32(SMALLEST)
 
 #: log2 to natural logarithm.
 LN2 = np.float32(math.log(2.0))
 
 
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """The address of float32 as a pointer."""
+def chunks_of(count: int) -> int:
+    """How many hold `count` values."""
+    return -(-count // CHUNK)
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.int64), generate
+def _pointer_to(kind: Any) -> Callable[..., Any]:
+    """The address of values of a kind as a pointer."""
+
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return pointer
 
 
 def _number(typing_context: Any, call: Any) -> Any:
@@ -59,17 +68,8 @@ def _number(typing_context: Any, call: Any) -> Any:
     return types.int64(call), generate
 
 
-def _byte_pointer(typing_context: Any, address: Any) -> Any:
-    """The address of int8 as a pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.int8)(types.int64), generate
-
-
-_at: Any = intrinsic(_pointer)
-_bytes_at: Any = intrinsic(_byte_pointer)
+_at: Any = intrinsic(_pointer_to(types.float32))
+_bytes_at: Any = intrinsic(_pointer_to(types.int8))
 _take: Any = intrinsic(_number)
 
 _inner: Any = numba.njit(error_model="numpy")

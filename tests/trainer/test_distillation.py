@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from hf_qat import QATConfig, prepare_qat
 from hf_qat.errors import ConfigError
 from hf_qat.trainer.distances import answer_of, distillation_loss
 from hf_qat.trainer.distillation import Distillation
@@ -79,6 +80,13 @@ def test_a_teacher_that_fits_passes_and_both_models_stay_as_they_were(make):
     Distillation(make(), 2.0, torch.device("cpu")).check(student, {"pixel_values": torch.randn(2, 3, 32, 32)})
     assert student.training
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
+
+
+def test_a_student_without_ranges_is_asked_in_float(caplog):
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    student = prepare_qat(resnet(), QATConfig(), inputs)
+    Distillation(resnet(), 2.0, torch.device("cpu")).check(student, inputs)
+    assert "never collected" not in caplog.text
 
 
 def test_a_teacher_of_other_classes_is_refused_with_both_shapes():

@@ -122,12 +122,16 @@ class QATLayer(nn.Module):
         return fit_weight_scale(scale, bias.detach(), source.scale.detach(), self.weight_quantizer.spec.power_of_two)
 
     def _rounded_bias(self, bias: Tensor, weight_scale: Tensor) -> Tensor:
-        """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training."""
+        """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training.
+
+        Its gradient is handed on as it comes: parts that are kept in evaluation are trained, too.
+        """
         source = self.quantizer_of_input
         if source is None or not (source.rounds and self.weight_quantizer.rounds):
             return bias
         scale = bias_scale(source.scale.detach(), weight_scale.detach())
-        return (quantize_bias(bias, scale).to(torch.float32) * scale).to(bias.dtype)
+        rounded = (quantize_bias(bias, scale).to(torch.float32) * scale).to(bias.dtype)
+        return rounded + (bias - bias.detach())
 
     def fold_factor(self) -> Tensor | None:
         """gamma / sqrt(running variance + eps), (C,), or `None` without batch norm."""

@@ -126,7 +126,8 @@ def test_a_batch_norm_before_its_layer_keeps_its_weight_and_the_layers_learn(aff
     """As in DenseNet: in integers it is a layer of its own, with one number a channel for a weight, or none."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(8, affine=affine)
-    net = spread(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), norm, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    layers = nn.Conv2d(3, 8, 4, 4), nn.ReLU(), norm, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    net = spread(nn.Sequential(*layers))
     original = copy.deepcopy(net.eval())
     x, error = images(64, seed=2), {}
     for effort in ("fast", "best"):

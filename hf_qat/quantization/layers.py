@@ -24,7 +24,7 @@ from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, FoldCall, Folding, Norm
 from hf_qat.quantization.layer_folding import fold_layer, fold_together
-from hf_qat.quantization.live_norm import is_live, normalise_live
+from hf_qat.quantization.live_norm import KeptStatistics, is_live, normalise_live
 from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
@@ -305,10 +305,8 @@ def install_layer(
     return layer
 
 
-class FreezableBatchNorm(nn.Module):
-    """Mixed into the class of a batch norm that stays float (excluded): it can be frozen, too."""
-
-    batch_norm_frozen: bool
+class FreezableBatchNorm(KeptStatistics):
+    """Mixed into the class of a batch norm, above all of one that stays float (excluded): it can be frozen, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, …) → the same shape; by running statistics if frozen."""

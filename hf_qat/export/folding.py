@@ -60,7 +60,7 @@ def fold_constants(model: ModelProto) -> None:
         if room < 0:
             break
         name = _in_place_of(by_output[one.name], one, onnx_graph)
-        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(constant), name))
+        graph.initializer.append(numpy_helper.from_array(constant, name))
 
 
 def _fixed_nodes(nodes: Iterable[NodeProto], constants: Collection[str]) -> list[NodeProto]:

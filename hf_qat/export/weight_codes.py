@@ -63,7 +63,7 @@ def _parts(graph: GraphProto, source: NodeProto, split: NodeProto, onnx_graph: O
     nodes = []
     for output, values in zip(split.output, zip(*pieces, strict=True), strict=True):
         names = [onnx_graph.fresh(f"{name}_part") for name in source.input]
-        graph.initializer.extend(map(numpy_helper.from_array, map(np.ascontiguousarray, values), names))
+        graph.initializer.extend(map(numpy_helper.from_array, values, names))
         nodes.append(_with_axis(helper.make_node("DequantizeLinear", names, [output]), source, axis))
     return nodes
 
@@ -82,7 +82,7 @@ def _transposed(graph: GraphProto, source: NodeProto, transpose: NodeProto, onnx
     assert codes is not None
     permutation: Any = get_attribute(transpose, "perm") or list(reversed(range(codes.ndim)))
     name = onnx_graph.fresh(f"{source.input[0]}_transposed")
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(codes.transpose(permutation)), name))
+    graph.initializer.append(numpy_helper.from_array(codes.transpose(permutation), name))
     axis: Any = get_attribute(source, "axis")
     node = helper.make_node("DequantizeLinear", [name, *source.input[1:]], transpose.output)
     return _with_axis(node, source, None if axis is None else permutation.index(axis % codes.ndim))

@@ -28,7 +28,7 @@ from hf_qat.model.rollback import unchanged_on_failure
 from hf_qat.model.saved_config import attach_quantization_config
 from hf_qat.model.state import STATE, QATState, state_of
 from hf_qat.model.state_dict import initialize_weight_scales, install_hooks
-from hf_qat.quantization.layers import QATLayer, install_freezable_norm, qat_layers
+from hf_qat.quantization.layers import QATLayer, install_freezable_norm
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
 
@@ -73,7 +73,7 @@ def prepare_qat(
     state = state_of(model)
     if state is not None:
         raise StageError(f"{type(model).__name__} is {state.stage} already; prepare a copy of the float model.")
-    _require_float32(model)
+    _require_trainable(model)
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
@@ -81,8 +81,13 @@ def prepare_qat(
     return prepare_parts(model, config, inputs, Parts(config.excludes), labels, other_size)
 
 
-def _require_float32(model: nn.Module) -> None:
+def _require_trainable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise CaptureError(
+                f"{name} of {type(model).__name__} was made in torch.inference_mode() and cannot be trained: make, "
+                "load or copy the model outside of it."
+            )
         # A single number takes on the type of what it meets, so a temperature in float64 (OneFormer's loss) is fine.
         alone = parameter.dim() == 0 and parameter.dtype == torch.float64
         if parameter.is_floating_point() and parameter.dtype != torch.float32 and not alone:
@@ -106,7 +111,8 @@ def prepare_parts(
     Raises:
         CaptureError: one of them cannot become a graph.
     """
-    with unchanged_on_failure(model):
+    # Scales that are made in inference mode could not be trained.
+    with unchanged_on_failure(model), torch.inference_mode(False):
         _prepare(model, config, inputs, parts, labels, other_size)
     return model
 
@@ -165,11 +171,9 @@ def _drop_out_of_place(model: nn.Module) -> None:
 
 
 def _make_norms_freezable(model: nn.Module) -> None:
-    """Batch norms that no graph calls, as those of an excluded child, can be frozen like all others."""
-    folded = {layer.batch_norm for layer in qat_layers(model).values()}
+    """All batch norms can be frozen: those, too, that no graph calls, as of an excluded child."""
     for module in model.modules():
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        if is_norm and module not in folded and not isinstance(module, QATLayer):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, QATLayer):
             install_freezable_norm(module)
 
 

@@ -30,6 +30,7 @@ from hf_qat.quantization.collectives import mean_over_ranks
 from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.learned_rounding import LearnedRounding
 from hf_qat.quantization.quantizer import fake_quantizers
+from hf_qat.quantization.standalone_norm import QATStandaloneBatchNorm
 from hf_qat.quantization.weight_quantizer import WeightQuantizer
 
 
@@ -105,7 +106,9 @@ class _Student:
             if quantizer.enabled and id(quantizer) not in weights and not isinstance(quantizer, WeightQuantizer)
         ]
         self.layers = [layer for layer in layers if layer.weight_quantizer.enabled]
-        rounded = [layer for layer in self.layers if layer.weight.requires_grad]
+        # A batch norm's weight is a factor, one number a channel: its bias is made of it, and would move along.
+        convolving = [layer for layer in self.layers if not isinstance(layer, QATStandaloneBatchNorm)]
+        rounded = [layer for layer in convolving if layer.weight.requires_grad]
         self.rounding = LearnedRounding(rounded) if rounded else None
         self.shifts = {
             layer: torch.zeros_like(shifts[layer], requires_grad=True)

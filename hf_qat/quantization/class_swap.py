@@ -29,7 +29,7 @@ MADE_BY = "_hf_qat_made_by"
 
 
 #: Names of a mixin that are meant to be those of the module, too.
-SHARED = frozenset(dir(nn.Module)) | {"weight", "bias"}
+SHARED = frozenset(dir(nn.Module)) | {"weight", "bias", "reset_running_stats"}
 
 
 @dataclass(frozen=True)

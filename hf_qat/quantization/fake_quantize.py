@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.kernels.cpu import compiles
@@ -180,6 +181,7 @@ class _FakeQuantize(torch.autograd.Function):
         return round_as_dtype(x, step, low, high)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, step = ctx.saved_tensors
         return pass_inside(grad.float(), x.float(), step, *ctx.bounds).to(x.dtype), None, None, None

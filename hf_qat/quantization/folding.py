@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import along, pass_between
 from hf_qat.quantization.saved_codes import fits_byte, keep_codes, keeps_codes
@@ -52,6 +53,7 @@ class _FoldFakeQuantize(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, kept, multiplier, step = ctx.saved_tensors
         saved = saved_weight(weight, kept, multiplier, step, ctx.low, ctx.high, ctx.axis)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.folding import rounded_weight, saved_weight, weight_gradients
 from hf_qat.quantization.kernels import fuses
@@ -96,6 +97,7 @@ class _FoldLayer(torch.autograd.Function):
         return out, folded
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, kept, multiplier, step, inverse, shift, factor = ctx.saved_tensors
         folding: Folding = ctx.folding

@@ -24,7 +24,7 @@ from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, FoldCall, Folding, Norm
 from hf_qat.quantization.layer_folding import fold_layer, fold_together
-from hf_qat.quantization.live_norm import is_live, normalise_live
+from hf_qat.quantization.live_norm import KeptStatistics, is_live, normalise_live
 from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
@@ -122,12 +122,16 @@ class QATLayer(nn.Module):
         return fit_weight_scale(scale, bias.detach(), source.scale.detach(), self.weight_quantizer.spec.power_of_two)
 
     def _rounded_bias(self, bias: Tensor, weight_scale: Tensor) -> Tensor:
-        """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training."""
+        """The bias as the device has it, in int32; in evaluation only: it is too fine to matter to training.
+
+        Its gradient is handed on as it comes: parts that are kept in evaluation are trained, too.
+        """
         source = self.quantizer_of_input
         if source is None or not (source.rounds and self.weight_quantizer.rounds):
             return bias
         scale = bias_scale(source.scale.detach(), weight_scale.detach())
-        return (quantize_bias(bias, scale).to(torch.float32) * scale).to(bias.dtype)
+        rounded = (quantize_bias(bias, scale).to(torch.float32) * scale).to(bias.dtype)
+        return rounded + (bias - bias.detach())
 
     def fold_factor(self) -> Tensor | None:
         """gamma / sqrt(running variance + eps), (C,), or `None` without batch norm."""
@@ -301,10 +305,8 @@ def install_layer(
     return layer
 
 
-class FreezableBatchNorm(nn.Module):
-    """Mixed into the class of a batch norm that stays float (excluded): it can be frozen, too."""
-
-    batch_norm_frozen: bool
+class FreezableBatchNorm(KeptStatistics):
+    """Mixed into the class of a batch norm, above all of one that stays float (excluded): it can be frozen, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, …) → the same shape; by running statistics if frozen."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import (
     Bound,
@@ -90,6 +91,7 @@ class _Learned(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, offset, out = ctx.saved_tensors
         if compiles(saved, grad):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import as_dtype, pass_inside, sum_of_products
 from hf_qat.quantization.kernels.cpu import compiles
@@ -76,6 +77,7 @@ class _Compact(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         residuals, offset = ctx.saved_tensors
         values: QuantizerValues = ctx.values

@@ -16,7 +16,7 @@ from hf_qat.quantization.class_swap import original_class, rebased, require_free
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.layers import QATLayer
-from hf_qat.quantization.live_norm import is_live, normalise_live
+from hf_qat.quantization.live_norm import KeptStatistics, is_live, normalise_live
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
 
@@ -28,7 +28,7 @@ class ChannelAffine(nn.Module):
     """What a batch norm becomes at `convert()`: `QuantizedLayer` is mixed into it."""
 
 
-class QATStandaloneBatchNorm(QATLayer):
+class QATStandaloneBatchNorm(KeptStatistics, QATLayer):
     """Mixed into the class of a batch norm by `install_standalone_norm`; parameters and statistics keep their names.
 
     Attributes:

@@ -68,6 +68,26 @@ def test_both_parts_of_what_is_split_become_constants(parse, run_onnx):
     np.testing.assert_array_equal(run_onnx(model, x)[0], expected)
 
 
+def test_a_number_without_axes_stays_one(parse, run_onnx):
+    """numpy's ascontiguousarray makes an axis for it, and the shapes that the exporter noted fit no longer."""
+    model = parse(
+        """g (float[2, 4] x) => (float[2, 4] z) <float s = {0.5}, uint8 o = {3}, uint8 c = {1}, float[] e, uint8[] q> {
+        d = DequantizeLinear(c, s, o) t = Tanh(d) q = QuantizeLinear(t, s, o) e = DequantizeLinear(q, s, o)
+        y = Mul(x, e) z = Add(y, d) }""",
+        opset=17,
+    )
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    (expected,) = run_onnx(model, x)
+
+    fold_constants(model)
+    drop_dead_nodes(model)
+
+    onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    assert [node.op_type for node in model.graph.node] == ["DequantizeLinear", "DequantizeLinear", "Mul", "Add"]
+    assert [list(tensor.dims) for tensor in model.graph.initializer] == [[]] * len(model.graph.initializer)
+    np.testing.assert_array_equal(run_onnx(model, x)[0], expected)
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -52,6 +52,31 @@ def test_the_transposition_of_an_activation_stays(parse):
     assert operators(model) == ["DequantizeLinear", "Transpose"]
 
 
+def test_the_one_scale_of_a_weight_has_no_axis_in_its_parts_either(parse, run_onnx):
+    model = parse(
+        f"""g (float[5,4] x) => (float y, float z)
+        <int8[4,6] codes = {{{", ".join(str(code) for code in range(-12, 12))}}},
+        float scale = {{0.5}}, int8 zero = {{0}}> {{
+            weight = DequantizeLinear (codes, scale, zero)
+            a, b = Split <axis = 1> (weight)
+            y = MatMul (x, a)
+            z = MatMul (x, b)
+        }}""",
+        opset=17,
+    )
+    x = np.random.default_rng(0).standard_normal((5, 4), dtype=np.float32)
+    expected = run_onnx(model, x)
+
+    split_quantized_weights(model)
+    drop_dead_nodes(model)
+
+    constants = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    read = [[constants[name] for name in node.input] for node in model.graph.node[:2]]
+    assert read == [[[4, 3], [], []]] * 2
+    for found, wanted in zip(run_onnx(model, x), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 @pytest.mark.parametrize("opset", [17, 18], ids=["equal parts by default", "the number of parts is an attribute"])
 @pytest.mark.parametrize("axis", [0, 1], ids=["scales of what is split", "scales of the other axis"])
 @pytest.mark.parametrize("sizes", ["", ", sizes"], ids=["equal", "of two sizes"])

@@ -266,6 +266,19 @@ def test_dropout_is_alive_in_a_prepared_model():
     assert torch.equal(model(x), model(x))
 
 
+def test_what_is_prepared_in_inference_mode_trains_if_the_model_was_not_made_there():
+    model, x = hand_written(), torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        prepare_qat(model, QATConfig(), torch.randn(2, 3, 32, 32))
+        calibrate(model, [x])
+    model.train()(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with torch.inference_mode():
+        model = hand_written()
+    with pytest.raises(CaptureError, match="stem.weight of .*inference_mode"):
+        prepare_qat(model, QATConfig(), x)
+
+
 def test_a_model_in_training_mode_stays_in_it():
     model = prepare_qat(hand_written().train(), QATConfig(), torch.randn(2, 3, 32, 32))
     assert all(module.training for module in model.modules())

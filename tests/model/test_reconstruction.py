@@ -14,7 +14,7 @@ from hf_qat.export.verify import Session
 from hf_qat.model import reconstruction
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.models import hand_written
+from tests.models import hand_written, spread
 
 
 def images(count: int, seed: int) -> Tensor:
@@ -119,6 +119,24 @@ def test_if_nothing_is_gained_all_stays(monkeypatch):
     with_scales = calibrated("best", "int8", bias_correction=False, prepare=freeze_ranges)
     scales = {path: quantizer.scale for path, quantizer in fake_quantizers(with_scales).items()}
     assert all(torch.equal(quantizer.scale, scales[path]) for path, quantizer in fake_quantizers(best).items())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batch_norm_before_its_layer_keeps_its_weight_and_the_layers_learn(affine):
+    """As in DenseNet: in integers it is a layer of its own, with one number a channel for a weight, or none."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(8, affine=affine)
+    layers = nn.Conv2d(3, 8, 4, 4), nn.ReLU(), norm, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    net = spread(nn.Sequential(*layers))
+    original = copy.deepcopy(net.eval())
+    x, error = images(64, seed=2), {}
+    for effort in ("fast", "best"):
+        model = prepare_qat(copy.deepcopy(net), QATConfig("int8", weights={"bits": 3}), x[:2])
+        calibrate(model, list(images(64, seed=1).split(16)), effort=effort)
+        with torch.no_grad():
+            error[effort] = (model(x) - original(x)).square().mean().item()
+        assert not affine or torch.equal(model[2].weight, norm.weight)
+    assert error["best"] < 0.9 * error["fast"]
 
 
 def test_modes_gradients_and_statistics_are_left_alone():

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import transformers
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from hf_qat import QATConfig, calibrate, convert, fake_quant_disabled, freeze_batch_norm, freeze_ranges, prepare_qat
 from hf_qat.errors import StageError
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.models import hand_written
+from tests.models import hand_written, spread
 
 
 def test_frozen_ranges_get_no_gradient_and_the_weights_still_do():
@@ -119,3 +121,26 @@ def test_frozen_batch_norms_of_an_excluded_child_keep_their_statistics(excluded)
     freeze_batch_norm(model, False)(x)
     moved = [name for name, buffer in model.named_buffers() if name in before and not buffer.equal(before[name])]
     assert len(moved) == len(before)
+
+
+def test_statistics_of_a_frozen_batch_norm_are_not_thrown_away_by_update_bn_and_those_of_a_live_one_are_collected():
+    """`torch.optim.swa_utils.update_bn` resets them, and collects them anew in training, which frozen ones ignore."""
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)]
+    layers += [nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)]
+    float_model, batches = spread(nn.Sequential(*layers)).eval(), list(torch.randn(3, 8, 3, 8, 8))
+    config = QATConfig(exclude=["4", "5"])
+    model = calibrate(prepare_qat(copy.deepcopy(float_model), config, batches[0]), batches, bias_correction=False)
+    expected = model(batches[0])
+
+    averaged = AveragedModel(freeze_batch_norm(model))
+    with pytest.raises(StageError, match="freeze_batch_norm"):
+        update_bn(batches, averaged)
+    assert torch.equal(averaged(batches[0]), expected)
+
+    with fake_quant_disabled(freeze_batch_norm(averaged.module, False)):
+        update_bn(batches, averaged)
+    update_bn(batches, float_model)
+    for path in ("0", "3", "5"):
+        ours, theirs = averaged.module.get_submodule(path), float_model.get_submodule(path)
+        torch.testing.assert_close(ours.running_var, theirs.running_var)

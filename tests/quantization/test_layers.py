@@ -179,6 +179,22 @@ def test_in_evaluation_the_bias_is_rounded_to_int32_steps_and_in_training_it_is_
     assert torch.equal(layer(zeros)[0], layer.bias)
 
 
+@pytest.mark.parametrize(
+    "make, axes",
+    [(linear, (0,)), (lambda: installed()[0], (0, 2, 3))],
+    ids=["bias of the layer", "bias of its batch norm"],
+)
+def test_a_bias_has_its_gradient_in_evaluation_too(make, axes):
+    """A backbone that is kept in evaluation, so that its batch norms stand still, is trained all the same."""
+    layer = make().eval()
+    layer.set_input_quantizer(source(0.5))
+    layer.batch_norm_frozen = True
+    out = layer(torch.randn(7, 6) if len(axes) == 1 else torch.randn(5, 3, 6, 6))
+    upstream = torch.randn_like(out)
+    (out * upstream).sum().backward()
+    torch.testing.assert_close(layer.shifted_bias().grad, upstream.sum(axes))
+
+
 def test_the_scale_on_the_device_leaves_room_for_the_bias():
     layer = linear()
     with torch.no_grad():

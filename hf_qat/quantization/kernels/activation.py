@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.arithmetic import ROUNDING, divide, scale_of, to_codes
 from hf_qat.quantization.kernels.code_range import CodeRange
@@ -180,6 +181,7 @@ class _FusedFakeQuantize(torch.autograd.Function):
         return _quantized(x, out, scale, offset, codes)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset = ctx.saved_tensors
         by_x, by_scale, by_offset, _ = ctx.needs_input_grad

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import round_as_dtype
 from hf_qat.quantization.kernels.code_range import CodeRange
@@ -70,6 +71,7 @@ class _Traced(torch.autograd.Function):
         return round_as_dtype(x, values.scale, values.low, values.high)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, log2_scale, offset = ctx.saved_tensors
         qmin, qmax, _, power_of_two, limit = ctx.codes

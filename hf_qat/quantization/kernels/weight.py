@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.arithmetic import divide, scale_of, to_codes
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
@@ -220,6 +221,7 @@ class _FusedFold(torch.autograd.Function):
         return out, folded
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, log2_scale, kept = ctx.saved_tensors
         _, by_scale, _, _, by_gamma, by_beta, by_bias, _ = ctx.needs_input_grad

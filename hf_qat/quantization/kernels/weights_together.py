@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.folding import FoldCall, Folding
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
@@ -136,6 +137,7 @@ class _FoldTogether(torch.autograd.Function):
         return (*outs, *(() if bias_out is None else bias_out.split(sizes[0])))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept, *saved = ctx.saved_tensors
         count, folding, sizes, rows = len(saved) // 2, ctx.folding, ctx.sizes, ctx.rows

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.cpu.calls import FoldBackwardCall, FoldCall
 from hf_qat.quantization.kernels.cpu.loops import CHUNK, FOLD, FOLD_BACKWARD
@@ -61,6 +62,7 @@ class _CompiledFold(torch.autograd.Function):
         return out, folded
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: hooks of gradient checkpointing allow no more
         weight, scale, variance, *_ = saved

@@ -114,7 +114,7 @@ def round_as_dtype(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
     if step.dim() == 0 and compiles(x, step) and not isinstance(low, Tensor):
         from hf_qat.quantization.kernels.cpu.activation import quantize as quantize_in_one_pass
 
-        return quantize_in_one_pass(x, step, low, high)
+        return quantize_in_one_pass(x, float(step), low, high)
     return as_dtype(round_to_codes(x, step, low, high), x.dtype)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
-from hf_qat.quantization.fake_quantize import fake_quantize
+from hf_qat.quantization.fake_quantize import fake_quantize, is_cheap
 from hf_qat.quantization.kernels import calls_operators, fuses
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.kernels.operators import traced_fake_quantize
@@ -23,6 +23,9 @@ from hf_qat.quantization.saved_codes import BYTE, keep_codes_found, keep_inputs,
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
+
+#: As near to the middle of two codes, the rounding of float32 decides which of them a zero point is.
+TIE = 2.0**-6
 
 #: Activations that a quantizer with zero_point 0 and qmin 0 computes by clamping.
 ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6}
@@ -216,10 +219,20 @@ class FakeQuantize(nn.Module):
     def _levels(self) -> QuantizerValues:
         spec, exponent = self.spec, self.log2_scale.detach()
         scale = unlimited = torch.exp2(exponent.round() if spec.power_of_two else exponent)
-        if self.scale_limit is not None:
-            scale = unlimited.clamp(max=self.scale_limit)
-        zero_point = None if spec.symmetric else self._zero_point_of(self.offset.detach())
+        limit = self.scale_limit
+        if limit is not None and not (is_cheap(scale) and float(scale) <= limit):  # an operation takes its time
+            scale = unlimited.clamp(max=limit)
+        zero_point = None if spec.symmetric else self._rounded_zero_point()
         return levels(scale, unlimited, zero_point, spec.qmin, spec.qmax)
+
+    def _rounded_zero_point(self) -> Tensor | float:
+        """As a number where reading it costs nothing: PyTorch's operations take longer than all else that is done."""
+        spec, offset = self.spec, self.offset.detach()
+        if is_cheap(offset):
+            zero_point = spec.qmin + min(max(offset.item(), 0.0), 1.0) * (spec.qmax - spec.qmin)
+            if abs(zero_point - math.floor(zero_point) - 0.5) > TIE:
+                return float(round(zero_point))
+        return self._zero_point_of(offset).round()
 
     def absorbs(self, activation: str) -> bool:
         """Whether clamping the codes at 0 (and at `scale_limit`) is the activation, in value and gradient."""

@@ -74,12 +74,18 @@ class _Again:
 
     def __init__(self, operation: Callable[..., Tensor], options: dict[str, Any], device: str) -> None:
         self.operation, self.options = operation, options
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self.device, self.autocast = device, _autocast_of(device)
 
     def __call__(self, *arguments: Any) -> Tensor:
-        device, dtype, enabled = self.autocast
-        with torch.autocast(device, dtype, enabled):
+        if _autocast_of(self.device) == self.autocast:  # as a rule; to set it takes as long as the operation
             return self.operation(*arguments, **self.options)
+        enabled, dtype = self.autocast
+        with torch.autocast(self.device, dtype, enabled):
+            return self.operation(*arguments, **self.options)
+
+
+def _autocast_of(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
 
 def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:

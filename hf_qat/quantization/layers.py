@@ -155,7 +155,7 @@ class QATLayer(nn.Module):
 
     def folds_ahead(self) -> bool:
         """Whether its next call in training could find its weight there already, folded by a kernel."""
-        if not (self.training and self._folds_at_once() and fuses(self.weight)):
+        if not (self.training and fuses(self.weight) and self._folds_at_once()):
             return False
         return not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -174,14 +174,14 @@ class QATLayer(nn.Module):
 
     def _fold_call(self, live: bool) -> FoldCall:
         bn: Any = self.batch_norm
-        quantizer, device = self.weight_quantizer, self.weight.device.type
-        spec, log2_scale = quantizer.spec, quantizer.log2_scale
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        weight, quantizer = self.weight, self.weight_quantizer
+        spec, log2_scale, device = quantizer.spec, quantizer.log2_scale, weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         norm, eps = None, 0.0
         if bn is not None:
             norm, eps = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, self.bias), bn.eps
         return FoldCall(
-            self.weight,
+            weight,
             log2_scale.detach() if quantizer.frozen else log2_scale,
             norm,
             Folding(spec.qmin, spec.qmax, self.channel_axis, spec.power_of_two, live, eps, dtype),

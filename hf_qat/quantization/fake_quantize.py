@@ -136,7 +136,7 @@ def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, 
         bounds = low * unit, high * unit
         passed: Tensor
         if spent is None:
-            passed = torch.ops.aten.hardtanh_backward(grad, x, *bounds)
+            passed = torch.ops.aten.hardtanh_backward.default(grad, x, *bounds)
         else:
             passed = torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=spent)
         return passed

@@ -15,6 +15,7 @@ from hf_qat.errors import CalibrationError
 from hf_qat.quantization.fake_quantize import fake_quantize, is_cheap
 from hf_qat.quantization.kernels import calls_operators, fuses
 from hf_qat.quantization.kernels.code_range import CodeRange
+from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.kernels.operators import traced_fake_quantize
 from hf_qat.quantization.learned import QuantizerValues, learned_fake_quantize, levels
 from hf_qat.quantization.observers import AVERAGING_CONSTANT, RangeCollector, make_observer, synchronized_range
@@ -176,14 +177,19 @@ class FakeQuantize(nn.Module):
             return self._compact(x)
         if fuses(x):
             return self._fused(x)
-        if self.learned and not self.frozen and torch.is_grad_enabled():
-            offset = None if self.spec.symmetric else self.offset
-            values = self._levels()
+        if torch.is_grad_enabled() and (self.learned and not self.frozen or compiles(x)):
+            arguments = x, *self._trained(), self._levels()
             if calls_operators(x):
-                return traced_fake_quantize(x, self.log2_scale, offset, values, self._codes())
-            return learned_fake_quantize(x, self.log2_scale, offset, values)
-        arguments = x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax
-        return keep_inputs(fake_quantize(*arguments), fake_quantize, *arguments)
+                return traced_fake_quantize(*arguments, self._codes())
+            return learned_fake_quantize(*arguments)
+        fixed = x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax
+        return keep_inputs(fake_quantize(*fixed), fake_quantize, *fixed)
+
+    def _trained(self) -> tuple[Tensor, Tensor | None]:
+        """`log2_scale` and `offset`, if any, as a function takes them that computes gradients of what is learned."""
+        if not self.learned or self.frozen:
+            return self.log2_scale.detach(), None
+        return self.log2_scale, None if self.spec.symmetric else self.offset
 
     def _compact(self, x: Tensor) -> Tensor:
         """The same, with codes, and less kept for backward."""
@@ -192,10 +198,7 @@ class FakeQuantize(nn.Module):
             values = self._levels()
             keep_codes_found(out, values.scale, values.low, values.span)
             return out
-        offset = None if self.spec.symmetric else self.offset
-        if not self.learned or self.frozen:
-            return compact_fake_quantize(x, self.log2_scale.detach(), None, self._levels())
-        return compact_fake_quantize(x, self.log2_scale, offset, self._levels())
+        return compact_fake_quantize(x, *self._trained(), self._levels())
 
     def _fused(self, x: Tensor) -> Tensor:
         """The same as one kernel each way, which takes the parameters themselves."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_qat.quantization.fake_quantize import pass_inside
 from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.kernels.cpu.calls import QuantizeBackwardCall, QuantizeCall
 from hf_qat.quantization.kernels.cpu.loops import QUANTIZE, QUANTIZE_BACKWARD, chunks_of
@@ -89,6 +90,8 @@ class _Compiled(torch.autograd.Function):
         if not compiles(grad):
             offset = None if offset is None else torch.scalar_tensor(offset)
             return *gradients(grad, x, offset, None, values, wanted), None
+        if not (wanted[1] or wanted[2]):
+            return pass_inside(grad, x, values.scale, values.low, values.high), None, None, None
         dx, changed, outside = quantize_backward(grad, x, step, values.low, values.high)
         dlog2 = doffset = None
         if wanted[1]:

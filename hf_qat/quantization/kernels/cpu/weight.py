@@ -79,9 +79,7 @@ class _CompiledFold(torch.autograd.Function):
         return dweight, summed, None, None, dgamma, bias_grad if by_beta else None, dbias, None
 
 
-def _folded(
-    folding: Folding, weight: Tensor, scale: Tensor, variance: Tensor | None, gamma: Tensor | None
-) -> Tensor:
+def _folded(folding: Folding, weight: Tensor, scale: Tensor, variance: Tensor | None, gamma: Tensor | None) -> Tensor:
     """The rounded weight alone."""
     out = torch.empty_like(weight)
     _fold((weight, scale, variance, gamma, None, None), folding, out, None, None)

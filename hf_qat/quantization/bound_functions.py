@@ -1,7 +1,7 @@
 """The functions that PyTorch binds to Python for operations of a graph.
 
-An operation of `torch.ops` matches its arguments with a schema at every call: the way to the same kernel takes twice as
-long.
+An operation of `torch.ops` matches its arguments with a schema at every call, which makes the way to the same kernel
+twice as long.
 """
 
 from __future__ import annotations

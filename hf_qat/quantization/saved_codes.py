@@ -118,8 +118,9 @@ class Recomputed:
     def __init__(self, out: Tensor, function: Callable[..., Tensor], arguments: Sequence[Any], is_sum: bool) -> None:
         self.dtype, self.version = out.dtype, out._version
         self.function, self.arguments = function, list(map(as_kept, arguments))
-        self.versions = _versions(self.arguments)
         self.views = [argument for argument in self.arguments if type(argument) is KeptView]
+        self.tensors = [argument for argument in self.arguments if isinstance(argument, Tensor)]
+        self.versions = [tensor._version for tensor in self.tensors]
         self.has_sum = is_sum or any(view.base.has_sum for view in self.views)
         self.part = _here.part
         self.value: Tensor | None = None
@@ -143,7 +144,7 @@ class Recomputed:
         return value
 
     def _compute(self) -> Tensor:
-        if _versions(self.arguments) != self.versions:
+        if [tensor._version for tensor in self.tensors] != self.versions:
             raise RuntimeError(
                 "what a quantizer needs to compute its gradient has been modified by an inplace operation since the "
                 "forward pass: its input, or its scale. Call backward() before the optimizer's step."
@@ -153,10 +154,6 @@ class Recomputed:
             return self.function(*arguments)
         with torch.no_grad():
             return self.function(*arguments)
-
-
-def _versions(arguments: Sequence[Any]) -> list[int]:
-    return [argument._version for argument in arguments if isinstance(argument, Tensor)]
 
 
 class KeptView(NamedTuple):

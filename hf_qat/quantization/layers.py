@@ -100,7 +100,7 @@ class QATLayer(nn.Module):
             arguments: in place of `operation_args`, where a layer is called in several ways.
         """
         batch_norm, arguments = self.batch_norm, self.operation_args if arguments is None else arguments
-        operation = BOUND.get(self.operation, self.operation)
+        operation: Callable[..., Tensor] = BOUND.get(self.operation, self.operation)
         if batch_norm is not None and self._is_live():
             out = operation(x, self._unfolded_weight(), self.bias, *arguments)
             return normalise_live(batch_norm, out)

@@ -115,7 +115,7 @@ def round_as_dtype(x: Tensor, step: Tensor, low: Bound, high: Bound) -> Tensor:
     if step.dim() == 0 and compiles(x, step) and not isinstance(low, Tensor):
         from hf_qat.quantization.kernels.cpu.activation import quantize as quantize_in_one_pass
 
-        return quantize_in_one_pass(x, step, low, high)
+        return quantize_in_one_pass(x, float(step), low, high)
     return as_dtype(round_to_codes(x, step, low, high), x.dtype)
 
 
@@ -137,7 +137,7 @@ def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, 
         bounds = low * unit, high * unit
         passed: Tensor
         if spent is None:
-            passed = torch.ops.aten.hardtanh_backward(grad, x, *bounds)
+            passed = torch.ops.aten.hardtanh_backward.default(grad, x, *bounds)
         else:
             passed = torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=spent)
         return passed

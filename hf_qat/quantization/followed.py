@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_qat.quantization.bound_functions import BOUND
 from hf_qat.quantization.saved_codes import KeptView, as_kept, keep_inputs, keeps_inputs, keeps_less, say_copied
 
 
@@ -27,7 +28,7 @@ def _copied(operation: Callable[..., Tensor], x: Tensor, arguments: Any, options
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = aten.matmul.default(*(_batches(a, b) if keeps_less() else (a, b)))
+    product: Tensor = torch.matmul(*(_batches(a, b) if keeps_less() else (a, b)))
     return product
 
 
@@ -56,11 +57,11 @@ def _computed_again(operation: Callable[..., Tensor], x: Tensor, arguments: Any,
 
 def _add(a: Tensor, b: Any, **options: Any) -> Tensor:
     """Of sums that follow each other every second one is computed again: all would be, of the first of them."""
-    out: Tensor = aten.add.Tensor(a, b, **options)
+    out: Tensor = torch.add(a, b, **options)
     if keeps_inputs() and not options:
         kept = as_kept(a), as_kept(b)
         if all(isinstance(view, KeptView) and not view.base.has_sum for view in kept):
-            keep_inputs(out, _Again(aten.add.Tensor, options, a.device.type), a, b, is_sum=True)
+            keep_inputs(out, _Again(torch.add, options, a.device.type), a, b, is_sum=True)
     return out
 
 
@@ -74,16 +75,22 @@ class _Again:
 
     def __init__(self, operation: Callable[..., Tensor], options: dict[str, Any], device: str) -> None:
         self.operation, self.options = operation, options
-        self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        self.device, self.autocast = device, _autocast_of(device)
 
     def __call__(self, *arguments: Any) -> Tensor:
-        device, dtype, enabled = self.autocast
-        with torch.autocast(device, dtype, enabled):
+        if _autocast_of(self.device) == self.autocast:  # as a rule; to set it takes as long as the operation
+            return self.operation(*arguments, **self.options)
+        enabled, dtype = self.autocast
+        with torch.autocast(self.device, dtype, enabled):
             return self.operation(*arguments, **self.options)
 
 
+def _autocast_of(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
 def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    out: Tensor = _Softmax.apply(x, dim, dtype) if _is_known(x) else aten.softmax.int(x, dim, dtype)
+    out: Tensor = _Softmax.apply(x, dim, dtype) if _is_known(x) else torch.softmax(x, dim, dtype)
     return out
 
 
@@ -92,8 +99,8 @@ class _Softmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
-        again = _Again(aten.softmax.int, {}, x.device.type)
-        out = keep_inputs(aten.softmax.int(x, dim, dtype), again, x, dim, dtype)
+        again = _Again(torch.softmax, {}, x.device.type)
+        out = keep_inputs(torch.softmax(x, dim, dtype), again, x, dim, dtype)
         ctx.save_for_backward(out)
         ctx.dim, ctx.dtype = dim, x.dtype
         return out
@@ -106,8 +113,10 @@ class _Softmax(torch.autograd.Function):
 
 
 def _calling(how: Callable[..., Tensor], operation: Any) -> Callable[..., Tensor]:
+    called = BOUND.get(operation, operation)
+
     def followed(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        return how(operation, x, arguments, options)
+        return how(called, x, arguments, options)
 
     followed.__name__ = f"followed_{operation.overloadpacket.__name__}"  # stands in the code of the graph
     return followed
@@ -120,6 +129,7 @@ CHEAP = (aten.gelu.default, aten.hardswish.default, aten.layer_norm.default, ate
 
 #: Operation of a graph → what its Python function calls.
 FOLLOWED: dict[Any, Callable[..., Tensor]] = {
+    **BOUND,
     **{operation: _calling(_copied, operation) for operation in COPIES},
     **{operation: _calling(_computed_again, operation) for operation in CHEAP},
     aten.add.Tensor: _add,

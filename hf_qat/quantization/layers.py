@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
+from hf_qat.quantization.bound_functions import BOUND
 from hf_qat.quantization.class_swap import original_class, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
@@ -99,16 +100,17 @@ class QATLayer(nn.Module):
             arguments: in place of `operation_args`, where a layer is called in several ways.
         """
         batch_norm, arguments = self.batch_norm, self.operation_args if arguments is None else arguments
+        operation: Callable[..., Tensor] = BOUND.get(self.operation, self.operation)
         if batch_norm is not None and self._is_live():
-            out = self.operation(x, self._unfolded_weight(), self.bias, *arguments)
+            out = operation(x, self._unfolded_weight(), self.bias, *arguments)
             return normalise_live(batch_norm, out)
         if self.training and self._folds_at_once():
-            return self.operation(x, *self._folded_at_once(live=False), *arguments)
+            return operation(x, *self._folded_at_once(live=False), *arguments)
         scale = self._scale() if self.training else self.device_scale()
         weight, bias = self.folded(scale)
         if not self.training and bias is not None:
             bias = self._rounded_bias(bias, scale)
-        return self.operation(x, weight, bias, *arguments)
+        return operation(x, weight, bias, *arguments)
 
     def _is_live(self) -> bool:
         """Whether its batch norm uses batch statistics."""
@@ -159,7 +161,7 @@ class QATLayer(nn.Module):
 
     def folds_ahead(self) -> bool:
         """Whether its next call in training could find its weight there already, folded by a kernel."""
-        if not (self.training and self._folds_at_once() and fuses(self.weight)):
+        if not (self.training and fuses(self.weight) and self._folds_at_once()):
             return False
         return not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -178,14 +180,14 @@ class QATLayer(nn.Module):
 
     def _fold_call(self, live: bool) -> FoldCall:
         bn: Any = self.batch_norm
-        quantizer, device = self.weight_quantizer, self.weight.device.type
-        spec, log2_scale = quantizer.spec, quantizer.log2_scale
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        weight, quantizer = self.weight, self.weight_quantizer
+        spec, log2_scale, device = quantizer.spec, quantizer.log2_scale, weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         norm, eps = None, 0.0
         if bn is not None:
             norm, eps = Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, self.bias), bn.eps
         return FoldCall(
-            self.weight,
+            weight,
             log2_scale.detach() if quantizer.frozen else log2_scale,
             norm,
             Folding(spec.qmin, spec.qmax, self.channel_axis, spec.power_of_two, live, eps, dtype),

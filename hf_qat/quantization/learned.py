@@ -44,8 +44,15 @@ class QuantizerValues(NamedTuple):
     span: int
 
 
-def levels(scale: Tensor, unlimited_scale: Tensor, zero_point: Tensor | None, qmin: int, qmax: int) -> QuantizerValues:
-    """`QuantizerValues` of a quantizer with one scale; `zero_point` is (), `None` for 0, and need not be whole."""
+def levels(
+    scale: Tensor, unlimited_scale: Tensor, zero_point: Tensor | float | None, qmin: int, qmax: int
+) -> QuantizerValues:
+    """`QuantizerValues` of a quantizer with one scale.
+
+    `zero_point` is a whole number, or (), which need not be whole; `None` for 0.
+    """
+    if isinstance(zero_point, float):
+        return QuantizerValues(scale, unlimited_scale, qmin - zero_point, qmax - zero_point, qmax - qmin)
     low, high = code_bounds(zero_point, scale, qmin, qmax, None)
     return QuantizerValues(scale, unlimited_scale, low, high, qmax - qmin)
 
@@ -71,6 +78,10 @@ def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, 
     Returns:
         The shape and dtype of `x`.
     """
+    if compiles(x, values.scale) and not isinstance(values.low, Tensor):
+        from hf_qat.quantization.kernels.cpu.activation import compiled_fake_quantize
+
+        return compiled_fake_quantize(x, log2_scale, offset, values)
     out: Tensor = _Learned.apply(x, log2_scale, offset, values)
     return out
 
@@ -85,7 +96,7 @@ class _Learned(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
         arguments = x, values.scale, values.low, values.high
         out = keep_inputs(round_as_dtype(*arguments), round_as_dtype, *arguments)
-        shares = x.dtype == torch.float32 and keeps_inputs() and not compiles(x)
+        shares = x.dtype == torch.float32 and keeps_inputs()
         ctx.save_for_backward(x, offset, out if shares else None)
         ctx.values = values
         return out
@@ -93,41 +104,42 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, offset, out = ctx.saved_tensors
-        if compiles(saved, grad):
-            return *_in_one_pass(grad, saved, offset, ctx.values, ctx.needs_input_grad), None
-        scale, unlimited_scale, low, high, _ = ctx.values
-        x, grad = saved.float(), grad.float()
-        spent = dlog2 = doffset = None
-        if ctx.needs_input_grad[1]:
-            # One sum of what rounding does to each value: the difference of two sums would cancel.
-            spent = pass_inside(x, x, scale, low, high)
-            out = round_to_codes(x, scale, low, high) if out is None else out
-            dlog2 = sum_of_products(grad, torch.sub(out, spent, out=spent)) * math.log(2.0)
-            if unlimited_scale is not scale:
-                dlog2 *= unlimited_scale / scale
-        alike = spent is not None and spent.stride() == grad.stride()
-        dx = pass_inside(grad, x, scale, low, high, spent if alike else None)
-        if offset is not None and ctx.needs_input_grad[2]:
-            doffset = offset_gradient(dx.sum() - grad.sum(), offset, ctx.values)
-        return (dx.to(saved.dtype) if ctx.needs_input_grad[0] else None), dlog2, doffset, None
+        x, offset, out = ctx.saved_tensors
+        return *gradients(grad, x, offset, out, ctx.values, ctx.needs_input_grad), None
 
 
-def _in_one_pass(
-    grad: Tensor, x: Tensor, offset: Tensor | None, values: QuantizerValues, wanted: Sequence[bool]
+def gradients(
+    grad: Tensor,
+    saved: Tensor,
+    offset: Tensor | None,
+    out: Tensor | None,
+    values: QuantizerValues,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of the input, of `log2_scale` and of the offset, where they are wanted."""
-    from hf_qat.quantization.kernels.cpu.activation import quantize_backward
+    """Those of the input, of `log2_scale` and of the offset, where they are `wanted`.
 
-    dx, changed, outside = quantize_backward(grad, x, values.scale, values.low, values.high)
-    scale, dlog2, doffset = float(values.scale), None, None
+    Args:
+        grad: that of what was put out.
+        saved: the input.
+        offset, values: as of `learned_fake_quantize`.
+        out: what was put out, in float32, if it is at hand.
+        wanted: one for each gradient.
+    """
+    scale, unlimited_scale, low, high, _ = values
+    x, grad = saved.float(), grad.float()
+    spent = dlog2 = doffset = None
     if wanted[1]:
-        dlog2 = torch.scalar_tensor(changed * math.log(2.0) * float(values.unlimited_scale) / scale)
+        # One sum of what rounding does to each value: the difference of two sums would cancel.
+        spent = pass_inside(x, x, scale, low, high)
+        out = round_to_codes(x, scale, low, high) if out is None else out
+        dlog2 = sum_of_products(grad, torch.sub(out, spent, out=spent)) * math.log(2.0)
+        if unlimited_scale is not scale:
+            dlog2 *= unlimited_scale / scale
+    alike = spent is not None and spent.stride() == grad.stride()
+    dx = pass_inside(grad, x, scale, low, high, spent if alike else None)
     if offset is not None and wanted[2]:
-        gradient, now = -outside * scale * values.span, float(offset.detach())
-        away = (now - min(max(now, 0.0), 1.0)) * gradient < 0.0
-        doffset = torch.scalar_tensor(0.0 if away else gradient)
-    return dx if wanted[0] else None, dlog2, doffset
+        doffset = offset_gradient(dx.sum() - grad.sum(), offset, values)
+    return (dx.to(saved.dtype) if wanted[0] else None), dlog2, doffset
 
 
 def offset_gradient(passed: Tensor, offset: Tensor, values: QuantizerValues) -> Tensor:

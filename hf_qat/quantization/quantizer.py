@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
-from hf_qat.quantization.fake_quantize import fake_quantize
+from hf_qat.quantization.fake_quantize import fake_quantize, is_cheap
 from hf_qat.quantization.kernels import calls_operators, fuses
 from hf_qat.quantization.kernels.code_range import CodeRange
+from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.kernels.operators import traced_fake_quantize
 from hf_qat.quantization.learned import QuantizerValues, learned_fake_quantize, levels
 from hf_qat.quantization.observers import AVERAGING_CONSTANT, RangeCollector, make_observer, synchronized_range
@@ -23,6 +24,9 @@ from hf_qat.quantization.saved_codes import BYTE, keep_codes_found, keep_inputs,
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 
+
+#: As near to the middle of two codes, the rounding of float32 decides which of them a zero point is.
+TIE = 2.0**-6
 
 #: Activations that a quantizer with zero_point 0 and qmin 0 computes by clamping.
 ACTIVATIONS = {"relu": torch.relu, "relu6": nn.functional.relu6}
@@ -173,14 +177,19 @@ class FakeQuantize(nn.Module):
             return self._compact(x)
         if fuses(x):
             return self._fused(x)
-        if self.learned and not self.frozen and torch.is_grad_enabled():
-            offset = None if self.spec.symmetric else self.offset
-            values = self._levels()
+        if torch.is_grad_enabled() and (self.learned and not self.frozen or compiles(x)):
+            arguments = x, *self._trained(), self._levels()
             if calls_operators(x):
-                return traced_fake_quantize(x, self.log2_scale, offset, values, self._codes())
-            return learned_fake_quantize(x, self.log2_scale, offset, values)
-        arguments = x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax
-        return keep_inputs(fake_quantize(*arguments), fake_quantize, *arguments)
+                return traced_fake_quantize(*arguments, self._codes())
+            return learned_fake_quantize(*arguments)
+        fixed = x, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax
+        return keep_inputs(fake_quantize(*fixed), fake_quantize, *fixed)
+
+    def _trained(self) -> tuple[Tensor, Tensor | None]:
+        """`log2_scale` and `offset`, if any, as a function takes them that computes gradients of what is learned."""
+        if not self.learned or self.frozen:
+            return self.log2_scale.detach(), None
+        return self.log2_scale, None if self.spec.symmetric else self.offset
 
     def _compact(self, x: Tensor) -> Tensor:
         """The same, with codes, and less kept for backward."""
@@ -189,10 +198,7 @@ class FakeQuantize(nn.Module):
             values = self._levels()
             keep_codes_found(out, values.scale, values.low, values.span)
             return out
-        offset = None if self.spec.symmetric else self.offset
-        if not self.learned or self.frozen:
-            return compact_fake_quantize(x, self.log2_scale.detach(), None, self._levels())
-        return compact_fake_quantize(x, self.log2_scale, offset, self._levels())
+        return compact_fake_quantize(x, *self._trained(), self._levels())
 
     def _fused(self, x: Tensor) -> Tensor:
         """The same as one kernel each way, which takes the parameters themselves."""
@@ -216,10 +222,20 @@ class FakeQuantize(nn.Module):
     def _levels(self) -> QuantizerValues:
         spec, exponent = self.spec, self.log2_scale.detach()
         scale = unlimited = torch.exp2(exponent.round() if spec.power_of_two else exponent)
-        if self.scale_limit is not None:
-            scale = unlimited.clamp(max=self.scale_limit)
-        zero_point = None if spec.symmetric else self._zero_point_of(self.offset.detach())
+        limit = self.scale_limit
+        if limit is not None and not (is_cheap(scale) and float(scale) <= limit):  # an operation takes its time
+            scale = unlimited.clamp(max=limit)
+        zero_point = None if spec.symmetric else self._rounded_zero_point()
         return levels(scale, unlimited, zero_point, spec.qmin, spec.qmax)
+
+    def _rounded_zero_point(self) -> Tensor | float:
+        """As a number where reading it costs nothing: PyTorch's operations take longer than all else that is done."""
+        spec, offset = self.spec, self.offset.detach()
+        if is_cheap(offset):
+            zero_point = spec.qmin + min(max(offset.item(), 0.0), 1.0) * (spec.qmax - spec.qmin)
+            if abs(zero_point - math.floor(zero_point) - 0.5) > TIE:
+                return float(round(zero_point))
+        return self._zero_point_of(offset).round()
 
     def absorbs(self, activation: str) -> bool:
         """Whether clamping the codes at 0 (and at `scale_limit`) is the activation, in value and gradient."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,9 +117,11 @@ class Recomputed:
 
     def __init__(self, out: Tensor, function: Callable[..., Tensor], arguments: Sequence[Any], is_sum: bool) -> None:
         self.dtype, self.version = out.dtype, out._version
-        self.function, self.arguments = function, [as_kept(argument) for argument in arguments]
-        self.versions = _versions(self.arguments)
-        self.has_sum = is_sum or any(isinstance(view, KeptView) and view.base.has_sum for view in self.arguments)
+        self.function, self.arguments = function, list(map(as_kept, arguments))
+        self.views = [argument for argument in self.arguments if type(argument) is KeptView]
+        self.tensors = [argument for argument in self.arguments if isinstance(argument, Tensor)]
+        self.versions = [tensor._version for tensor in self.tensors]
+        self.has_sum = is_sum or any(view.base.has_sum for view in self.views)
         self.part = _here.part
         self.value: Tensor | None = None
         self.kept = self.taken = 0
@@ -128,9 +130,8 @@ class Recomputed:
         """Somebody will ask for it."""
         self.kept += 1
         if self.kept == 1:
-            for argument in self.arguments:
-                if isinstance(argument, KeptView):
-                    argument.base.keep()
+            for view in self.views:
+                view.base.keep()
 
     def values(self) -> Tensor:
         """The tensor, as it was."""
@@ -142,22 +143,20 @@ class Recomputed:
             self.value = value
         return value
 
-    @torch.no_grad()
     def _compute(self) -> Tensor:
-        if _versions(self.arguments) != self.versions:
+        if [tensor._version for tensor in self.tensors] != self.versions:
             raise RuntimeError(
                 "what a quantizer needs to compute its gradient has been modified by an inplace operation since the "
                 "forward pass: its input, or its scale. Call backward() before the optimizer's step."
             )
-        return self.function(*map(_unpack, self.arguments))
+        arguments = map(_unpack, self.arguments)
+        if not torch.is_grad_enabled():  # as a rule, in backward
+            return self.function(*arguments)
+        with torch.no_grad():
+            return self.function(*arguments)
 
 
-def _versions(arguments: Sequence[Any]) -> list[int]:
-    return [argument._version for argument in arguments if isinstance(argument, Tensor)]
-
-
-@dataclass(frozen=True)
-class KeptView:
+class KeptView(NamedTuple):
     """A view of a tensor that is kept as something else."""
 
     base: Codes | Recomputed | KeptCopy
@@ -167,7 +166,10 @@ class KeptView:
 
     def values(self) -> Tensor:
         """The tensor, as it was."""
-        return self.base.values().as_strided(self.size, self.stride, self.offset)
+        whole = self.base.values()
+        if whole.stride() == self.stride and whole.size() == self.size and self.offset == 0:
+            return whole
+        return whole.as_strided(self.size, self.stride, self.offset)
 
 
 @dataclass(frozen=True)

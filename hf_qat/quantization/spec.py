@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class QuantizerSpec:
         learned: scale (and offset, unless `symmetric`) are parameters.
         observer: name in the registry of `quantization/observers`.
         fixed_scale: the scale is known beforehand (softmax, sigmoid: 1/256) and never changes.
+        qmin, qmax: lowest and highest code, which follow from the others.
     """
 
     bits: int = 8
@@ -32,15 +33,12 @@ class QuantizerSpec:
     learned: bool = False
     observer: str = "mse"
     fixed_scale: float | None = None
+    qmin: int = field(init=False, repr=False, compare=False)
+    qmax: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def qmin(self) -> int:
-        """Lowest code."""
-        if not self.signed or (self.non_negative and self.symmetric):
-            return 0
-        return -(1 << (self.bits - 1)) + int(self.narrow_range)
-
-    @property
-    def qmax(self) -> int:
-        """Highest code."""
-        return (1 << (self.bits - int(self.signed))) - 1
+    def __post_init__(self) -> None:
+        """Compute the ends of the codes once: every quantizer asks for them in every step."""
+        from_zero = not self.signed or (self.non_negative and self.symmetric)
+        lowest = 0 if from_zero else int(self.narrow_range) - (1 << (self.bits - 1))
+        object.__setattr__(self, "qmin", lowest)
+        object.__setattr__(self, "qmax", (1 << (self.bits - int(self.signed))) - 1)

@@ -259,3 +259,22 @@ def test_it_describes_itself_in_a_line(spec, expected):
 def test_quantizers_are_found_by_path():
     model = nn.Sequential(nn.Linear(2, 2), FakeQuantize(INT8), nn.Sequential(FakeQuantize(UINT8)))
     assert list(fake_quantizers(model)) == ["1", "2.0"]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_zero_points_are_those_of_evaluation_next_to_the_middle_of_two_codes(bits: int):
+    spec = QuantizerSpec(bits, signed=False, symmetric=False, learned=True)
+    made, x = FakeQuantize(spec), torch.linspace(-2.0, 2.0, 33) * 2**bits
+    half = (torch.randint(0, spec.qmax, (40,)) + 0.5) / spec.qmax
+    offsets = torch.cat([half, half.nextafter(torch.tensor(0.0)), half + 0.02 / spec.qmax, torch.tensor([-0.1, 1.1])])
+    for offset in offsets:
+        made.offset.data.copy_(offset)
+        found = made(x)
+        with torch.no_grad():
+            assert torch.equal(found, made(x)), float(offset)
+
+
+def test_a_zero_point_by_hand():
+    made = FakeQuantize(QuantizerSpec(signed=False, symmetric=False, learned=True))
+    made.offset.data.fill_(0.31)  # 0.31 * 255 = 79.05
+    assert made(torch.tensor([-1000.0, 1000.0])).tolist() == [-79.0, 176.0]

@@ -1,6 +1,7 @@
 """Scales of ranges and of weights, against hand-computed figures and a search in float64 numpy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,8 +113,8 @@ def test_any_range_gives_a_normal_scale_and_codes_within_half_a_step_of_its_ends
 @given(ends=st.tuples(st.floats(-1e6, 0, width=32), st.floats(0, 1e6, width=32)), spec=specs)
 @settings(deadline=None)
 def test_a_power_of_two_scale_is_the_smallest_that_covers_the_range(ends, spec):
-    free = QuantizerSpec(**{**vars(spec), "power_of_two": False})
-    restricted = QuantizerSpec(**{**vars(spec), "power_of_two": True})
+    free = replace(spec, power_of_two=False)
+    restricted = replace(spec, power_of_two=True)
     free_scale, power = qparams(*ends, free)[0], qparams(*ends, restricted)[0]
     assert power / 2 < free_scale <= power
 

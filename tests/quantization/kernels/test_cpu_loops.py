@@ -34,7 +34,7 @@ from hf_qat.quantization.kernels.cpu import threads  # noqa: E402
 from hf_qat.quantization.kernels.cpu.activation import quantize, quantize_backward  # noqa: E402
 
 
-STEP = 0.0371
+STEP = float(np.float32(0.0371))
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -53,7 +53,7 @@ def by_numpy(x: Tensor, low: int, high: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(3, 5, 7, 11), (1, 1, 1, 1), (2, 0, 3, 3), (4, 40, 19, 17)], ids=str)
 def test_values_are_those_of_numpy_bit_for_bit_in_any_layout(shape: tuple[int, ...], layout: str):
     x = LAYOUTS[layout](torch.randn(shape) * 5)
-    out = quantize(x, torch.tensor(STEP), -101.0, 154.0)
+    out = quantize(x, STEP, -101.0, 154.0)
     np.testing.assert_array_equal(out.numpy(), by_numpy(x, -101, 154))
     assert out.stride() == x.stride() or layout == "with gaps"
 
@@ -61,34 +61,34 @@ def test_values_are_those_of_numpy_bit_for_bit_in_any_layout(shape: tuple[int, .
 def test_ties_saturation_and_nan():
     x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 300.0, -300.0, math.inf, -math.inf, math.nan, 0.0])
     expected = np.array([0, 2, 2, 0, -2, 127, -128, 127, -128, math.nan, 0], np.float32)
-    np.testing.assert_array_equal(quantize(x, torch.ones(()), -128.0, 127.0).numpy(), expected)
+    np.testing.assert_array_equal(quantize(x, 1.0, -128.0, 127.0).numpy(), expected)
     many = torch.cat([x] * 5)  # in the part of a loop that is done by vectors, too
-    np.testing.assert_array_equal(quantize(many, torch.ones(()), -128.0, 127.0).numpy(), np.tile(expected, 5))
+    np.testing.assert_array_equal(quantize(many, 1.0, -128.0, 127.0).numpy(), np.tile(expected, 5))
 
 
 def test_a_nan_reaches_every_gradient():
     x, grad = torch.randn(100), torch.randn(100)
     x[7] = math.nan
-    assert math.isnan(quantize_backward(grad, x, torch.ones(()), -8.0, 7.0).changed)
+    assert math.isnan(quantize_backward(grad, x, 1.0, -8.0, 7.0).changed)
     grad[9] = math.nan
-    dx, _, outside = quantize_backward(grad, x, torch.ones(()), -8.0, 7.0)
+    dx, _, outside = quantize_backward(grad, x, 1.0, -8.0, 7.0)
     assert math.isnan(dx[9]) and math.isnan(outside)
 
 
 def test_values_and_sums_are_the_same_on_any_number_of_threads(thread_count: int):
     generator = torch.Generator().manual_seed(3)
     x, grad = torch.randn(2, 300_001, generator=generator) * 4
-    found = quantize_backward(grad, x, torch.tensor(STEP), -100.0, 90.0)
-    np.testing.assert_array_equal(quantize(x, torch.tensor(STEP), -100.0, 90.0).numpy(), by_numpy(x, -100, 90))
+    found = quantize_backward(grad, x, STEP, -100.0, 90.0)
+    np.testing.assert_array_equal(quantize(x, STEP, -100.0, 90.0).numpy(), by_numpy(x, -100, 90))
     inside = (x > -100 * np.float32(STEP)) & (x < 90 * np.float32(STEP))
     assert torch.equal(found.dx, torch.where(inside, grad, 0.0))
     moved = torch.from_numpy(by_numpy(x, -100, 90)).double() - torch.where(inside, x.double(), 0.0)
     assert found.changed == pytest.approx(float((grad * moved).sum()), rel=1e-5)
     assert found.outside == pytest.approx(float(torch.where(inside, 0.0, grad.double()).sum()), rel=1e-4)
-    again = quantize_backward(grad, x, torch.tensor(STEP), -100.0, 90.0)
+    again = quantize_backward(grad, x, STEP, -100.0, 90.0)
     assert (found.changed, found.outside) == (again.changed, again.outside)
     torch.set_num_threads(1)
-    alone = quantize_backward(grad, x, torch.tensor(STEP), -100.0, 90.0)
+    alone = quantize_backward(grad, x, STEP, -100.0, 90.0)
     assert (found.changed, found.outside) == (alone.changed, alone.outside)
 
 

@@ -46,7 +46,7 @@ class _CompiledFold(torch.autograd.Function):
         bias: Tensor | None,
         folding: Folding,
     ) -> tuple[Tensor, Tensor | None]:
-        weight = in_memory_order(weight)[0]
+        weight, out = in_memory_order(weight)
         gamma, beta, mean, bias = (None if x is None else x.contiguous() for x in (gamma, beta, mean, bias))
         scale = torch.exp2(log2_scale.round() if folding.power_of_two else log2_scale)
         folded = None
@@ -54,18 +54,19 @@ class _CompiledFold(torch.autograd.Function):
             variance = variance.clone()  # the batch norm that follows moves it before backward
         elif variance is not None:
             folded = torch.empty(weight.shape[folding.axis])
-        out = _folded(weight, scale, variance, gamma, mean, bias, folding, beta, folded)
-        compute_again(out, _folded, weight, scale, variance, gamma, None, None, folding)
-        ctx.save_for_backward(weight, scale, variance, gamma, mean, bias)
-        ctx.folding = folding
+        tensors = weight, scale, variance, gamma, mean, bias
+        _fold(tensors, folding, out, beta, folded)
+        compute_again(out, _folded, folding, weight, scale, variance, gamma)
+        ctx.save_for_backward(weight, variance, gamma, mean, bias)
+        ctx.scale, ctx.folding = scale, folding
         ctx.set_materialize_grads(False)
         return out, folded
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, bias_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: hooks of gradient checkpointing allow no more
-        weight, scale, variance, *_ = saved
+        weight, *norm = ctx.saved_tensors  # once: hooks of gradient checkpointing allow no more
+        scale, variance = ctx.scale, norm[0]
         _, by_scale, _, _, by_gamma, by_beta, by_bias, _ = ctx.needs_input_grad
         grad = torch.zeros_like(weight) if grad is None else laid_out_like(grad, weight)
         folds = variance is not None and not ctx.folding.live
@@ -74,41 +75,37 @@ class _CompiledFold(torch.autograd.Function):
         dscale = torch.empty(channels)
         dgamma, dbias = (torch.empty(channels) if folds and wanted else None for wanted in (by_gamma, by_bias))
         gradients = (grad, bias_grad, dweight, dscale, dgamma, dbias)
-        call = FoldBackwardCall(*_told(saved, ctx.folding), *map(_address, gradients))
+        call = FoldBackwardCall(*_told((weight, scale, *norm), ctx.folding), *_addresses(gradients))
         run(FOLD_BACKWARD, call, _chunks(call))
         summed = None if not by_scale else dscale if scale.dim() else dscale.sum()
         return dweight, summed, None, None, dgamma, bias_grad if by_beta else None, dbias, None
 
 
-def _folded(
-    weight: Tensor,
-    scale: Tensor,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    mean: Tensor | None,
-    bias: Tensor | None,
-    folding: Folding,
-    beta: Tensor | None = None,
-    folded: Tensor | None = None,
-) -> Tensor:
-    """The rounded weight; its bias is written into `folded`, if given."""
+def _folded(folding: Folding, weight: Tensor, scale: Tensor, variance: Tensor | None, gamma: Tensor | None) -> Tensor:
+    """The rounded weight alone."""
     out = torch.empty_like(weight)
-    told = _told((weight, scale, variance, gamma, mean, bias), folding)
-    call = FoldCall(*told, _address(beta), out.data_ptr(), _address(folded))
-    run(FOLD, call, _chunks(call))
+    _fold((weight, scale, variance, gamma, None, None), folding, out, None, None)
     return out
+
+
+def _fold(
+    tensors: Sequence[Tensor | None], folding: Folding, out: Tensor, beta: Tensor | None, folded: Tensor | None
+) -> None:
+    """Write the rounded weight into `out`, and its bias into `folded`, if given; `tensors`: as of `_told`."""
+    call = FoldCall(*_told(tensors, folding), *_addresses((beta, out, folded)))
+    run(FOLD, call, _chunks(call))
 
 
 def _told(tensors: Sequence[Tensor | None], folding: Folding) -> tuple[int | float, ...]:
     """What both loops are told first; `tensors`: weight, scale, variance, gamma, mean and bias."""
-    weight, scale = tensors[:2]
+    weight, scale, *_ = tensors
     assert weight is not None and scale is not None
     channels = weight.shape[folding.axis]
     length = weight.numel() // max(1, channels)
     inner = min(weight.stride(folding.axis), length)  # the stride of a single channel says nothing
     return (
         0, channels, length, inner, max(1, CHUNK // max(1, length)), scale.dim(), folding.live,
-        *map(_address, tensors), folding.qmin, folding.qmax, folding.eps,
+        *_addresses(tensors), folding.qmin, folding.qmax, folding.eps,
     )  # fmt: skip
 
 
@@ -116,5 +113,5 @@ def _chunks(call: Any) -> int:
     return -(-int(call.channels) // int(call.together))
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import pass_inside
 from hf_qat.quantization.kernels.cpu import compiles
@@ -84,6 +85,7 @@ class _Compiled(torch.autograd.Function):
         return keep_inputs(quantize(*arguments), quantize, *arguments)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         values, step, offset, wanted = ctx.values, ctx.step, ctx.offset, ctx.needs_input_grad

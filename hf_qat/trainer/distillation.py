@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_qat.errors import ConfigError
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.graph.capture.modes import evaluating
-from hf_qat.model.switches import only_quantizers
+from hf_qat.graph.captured import before_calibration
 from hf_qat.trainer.distances import answer_of
 
 
@@ -74,7 +74,7 @@ class Distillation:
         answers = {}
         for role, model in (("student", student), ("teacher", self.teacher)):
             args, kwargs = pytree.tree_map_only(Tensor, partial(Tensor.to, device=device_of(model)), as_call(inputs))
-            with evaluating(model), only_quantizers(model, ()):  # there are no ranges yet
+            with evaluating(model), before_calibration(model):
                 outputs = model(*args, **kwargs)
             answers[role] = {name: tuple(outputs[name].shape) for name in answer_of(outputs, role, model).names}
         if answers["teacher"] != answers["student"]:

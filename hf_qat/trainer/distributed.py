@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from hf_qat.errors import listed
 from hf_qat.graph.capture.modes import modes_kept
+from hf_qat.graph.captured import before_calibration
 from hf_qat.quantization.collectives import min_over_ranks
 from hf_qat.trainer.batches import silent
 from hf_qat.trainer.ddp import copy_from_first_rank, leave_out_of_ddp, without_gradient
@@ -123,6 +124,7 @@ def _rehearsed_loss(
         with (
             random_state_kept(device),
             modes_kept(model),
+            before_calibration(model),
             torch.set_grad_enabled(gradients),
             trainer.accelerator.autocast(),
             silent(trainer),

@@ -82,7 +82,7 @@ def test_a_teacher_that_fits_passes_and_both_models_stay_as_they_were(make):
     assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
 
 
-def test_a_student_without_ranges_is_asked_in_float(caplog):
+def test_a_student_is_asked_before_it_has_ranges(caplog):
     inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
     student = prepare_qat(resnet(), QATConfig(), inputs)
     Distillation(resnet(), 2.0, torch.device("cpu")).check(student, inputs)

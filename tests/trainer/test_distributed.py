@@ -69,6 +69,16 @@ class TestRehearsal:
         assert [module.training for module in model.modules()] == modes
         assert all(parameter.grad is None for parameter in model.parameters())
 
+    def test_ranges_that_are_missing_are_warned_of_in_training_and_not_before(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ):
+        trainer = trainer_of(resnet(), tmp_path, gradient_accumulation_steps=2)
+        batch = next(iter(trainer.get_train_dataloader()))
+        rehearse(trainer, trainer.model, batch)
+        assert "never collected" not in caplog.text
+        trainer.model(pixel_values=batch["pixel_values"])
+        assert "never collected" in caplog.text
+
     def test_a_loss_function_of_the_users_is_called_as_often_as_by_trainer(self, tmp_path: Path):
         calls: list[list[int]] = []
 

@@ -161,7 +161,7 @@ class QATLayer(nn.Module):
 
     def folds_ahead(self) -> bool:
         """Whether its next call in training could find its weight there already, folded by a kernel."""
-        if not (self.training and fuses(self.weight) and self._folds_at_once()):
+        if not (self.training and self._folds_at_once() and fuses(self.weight)):
             return False
         return not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -241,7 +241,9 @@ def _warn_of_ranges(owner: CapturedModule) -> None:
 @contextmanager
 def before_calibration(model: nn.Module) -> Iterator[None]:
     """Inside, nobody is warned that ranges are still to be collected: results are not what the calls are made for."""
-    told = [(child._warned_of, set(child._warned_of)) for child in model.modules() if isinstance(child, CapturedModule)]
+    told = [
+        (child._warned_of, set(child._warned_of)) for child in model.modules() if isinstance(child, CapturedModule)
+    ]
     for warned, _ in told:
         warned.add("ranges")
     try:

@@ -18,6 +18,7 @@ from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.progress import Bar, length_of, progress
 from hf_qat.model.batches import run_batches
 from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, bias_shifts
+from hf_qat.model.equalization import equalize_if_nearer
 from hf_qat.model.range_choice import choose_ranges, observe_in_several_ways
 from hf_qat.model.reconstruction import reconstruct
 from hf_qat.model.state import require_stage
@@ -49,11 +50,12 @@ def calibrate(
 ) -> Model:
     """Find the scales of a prepared model from data, in place.
 
-    With `effort="best"`, which takes minutes, two more things are found. The range of a layer's input is chosen among
-    those of several observers, by the error of the layer's output. Then the code of each weight, one of its two
-    nearest, the scales of activations and the biases are learned, without labels, so that all quantized tensors come
-    out as in float: see `hf_qat.model.reconstruction`. A few hundred images will do. Weights whose code is not the
-    nearest one are moved just far enough for it to be; training can go on from there.
+    With `effort="best"`, which takes minutes, more is found. The range of a layer's input is chosen among those of
+    several observers, by the error of the layer's output. Channels are made larger or smaller between two layers where
+    that brings the outputs nearer to those in float: see `hf_qat.model.equalization`. Then the code of each weight,
+    one of its two nearest, the scales of activations and the biases are learned, without labels, so that all quantized
+    tensors come out as in float: see `hf_qat.model.reconstruction`. A few hundred images will do. Weights whose code
+    is not the nearest one are moved just far enough for it to be; training can go on from there.
 
     Args:
         model: prepared.
@@ -79,6 +81,9 @@ def calibrate(
     best = effort == "best" and not live_batch_norms
     with progress("Calibrating", length_of(batches, num_batches), "batch") as bar:
         kept = _observe(model, islice(batches, num_batches), live_batch_norms, bar, best)
+    if best:
+        with progress("Calibrating after equalization", len(kept), "batch") as bar:
+            equalize_if_nearer(model, kept, lambda: _observe(model, kept, live_batch_norms, bar, best))
     shifts = {}
     if bias_correction and not live_batch_norms:
         shifts = bias_shifts(model, kept[:BIAS_CORRECTION_BATCHES])

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.graph.progress import progress
-from hf_qat.model.analysis.noise import energy, run, sqnr
+from hf_qat.model.analysis.noise import compared, run, sqnr
 from hf_qat.model.batches import call_of
 from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
@@ -188,9 +188,8 @@ class _Student:
                 with computing_by(self.layers, self._change()):
                     found = run(self.model, batch)
                 self.outputs.clear()
-                pairs = [(got, want) for got, want in zip(found, wanted, strict=True) if got.shape == want.shape]
-                signal += sum(energy(want - want.mean()) for _, want in pairs)
-                noise += sum(energy(got - want) for got, want in pairs)
+                of_batch = compared(found, wanted)
+                signal, noise = signal + of_batch[0], noise + of_batch[1]
             return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), device=device_of(self.model))))
 
         return ratio

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.model.analysis.histogram import count
 from hf_qat.model.analysis.sites import Site
 from hf_qat.model.batches import run_batches
 from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.quantization.collectives import mean_over_ranks
 from hf_qat.quantization.quantizer import ACTIVATIONS
 
 
@@ -139,6 +140,23 @@ def run(model: nn.Module, batch: Inputs) -> list[Tensor]:
     return [
         x.float() for x in torch.utils._pytree.tree_leaves(kept) if isinstance(x, Tensor) and x.is_floating_point()
     ]
+
+
+def outputs_sqnr(model: nn.Module, batches: Sequence[Inputs]) -> float:
+    """How near the outputs of a prepared model are to its own in float, in dB, over the batches of all ranks."""
+    signal = noise = 0.0
+    for batch in batches:
+        with fake_quant_disabled(model):
+            wanted = run(model, batch)
+        of_batch = compared(run(model, batch), wanted)
+        signal, noise = signal + of_batch[0], noise + of_batch[1]
+    return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), device=device_of(model))))
+
+
+def compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
+    """Sums of squares of what is `wanted`, less its mean, and of what was found less that, where the shapes agree."""
+    pairs = [(got, want) for got, want in zip(found, wanted, strict=True) if got.shape == want.shape]
+    return sum(energy(want - want.mean()) for _, want in pairs), sum(energy(got - want) for got, want in pairs)
 
 
 def _float_values(model: nn.Module, sites: Sequence[Site], batch: Inputs) -> tuple[Values, list[Tensor]]:

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_qat import QATConfig, prepare_qat
+from hf_qat.graph.channel_groups import channel_groups
+from hf_qat.quantization.layers import qat_layers
+
+
+class Chain(nn.Module):
+    """Two convolutions with something in between."""
+
+    def __init__(self, between: nn.Module | None = None, groups: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.between = nn.ReLU() if between is None else between
+        self.second = nn.Conv2d(4, 8, 1, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.norm(self.first(x))))
+
+
+class Residual(Chain):
+    """What the first one makes is added to what another makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.between(self.norm(self.first(x)))
+        return self.second(torch.relu(y + self.inner(y)))
+
+
+class Seen(Chain):
+    """What lies between is an output, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.between(self.norm(self.first(x)))
+        return self.second(y), y
+
+
+class Summed(Chain):
+    """A constant is added to what lies between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.between(self.norm(self.first(x)) + 1.0))
+
+
+def named(model: nn.Module, x: Tensor) -> list[tuple[set[str], set[str]]]:
+    """Producers and consumers of each group, by name."""
+    prepared = prepare_qat(model, QATConfig(), x)
+    names = {layer: name for name, layer in qat_layers(prepared).items()}
+    return [
+        ({names[layer] for layer in group.producers}, {names[layer] for layer in group.consumers})
+        for group in channel_groups(prepared)
+    ]
+
+
+IMAGES = torch.zeros(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.ReLU(), nn.ReLU6(), nn.Identity(), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.LeakyReLU(), nn.ZeroPad2d(1)],
+)
+def test_what_commutes_with_a_positive_factor_lies_between(between: nn.Module):
+    assert named(Chain(between), IMAGES) == [({"first"}, {"second"})]
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_of_channels_are_read_by_their_own_outputs(groups: int):
+    assert named(Chain(groups=groups), IMAGES) == [({"first"}, {"second"})]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.SiLU(),
+        nn.Sigmoid(),
+        nn.GroupNorm(2, 4),
+        nn.PReLU(4),
+        nn.Softmax(1),
+        nn.ConstantPad2d(1, 0.5),
+        nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4)),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_what_does_not_keeps_its_channels(between: nn.Module):
+    assert named(Chain(between), IMAGES) == []
+
+
+def test_all_that_is_added_has_one_factor():
+    assert named(Residual(), IMAGES) == [({"first", "inner"}, {"inner", "second"})]
+
+
+@pytest.mark.parametrize("model", [Seen, Summed])
+def test_what_something_else_sees_keeps_its_channels(model: type[Chain]):
+    assert named(model(), IMAGES) == []
+
+
+def test_weights_that_are_frozen_or_shared_stay():
+    frozen, shared = Chain(), Chain()
+    frozen.second.weight.requires_grad_(False)
+    shared.extra = nn.Conv2d(4, 8, 1)
+    shared.extra.weight = shared.second.weight
+    assert named(frozen, IMAGES) == named(shared, IMAGES) == []
+
+
+def test_a_batch_norm_without_weights_cannot_take_a_factor():
+    model = Chain()
+    model.norm = nn.BatchNorm2d(4, affine=False)
+    assert named(model, IMAGES) == []
+
+
+def test_linear_layers_count_by_their_last_axis():
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert named(model, torch.zeros(2, 5, 6)) == [({"0"}, {"2"})]

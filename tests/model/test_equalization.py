@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_ranges, prepare_qat
+from hf_qat.model import equalization, reconstruction
+from hf_qat.model.equalization import equalize, equalize_if_nearer
+from tests.models import mobilenet_v2, regnet, resnet, spread
+
+
+class Uneven(nn.Module):
+    """Channels whose sizes are 64 times apart, which a next layer makes up for."""
+
+    def __init__(self, activation: nn.Module | None = None, depthwise: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.activation = nn.ReLU() if activation is None else activation
+        self.second = nn.Conv2d(16, 16, 3, padding=1, groups=16) if depthwise else nn.Conv2d(16, 8, 1)
+        spread(self)
+        sizes = torch.logspace(-3, 3, 16, base=2)
+        with torch.no_grad():
+            self.first.weight.mul_(sizes.view(-1, 1, 1, 1))
+            self.first.bias.mul_(sizes)
+            self.second.weight.div_(sizes.view((-1, 1, 1, 1) if depthwise else (1, -1, 1, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.activation(self.first(x)))
+
+
+def images(count: int, size: int = 16, seed: int = 0) -> list[Tensor]:
+    return list(torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed)).split(8))
+
+
+def answers(model: nn.Module, x: Tensor) -> Tensor:
+    found = model(x)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+@pytest.mark.parametrize(
+    ("make", "training"), [(resnet, False), (resnet, True), (regnet, False), (regnet, True), (mobilenet_v2, False)]
+)
+def test_in_float_the_model_computes_what_the_users_own_does(make, training: bool):
+    batches = images(16, 32)
+    model = make().train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    expected = answers(copy.deepcopy(model), batches[0])
+    prepared = prepare_qat(model, QATConfig(), batches[0])
+    assert equalize(prepared, batches) > 0
+    with fake_quant_disabled(prepared):
+        found = answers(prepared.train(training), batches[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("target", ["w4a4", "w4a8", "TDA4VM"])
+def test_uneven_channels_lose_less(depthwise: bool, target: str):
+    batches, x = images(64), images(8, seed=1)[0]
+    model = Uneven(depthwise=depthwise)
+    with torch.no_grad():
+        expected = model(x)
+    errors = []
+    for equalized in (False, True):
+        prepared = prepare_qat(copy.deepcopy(model), QATConfig(target), x).eval()
+        if equalized:
+            equalize(prepared, batches)
+        calibrate(prepared, batches)
+        with torch.no_grad():
+            errors.append(float((prepared(x) - expected).square().mean()))
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_a_channel_that_relu6_cuts_off_stays_and_the_others_stay_below_it():
+    batches = images(64)
+    model = Uneven(nn.ReLU6())
+    with torch.no_grad():
+        reached = torch.cat([model.first(x) for x in batches]).amax((0, 2, 3))
+    before = model.first.weight.detach().clone()
+    prepared = prepare_qat(model, QATConfig("w4a4"), batches[0])
+    equalize(prepared, batches)
+    factors = (prepared.first.weight / before).detach().mean((1, 2, 3))
+    cut_off = reached > 6.0
+    assert cut_off.any() and not cut_off.all()
+    torch.testing.assert_close(factors[cut_off], torch.ones(int(cut_off.sum())))
+    assert (factors * reached)[~cut_off].max() <= 6.0
+    assert factors[~cut_off].max() > 4.0
+
+
+def test_frozen_ranges_keep_their_layers():
+    batches = images(16)
+    model = prepare_qat(Uneven(), QATConfig(), batches[0])
+    calibrate(model, batches)
+    before = model.first.weight.detach().clone()
+    assert equalize(freeze_ranges(model), batches) == 0
+    assert torch.equal(model.first.weight, before)
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reconstruction, "STEPS", 2)
+
+
+def test_the_best_calibration_equalizes(few_steps):
+    batches, x = images(64), images(8, seed=1)[0]
+    expected = Uneven().eval()(x)
+    prepared = prepare_qat(Uneven(), QATConfig("w4a4"), x).eval()
+    before = float(prepared.first.weight.detach().flatten(1).norm(dim=1).log2().std())
+    errors = []
+    for effort in ("fast", "best"):
+        calibrate(prepared, batches, effort=effort)
+        errors.append((prepared(x) - expected).square().mean().item())
+    assert errors[1] < 0.6 * errors[0]
+    assert float(prepared.first.weight.detach().flatten(1).norm(dim=1).log2().std()) < 0.7 * before
+
+
+def test_what_brings_the_outputs_no_nearer_is_taken_back(monkeypatch: pytest.MonkeyPatch):
+    batches = images(16)
+    model = calibrate(prepare_qat(Uneven(), QATConfig("w4a4"), batches[0]), batches)
+    before = copy.deepcopy(model.state_dict())
+    told = iter([20.0, 20.0])
+    monkeypatch.setattr(equalization, "outputs_sqnr", lambda *_: next(told))
+    assert not equalize_if_nearer(model, batches, lambda: calibrate(model, batches))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -229,3 +229,13 @@ def test_an_offset_that_has_left_its_range_comes_back(start):
         optimizer.step()
         optimizer.zero_grad()
     assert abs(offset.item() - 0.5) < 0.02
+
+
+def test_a_scale_that_has_vanished_stops_no_training():
+    x = torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+    log2_scale = torch.tensor(-200.0, requires_grad=True)  # float32 ends at 2**-149
+    scale = torch.exp2(log2_scale.detach())
+    out = learned_fake_quantize(x, log2_scale, None, levels(scale, scale, None, -128, 127))
+    out.sum().backward()
+    assert out.tolist() == [0.0, 0.0, 0.0]
+    assert x.grad.tolist() == [0.0, 0.0, 0.0] and log2_scale.grad.item() == 0.0

@@ -97,7 +97,9 @@ class _Compiled(torch.autograd.Function):
         dx, changed, outside = quantize_backward(grad, x, step, values.low, values.high)
         dlog2 = doffset = None
         if wanted[1]:
-            dlog2 = torch.scalar_tensor(changed * math.log(2.0) * float(values.unlimited_scale) / step)
+            unlimited = float(values.unlimited_scale)
+            ratio = 1.0 if unlimited == step else unlimited / step  # both may have vanished
+            dlog2 = torch.scalar_tensor(changed * math.log(2.0) * ratio)
         if wanted[2]:
             gradient = -outside * step * values.span
             away = (offset - min(max(offset, 0.0), 1.0)) * gradient < 0.0

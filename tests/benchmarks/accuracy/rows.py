@@ -61,6 +61,7 @@ METHODS: dict[str, Method] = {
     "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
     "calibrated, best, then QAT, 1 epoch": Method(1, effort="best"),
+    "calibrated, best, then QAT, 1 epoch, a quarter of the rate": Method(1, effort="best", share=0.25),
     "QAT, 3 epochs": Method(3),
     "calibrated, best, then QAT, 3 epochs": Method(3, effort="best"),
     "QAT, 3 epochs, distilled": Method(3, distil=True),

@@ -17,7 +17,8 @@ from hf_qat.quantization.kernels import calls_operators, fuses
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.kernels.operators import traced_fake_quantize
-from hf_qat.quantization.learned import QuantizerValues, learned_fake_quantize, levels
+from hf_qat.quantization.learned import learned_fake_quantize
+from hf_qat.quantization.learned_gradients import QuantizerValues, levels
 from hf_qat.quantization.observers import AVERAGING_CONSTANT, RangeCollector, make_observer, synchronized_range
 from hf_qat.quantization.residuals import compact_fake_quantize
 from hf_qat.quantization.saved_codes import BYTE, keep_codes_found, keep_inputs, keeps_codes

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import as_dtype, pass_inside, sum_of_products
 from hf_qat.quantization.kernels.cpu import compiles
-from hf_qat.quantization.learned import QuantizerValues, offset_gradient
+from hf_qat.quantization.learned_gradients import QuantizerValues, offset_gradient
 from hf_qat.quantization.saved_codes import byte_shift, keep_codes, to_byte
 
 

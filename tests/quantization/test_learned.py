@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_qat.quantization.learned import learned_fake_quantize, levels
+from hf_qat.quantization.learned import learned_fake_quantize
+from hf_qat.quantization.learned_gradients import levels
 from tests.quantization.test_fake_quantize import RANGES, close, random_case, sum_to
 
 

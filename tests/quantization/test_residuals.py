@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_qat.quantization.learned import learned_fake_quantize, levels
+from hf_qat.quantization.learned import learned_fake_quantize
+from hf_qat.quantization.learned_gradients import levels
 from hf_qat.quantization.residuals import byte_range, compact_fake_quantize
 from tests.quantization.test_learned import CASES, Case, textbook
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import round_as_dtype
 from hf_qat.quantization.kernels.code_range import CodeRange
-from hf_qat.quantization.learned import QuantizerValues
+from hf_qat.quantization.learned_gradients import QuantizerValues
 
 
 @torch.library.custom_op("hf_qat::fake_quantize_backward", mutates_args=())

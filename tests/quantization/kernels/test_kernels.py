@@ -23,7 +23,8 @@ from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.kernels.folding import Folding, Norm
 from hf_qat.quantization.layer_folding import fold_layer
-from hf_qat.quantization.learned import learned_fake_quantize, levels
+from hf_qat.quantization.learned import learned_fake_quantize
+from hf_qat.quantization.learned_gradients import levels
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
 

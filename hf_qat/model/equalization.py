@@ -228,10 +228,9 @@ class _Reader:
 
     def __init__(self, layer: QATLayer, power: Tensor) -> None:
         spec, groups = layer.weight_quantizer.spec, groups_of(layer)
-        weight = (
-            layer.float_weight().detach().unflatten(0, (groups, -1)).flatten(3)
-        )  # (groups, outputs, channels, places)
-        weight = weight if weight.dim() > 3 else weight.unsqueeze(3)
+        weight = layer.float_weight().detach()
+        weight = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+        weight = weight.unflatten(0, (groups, -1))  # (groups, outputs, channels, places)
         self.shape, self.places = (groups, weight.shape[2]), weight.shape[3]
         self.largest, self.squares = weight.abs().amax(3), weight.square().sum((1, 3))
         self.power = power.view(self.shape)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_ranges, prepare_qat
 from hf_qat.model import equalization, reconstruction
 from hf_qat.model.equalization import equalize, equalize_if_nearer
-from tests.models import mobilenet_v2, regnet, resnet, spread
+from tests.models import detr, mobilenet_v2, regnet, resnet, spread, yolos
 
 
 class Uneven(nn.Module):
@@ -55,6 +55,21 @@ def test_in_float_the_model_computes_what_the_users_own_does(make, training: boo
     with fake_quant_disabled(prepared):
         found = answers(prepared.train(training), batches[0])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("make", [detr, yolos])
+def test_linear_layers_of_detectors_do_too(make):
+    batches = images(8, 64)
+    model = make().eval()
+    with torch.no_grad():
+        expected = model(batches[0])
+    prepared = prepare_qat(copy.deepcopy(model), QATConfig(), batches[0]).eval()
+    assert equalize(prepared, batches) > 0
+    with torch.no_grad(), fake_quant_disabled(prepared):
+        found = prepared(batches[0])
+    torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=0.0, atol=1e-4)
+    scale = expected.logits.abs().max().item()
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0.0, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("depthwise", [False, True])

@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {
     "calibrated, best, then QAT, 1 epoch, a quarter of the rate": Method(1, effort="best", share=0.25),
     "QAT, 3 epochs": Method(3),
     "calibrated, best, then QAT, 3 epochs": Method(3, effort="best"),
+    "calibrated, best, then QAT, 3 epochs, a quarter of the rate": Method(3, effort="best", share=0.25),
     "QAT, 3 epochs, distilled": Method(3, distil=True),
     "QAT, 3 epochs, half the rate": Method(3, share=0.5),
     "QAT, 3 epochs, twice the rate": Method(3, share=2.0),

@@ -69,13 +69,13 @@ def grouped(rows: Iterable[Row]) -> dict[Key, list[Row]]:
 
 def table(rows: Iterable[Row]) -> str:
     """Points on ONNX Runtime, with its optimizations, against float; `apart` is the most that any two ways differ."""
-    lines = [f"{'':<12}{'':<8}{'':<44}{'seeds':>6}{'float':>8}{'int':>8}{'±':>6}{'change':>8}{'±':>6}{'apart':>7}"]
+    lines = [f"{'':<12}{'':<8}{'':<60}{'seeds':>6}{'float':>8}{'int':>8}{'±':>6}{'change':>8}{'±':>6}{'apart':>7}"]
     for (net, target, method), group in grouped(rows).items():
         figures = [mean(row.in_float for row in group), mean(row.optimized for row in group)]
         spreads = [spread([row.optimized for row in group]), spread(changes(group))]
         apart = max(max(ways(row)) - min(ways(row)) for row in group)
         lines.append(
-            f"{net:<12}{target:<8}{method:<44}{len(group):>6}{figures[0]:>8.2f}{figures[1]:>8.2f}{spreads[0]:>6.2f}"
+            f"{net:<12}{target:<8}{method:<60}{len(group):>6}{figures[0]:>8.2f}{figures[1]:>8.2f}{spreads[0]:>6.2f}"
             f"{mean(changes(group)):>+8.2f}{spreads[1]:>6.2f}{apart:>7.2f}"
         )
     return "\n".join(lines)

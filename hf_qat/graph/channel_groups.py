@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import called_module
+from hf_qat.graph.rules import Kind, rule_of
 from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.quantizer import FakeQuantize
 
@@ -33,10 +34,7 @@ _SPATIAL = frozenset(
 )  # fmt: skip
 
 #: The same of any tensor, whichever axis channels run along.
-_ELEMENTWISE = frozenset({aten.relu.default, aten.leaky_relu.default, aten.add.Tensor})
-
-#: Padding with anything but zeros, or with what the edge has, would have to be scaled, too.
-_PADDING = aten.pad.default
+_ELEMENTWISE = frozenset({aten.relu.default, aten.leaky_relu.default})
 
 #: What an activation of a quantizer, or an operation, cuts its input off at.
 _CLAMPS = {"relu6": 6.0}
@@ -59,11 +57,6 @@ class ChannelGroup:
     quantizers: list[FakeQuantize] = field(default_factory=list)
     ceiling: float | None = None
     clamped: list[FakeQuantize] = field(default_factory=list)
-
-    @property
-    def channels(self) -> int:
-        """How many there are."""
-        return int(self.producers[0].weight.shape[0])
 
 
 #: A value: of a node in a graph, or what all calls of a layer have in common.
@@ -160,8 +153,8 @@ def _commutes(node: fx.Node) -> bool:
     """Whether an operation hands a positive factor per channel on."""
     if node.op != "call_function":
         return False
-    if node.target is _PADDING:
-        return len(node.args) < 3 or node.args[2] != "constant" or not any(node.args[3:])
+    if node.target is aten.pad.default:
+        return rule_of(node).kind is Kind.PASS  # other constants than 0 would have to be scaled, too
     if node.target is aten.add.Tensor:  # of a number, or of a parameter, it does not
         return all(isinstance(term, fx.Node) for term in node.args[:2])
     return node.target in _SPATIAL or node.target in _ELEMENTWISE

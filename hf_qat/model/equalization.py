@@ -73,7 +73,7 @@ def equalize(model: nn.Module, batches: Sequence[Inputs]) -> int:
         model: prepared; its ranges are to be collected afterwards.
         batches: of images, at least one.
     """
-    groups = [group for group in channel_groups(model) if not any(quantizer.frozen for quantizer in group.quantizers)]
+    groups = _free_groups(model)
     statistics = _measure(model, groups, batches)
     changed = 0
     for group in groups:
@@ -92,6 +92,8 @@ def equalize_if_nearer(model: nn.Module, batches: Sequence[Inputs], collect: Cal
         batches: of images, at least one.
         collect: collects all ranges anew.
     """
+    if not _free_groups(model):
+        return False
     tensors = [*model.parameters(), *model.buffers()]
     judged, before = batches[:JUDGED_BATCHES], [tensor.detach().clone() for tensor in tensors]
     nearness = outputs_sqnr(model, judged)
@@ -104,6 +106,10 @@ def equalize_if_nearer(model: nn.Module, batches: Sequence[Inputs], collect: Cal
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)
     return False
+
+
+def _free_groups(model: nn.Module) -> list[ChannelGroup]:
+    return [group for group in channel_groups(model) if not any(quantizer.frozen for quantizer in group.quantizers)]
 
 
 def _measure(
@@ -122,13 +128,13 @@ def _measure(
 def _watching(
     producers: dict[FakeQuantize, QATLayer], found: dict[FakeQuantize, list[ChannelStatistics]]
 ) -> Iterator[None]:
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, FakeQuantize)
         rows = output.float().movedim(producers[module].channel_dim(output), 0).flatten(1)
         low, high = rows.amin(1).clamp_max(0.0), rows.amax(1).clamp_min(0.0)
         found.setdefault(module, []).append(ChannelStatistics(low, high, rows.square().mean(1)))
 
-    handles = [quantizer.register_forward_hook(watch, with_kwargs=True) for quantizer in producers]
+    handles = [quantizer.register_forward_hook(watch) for quantizer in producers]
     try:
         yield
     finally:
@@ -147,31 +153,16 @@ class _Noise:
     """What rounding comes to in the outputs of a group's consumers, relative to their power."""
 
     def __init__(self, group: ChannelGroup, statistics: dict[FakeQuantize, ChannelStatistics]) -> None:
-        self.group = group
         self.tensors = [(quantizer.spec, statistics[quantizer]) for quantizer in group.quantizers]
         self.power = torch.stack([statistics[quantizer].power for quantizer in group.quantizers]).mean(0)
         self.readers = [_Reader(layer, self.power) for layer in group.consumers]
         self.writers = [_Writer(layer, self.power) for layer in group.producers if _shares_scale(layer)]
-        self.highest = torch.stack([statistics[q].high - statistics[q].low for q in group.quantizers]).amax(0)
-        self.most = self._most(statistics)
-
-    def _most(self, statistics: dict[FakeQuantize, ChannelStatistics]) -> Tensor:
-        """log2 of the largest factors: (C,); 0 where the smallest is 1, too."""
-        most = torch.full_like(self.power, math.log2(LARGEST_FACTOR))
-        if self.group.ceiling is not None:
-            reached = torch.stack([statistics[quantizer].high for quantizer in self.group.clamped]).amax(0)
-            room = torch.log2(HEADROOM * self.group.ceiling / reached.clamp_min(torch.finfo(torch.float32).tiny))
-            most = torch.minimum(most, room.clamp_min(0.0))
-        return torch.where(self.highest > 0, most, 0.0)
-
-    def _fixed(self) -> Tensor:
-        """Where a factor is 1: a channel of zeros, and one that has been cut off or might be."""
-        return self.most == 0.0
+        self.most = _most(group, statistics)
 
     @torch.enable_grad()
     def least(self) -> Tensor:
         """The factors with the least noise that was found: (C,), 1 where a channel stays as it is."""
-        fixed, least = self._fixed(), math.log2(1 / LARGEST_FACTOR)
+        least = torch.where(self.most == 0.0, 0.0, -math.log2(LARGEST_FACTOR))
         exponents = torch.zeros_like(self.power, requires_grad=True)
         best, found = float(self(torch.ones_like(self.power))), torch.zeros_like(self.power)
         optimizer = torch.optim.Adam([exponents], RATE)
@@ -184,7 +175,7 @@ class _Noise:
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                exponents.clamp_(least).copy_(torch.where(fixed, 0.0, torch.minimum(exponents, self.most)))
+                exponents.clamp_(least, self.most)
         return torch.exp2(found)
 
     def __call__(self, factors: Tensor) -> Tensor:
@@ -193,6 +184,17 @@ class _Noise:
         comes_in = steps.square().sum() / 12 + sum(writer.noise(factors) for writer in self.writers)
         total: Tensor = torch.stack([reader.noise(factors, comes_in) for reader in self.readers]).sum()
         return total
+
+
+def _most(group: ChannelGroup, statistics: dict[FakeQuantize, ChannelStatistics]) -> Tensor:
+    """log2 of the largest factors: (C,); 0 for a channel of zeros, and for one that is cut off or might be."""
+    extent = torch.stack([statistics[q].high - statistics[q].low for q in group.quantizers]).amax(0)
+    most = torch.full_like(extent, math.log2(LARGEST_FACTOR))
+    if group.ceiling is not None:
+        reached = torch.stack([statistics[quantizer].high for quantizer in group.clamped]).amax(0)
+        room = torch.log2(HEADROOM * group.ceiling / reached.clamp_min(torch.finfo(torch.float32).tiny))
+        most = torch.minimum(most, room.clamp_min(0.0))
+    return torch.where(extent > 0, most, 0.0)
 
 
 def _step(spec: QuantizerSpec, of: ChannelStatistics, factors: Tensor) -> Tensor:

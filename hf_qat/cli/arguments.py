@@ -65,6 +65,9 @@ class QATArguments:
         default_factory=list, metadata={"help": "Parts that stay in float: globs on module paths."}
     )
     calibration_batches: int = field(default=32, metadata={"help": "Batches to find the first ranges with."})
+    calibration_effort: str = field(
+        default="fast", metadata={"help": "best: learn rounding, scales and biases from the images, in minutes."}
+    )
     freeze_bn_at: float | None = field(
         default=None, metadata={"help": "Share of training after which batch norm is frozen."}
     )
@@ -105,6 +108,7 @@ class QATArguments:
             activations=None if self.activation_bits is None else {"bits": self.activation_bits},
             exclude=self.exclude,
             calibration_batches=self.calibration_batches,
+            calibration_effort=self.calibration_effort,
             freeze_bn_at=self.freeze_bn_at,
             freeze_ranges_at=self.freeze_ranges_at,
         )

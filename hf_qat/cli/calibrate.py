@@ -30,12 +30,6 @@ def main(argv: Sequence[str]) -> None:
     parser = parser_of("calibrate", DESCRIPTION, ModelArguments, DataArguments, QATArguments)
     parser.add_argument("--output_dir", type=Path, required=True, help="The directory to write.")
     parser.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
-    parser.add_argument(
-        "--effort",
-        choices=("fast", "best"),
-        default="fast",
-        help="best: learn rounding, scales and biases from the images, in minutes.",
-    )
     model, data, qat, other = parse(parser, argv)
     from hf_qat.cli.results import REPORT, stages_of, summary, write_report
     from hf_qat.cli.session import open_session, training_arguments  # so that --help need not wait for PyTorch
@@ -54,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     if session.evaluation is not None:
         with fake_quant_disabled(trainer.model):
             evaluated["float"] = trainer.evaluate()
-    trainer.calibrate(effort=other.effort)
+    trainer.calibrate()
     if session.evaluation is not None:
         evaluated["calibrated"] = trainer.evaluate()
     exported = trainer.export(other.output_dir)

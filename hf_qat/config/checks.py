@@ -139,6 +139,13 @@ def count(where: str, value: int) -> int:
     return value
 
 
+def one_of(where: str, value: str, choices: Sequence[str]) -> str:
+    """One of a few words."""
+    if value not in choices:
+        raise ConfigError(f"{where} must be {' or '.join(map(repr, choices))}, not {value!r}.")
+    return value
+
+
 def flag(where: str, value: object) -> bool:
     """True or False, and nothing that merely counts as such."""
     if not isinstance(value, bool):

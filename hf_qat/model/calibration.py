@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.config.checkpoint_info import Stage
+from hf_qat.config.checks import one_of
+from hf_qat.config.qat_config import EFFORTS
 from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.progress import Bar, length_of, progress
@@ -30,9 +32,6 @@ from hf_qat.quantization.quantizer import fake_quantizers
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: What `calibrate` knows under `effort`.
-EFFORTS = ("fast", "best")
-
 #: Batches that a choice between ranges averages over.
 RANGE_CHOICE_BATCHES = 4
 
@@ -44,9 +43,9 @@ def calibrate(
     model: Model,
     batches: Iterable[Inputs],
     num_batches: int | None = None,
-    bias_correction: bool = True,
+    bias_correction: bool | None = None,
     live_batch_norms: Sequence[nn.Module] = (),
-    effort: str = "fast",
+    effort: str | None = None,
 ) -> Model:
     """Find the scales of a prepared model from data, in place.
 
@@ -63,21 +62,22 @@ def calibrate(
             will do; of one of pairs, pass the first halves: `(images for images, labels in loader)`.
         num_batches: use at most so many.
         bias_correction: shift biases so that every layer's mean output is that of the float model, or learn them with
-            the rest; those that do not require gradients stay as they are.
+            the rest; those that do not require gradients stay as they are. As the model's config says, if left out.
         live_batch_norms: batch norms that normalise by each batch meanwhile, as they are about to in training from
             scratch, where their own statistics are of nothing yet. Biases and weights then stay as they are.
-        effort: `"fast"`, one pass over the batches; or `"best"`.
+        effort: `"fast"`, one pass over the batches; or `"best"`. As the model's config says, if left out.
 
     Returns:
         The same object. Frozen ranges are as they were, unless there were none yet.
 
     Raises:
         StageError: the model is not prepared.
-        CalibrationError: no batch, or integers, NaN or infinities in one; another effort than these.
+        CalibrationError: no batch, or integers, NaN or infinities in one.
+        ConfigError: another effort than these.
     """
-    require_stage(model, Stage.PREPARED, "calibrate")
-    if effort not in EFFORTS:
-        raise CalibrationError(f"effort must be {' or '.join(map(repr, EFFORTS))}, not {effort!r}.")
+    config = require_stage(model, Stage.PREPARED, "calibrate").config
+    bias_correction = config.bias_correction if bias_correction is None else bias_correction
+    effort = config.calibration_effort if effort is None else one_of("effort", effort, EFFORTS)
     best = effort == "best" and not live_batch_norms
     with progress("Calibrating", length_of(batches, num_batches), "batch") as bar:
         kept = _observe(model, islice(batches, num_batches), live_batch_norms, bar, best)

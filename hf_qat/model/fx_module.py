@@ -116,7 +116,7 @@ class QATFxModule(nn.Module):
             names = inspect.signature(self.module.forward).parameters
             batch = {**dict(zip(names, args, strict=False)), **kwargs} if kwargs else args
             freeze_ranges(self.module, False)
-            calibrate(self.module, [batch], bias_correction=False)
+            calibrate(self.module, [batch], bias_correction=False, effort="fast")
             freeze_ranges(self.module, self.schedule.phase == "ranges frozen")
             self._ranges_known = True
         elif any(quantizer.enabled for quantizer in unknown.values()):

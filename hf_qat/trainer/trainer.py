@@ -186,7 +186,7 @@ class QATTrainer(CheckpointingTrainer):
         if self._waits:
             self._prepare_model(self.model, loader)
 
-    def calibrate(self, dataset: Dataset[Any] | None = None, effort: str = "fast") -> None:
+    def calibrate(self, dataset: Dataset[Any] | None = None, effort: str | None = None) -> None:
         """Find the scales from data, without training; `evaluate()` then tells what that gives.
 
         `train()`, `evaluate()` and `predict()` do so by themselves where it has not been done. It draws no random
@@ -195,7 +195,7 @@ class QATTrainer(CheckpointingTrainer):
         Args:
             dataset: the train set if left out, shuffled; another one is read in its order. `calibration_batches` of
                 the config says how much of it.
-            effort: `"fast"`, or `"best"`, which takes minutes; see `hf_qat.calibrate`.
+            effort: `"fast"`, or `"best"`, which takes minutes; see `hf_qat.calibrate`. Else as the config says.
 
         Raises:
             CalibrationError: no data, or integers, NaN or infinities in it.
@@ -210,7 +210,7 @@ class QATTrainer(CheckpointingTrainer):
             inputs = inputs_of(self, self.model, loader)
             live = untrained_batch_norms(self.model)
             with self._bars():
-                calibrate(self.model, inputs, config.calibration_batches, config.bias_correction, live, effort)
+                calibrate(self.model, inputs, config.calibration_batches, live_batch_norms=live, effort=effort)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer does, beginning with a calibration where the model needs one.

@@ -35,6 +35,7 @@ def test_the_defaults_are_the_recipe_of_the_design():
     assert config.activation_scheme == TensorScheme(bits=8, symmetric=False, learned=True, observer="mse")
     assert (config.freeze_bn_at, config.freeze_ranges_at) == (0.0, 0.9)
     assert (config.calibration_batches, config.bias_correction) == (32, True)
+    assert config.calibration_effort == "fast"
     assert (config.distillation_weight, config.distillation_temperature) == (0.5, 2.0)
     assert config.scale_lr_multiplier == 10.0
     assert config.sync_batch_norm is False and config.save_memory is False
@@ -182,6 +183,11 @@ def test_calibration_batches_are_counted_from_one(value):
     assert "calibration_batches" in refused(calibration_batches=value)
 
 
+@pytest.mark.parametrize("value", ["Best", "", None, 1, True])
+def test_calibration_effort_is_fast_or_best(value):
+    assert "calibration_effort must be 'fast' or 'best'" in refused(calibration_effort=value)
+
+
 @pytest.mark.parametrize("value", [0, 1, None, "yes"])
 def test_bias_correction_is_true_or_false(value):
     assert "bias_correction" in refused(bias_correction=value)
@@ -325,6 +331,7 @@ configs = st.builds(
     freeze_bn_at=st.none() | st.floats(0, 0.5),
     freeze_ranges_at=st.floats(0.5, 1),
     calibration_batches=st.integers(1, 1000),
+    calibration_effort=st.sampled_from(["fast", "best"]),
     bias_correction=st.booleans(),
     distillation_weight=st.floats(0, 1),
     distillation_temperature=st.floats(0.1, 10),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, freeze_ranges, prepare_qat
-from hf_qat.errors import CalibrationError
+from hf_qat.errors import ConfigError
 from hf_qat.export.verify import Session
 from hf_qat.model import reconstruction
 from hf_qat.quantization.layers import qat_layers
@@ -28,8 +28,11 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(reconstruction, "STEPS", 60)
 
 
-def calibrated(effort: str, target: str = "w4a4", prepare=lambda model: model, **options) -> nn.Module:
-    model = prepare(prepare_qat(hand_written().eval(), QATConfig(target), torch.zeros(2, 3, 32, 32)))
+def calibrated(
+    effort: str | None, target: str | QATConfig = "w4a4", prepare=lambda model: model, **options
+) -> nn.Module:
+    config = target if isinstance(target, QATConfig) else QATConfig(target)
+    model = prepare(prepare_qat(hand_written().eval(), config, torch.zeros(2, 3, 32, 32)))
     return calibrate(model, list(images(256, seed=1).split(16)), effort=effort, **options)
 
 
@@ -51,6 +54,20 @@ def output_error(model: nn.Module) -> float:
 def test_the_output_is_nearer_to_that_of_the_float_model_on_images_never_seen(target):
     fast, best = map(output_error, both(target))
     assert best < 0.9 * fast
+
+
+def test_effort_and_the_correction_of_biases_are_those_of_the_config_if_nothing_is_said():
+    config = QATConfig("w4a4", calibration_effort="best", bias_correction=False)
+    told, said = calibrated(None, config), calibrated("best", bias_correction=False)
+    assert all(torch.equal(value, said.state_dict()[key]) for key, value in told.state_dict().items())
+    assert output_error(told) < 0.9 * output_error(calibrated("fast", config))
+
+
+def test_an_effort_that_is_not_known_is_refused_before_anything_changes():
+    model = prepare_qat(hand_written().eval(), QATConfig("w4a4"), torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ConfigError, match="effort must be 'fast' or 'best', not 'most'"):
+        calibrate(model, [images(4, seed=1)], effort="most")
+    assert not any(int(quantizer.observed) for quantizer in fake_quantizers(model).values())
 
 
 def test_no_code_of_a_weight_moves_by_more_than_one_and_some_do():
@@ -148,8 +165,3 @@ def test_modes_gradients_and_statistics_are_left_alone():
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(model.stem_norm.running_var, statistics[0]["running_var"])
     assert torch.equal(model.body_norm.running_var, statistics[1])
-
-
-def test_another_effort_is_refused():
-    with pytest.raises(CalibrationError, match="'fast' or 'best', not 'most'"):
-        calibrated("most")

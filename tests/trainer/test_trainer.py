@@ -259,10 +259,29 @@ class TestCalibration:
         trainer.calibrate()
         assert differing(values(trainer.model), values(expected)) == []
 
+    def test_its_effort_is_that_of_the_config_and_what_is_said_wins(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr("hf_qat.model.reconstruction.STEPS", 4)
+        best, fast, told = (
+            trainer_of(resnet(), tmp_path, qat={"target": "w4a4", "calibration_effort": effort})
+            for effort in ("best", "fast", "best")
+        )
+        best.calibrate()
+        fast.calibrate(effort="best")
+        told.calibrate(effort="fast")
+        assert differing(values(best.model), values(fast.model)) == []
+        assert differing(values(best.model), values(told.model))
+
     @pytest.mark.slow
     def test_training_after_calibrate_does_not_calibrate_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         calls = []
-        monkeypatch.setattr("hf_qat.trainer.trainer.calibrate", lambda *args: calls.append(args) or calibrate(*args))
+
+        def called(*args: object, **options: object) -> nn.Module:
+            calls.append(args)
+            return calibrate(*args, **options)
+
+        monkeypatch.setattr("hf_qat.trainer.trainer.calibrate", called)
         trainer = trainer_of(vit(), tmp_path, save_strategy="steps", save_steps=2)
         trainer.calibrate()
         trainer.train()

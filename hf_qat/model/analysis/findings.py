@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from hf_qat.config.mixed_precision import ACTIVATION_WIDTHS
 from hf_qat.model.analysis.layer import Finding, LayerAnalysis
 
 
@@ -46,7 +47,7 @@ def _findings(layer: LayerAnalysis) -> Iterator[Finding]:
         yield Finding(
             0,
             f"the weight keeps {layer.weight_sqnr:.0f} dB at {layer.weight_bits} bits",
-            f'give it more bits: overrides={{"{layer.path}": {{"weights": {{"bits": 8}}}}}}; or train it by QAT',
+            f'give it more bits: overrides={{"{_module(layer)}": {{"weights": {{"bits": 8}}}}}}; or train it by QAT',
         )
     wide = _range_to_bulk(layer)
     if wide is not None and wide > WIDE_RANGE:
@@ -59,8 +60,7 @@ def _findings(layer: LayerAnalysis) -> Iterator[Finding]:
         yield Finding(
             0,
             f"rounding its result to {layer.activation_bits} bits leaves {layer.own_sqnr:.0f} dB",
-            f'give it more bits: overrides={{"{layer.path}": {{"activations": {{"bits": 16}}}}}}, where the target '
-            f'can; or keep it in float: exclude="{layer.path}"',
+            _more_bits(layer),
         )
     if layer.saturated > MUCH_SATURATED and (layer.own_sqnr or 0.0) < FAIR_SQNR:
         yield Finding(
@@ -75,6 +75,24 @@ def _findings(layer: LayerAnalysis) -> Iterator[Finding]:
             f"{layer.dead_channels} of {layer.channels} channels are constant, whatever comes in",
             "they compute nothing: prune them, or look at how the float model was trained",
         )
+
+
+def _more_bits(layer: LayerAnalysis) -> str:
+    """What to write so that its result has more of them.
+
+    To exclude the layer would not help: what reads its result rounds it then.
+    """
+    bits = next((width for width in ACTIVATION_WIDTHS if width > (layer.activation_bits or 0)), ACTIVATION_WIDTHS[-1])
+    module, changes = _module(layer), f'{{"activations": {{"bits": {bits}}}}}'
+    if not module:
+        return f"give all results more bits, where the target can: QATConfig(activations={{'bits': {bits}}})"
+    inside = "" if module == layer.path else ", as all that is in the module"
+    return f'give it more bits{inside}, where the target can: overrides={{"{module}": {changes}}}; or train it by QAT'
+
+
+def _module(layer: LayerAnalysis) -> str:
+    """Path of the module that overrides are written for."""
+    return layer.path if layer.module is None else layer.module
 
 
 def _is_poor(layer: LayerAnalysis) -> bool:

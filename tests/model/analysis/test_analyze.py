@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ast
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from hf_qat import QATConfig, analyze, calibrate, convert, prepare_qat
 from hf_qat.errors import CalibrationError, StageError
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.models import hand_written, vit
+from tests.models import hand_written, resnet, vit
 
 
 def calibrated(model: nn.Module, images: list[Tensor], **options: object) -> nn.Module:
@@ -182,3 +184,21 @@ def test_ranges_that_newer_images_go_beyond_are_named_with_the_share_of_values(f
     share = float((values > 255.5 * leaving.scale).double().mean())
     assert share > 0.03 and len(beyond) == 1
     assert float(beyond[0].split("%")[0]) / 100 == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("make", [resnet, vit])
+def test_what_is_advised_for_a_value_can_be_written_and_gives_it_more_bits(make):
+    """Each override in the words of a finding, as one would copy it."""
+    x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    coarse = {"activations": {"bits": 3}}
+    layers = analyze(calibrate(prepare_qat(make().eval(), QATConfig(**coarse), x), [x]), [x]).layers
+    found = [(layer, finding.remedy) for layer in layers for finding in layer.findings]
+    advised = {layer.path == layer.module: (layer, remedy) for layer, remedy in found if "overrides" in remedy}
+    assert advised.keys() == {True, False}
+    for layer, remedy in advised.values():
+        (written,) = re.findall(r"overrides=({.*}}})", remedy)
+        config = QATConfig(**coarse, overrides=ast.literal_eval(written))
+        quantizers = fake_quantizers(prepare_qat(make().eval(), config, x))
+        ends = (".activation_quantizer", "_quantizer")
+        (quantizer,) = (quantizers[layer.path + end] for end in ends if layer.path + end in quantizers)
+        assert quantizer.spec.bits == 4, remedy

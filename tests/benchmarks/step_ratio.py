@@ -66,12 +66,20 @@ def vit_small(layers: int) -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
+def segformer_b0() -> transformers.PreTrainedModel:
+    """3.8 M parameters; it says of each pixel what it is."""
+    return transformers.SegformerForSemanticSegmentation(
+        transformers.SegformerConfig(num_labels=150, attn_implementation="eager")
+    )
+
+
 #: Name → how to make the float model, size of its square images, batch.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet18": (resnet18, 64, 32),
     "mobilenet_v2": (mobilenet_v2, 64, 32),
     "vit_small_6": (lambda: vit_small(6), 224, 4),
     "vit_small_12": (lambda: vit_small(12), 224, 4),
+    "segformer_b0": (segformer_b0, 256, 2),
 }
 
 OBSERVED = {"learned": False, "observer": "moving_average"}
@@ -134,6 +142,13 @@ class Variant:
         return sum(t.numel() * t.element_size() for t in tensors) + peak_bytes(self.step)
 
 
+def random_labels(model: transformers.PreTrainedModel, pixels: Tensor) -> Tensor:
+    """A class for each image, or for each of its pixels: (N,), or (N, H, W)."""
+    dense = isinstance(model, transformers.SegformerForSemanticSegmentation)
+    shape = (len(pixels), *pixels.shape[2:]) if dense else (len(pixels),)
+    return torch.randint(model.config.num_labels, shape, device=pixels.device)
+
+
 def quantized(model: nn.Module, pixels: Tensor, mode: Mode) -> nn.Module:
     """A calibrated copy of the float `model`, target int8, in one of the modes."""
     scheme = {} if mode.learned else {"weights": OBSERVED, "activations": OBSERVED}
@@ -148,7 +163,8 @@ def variants(name: str) -> list[Variant]:
     """The float model first, then the quantized ones; without batch norm, live and frozen are the same."""
     make, size, batch = MODELS[name]
     torch.manual_seed(0)
-    model, pixels, labels = make(), torch.randn(batch, 3, size, size), torch.randint(LABELS, (batch,))
+    model, pixels = make(), torch.randn(batch, 3, size, size)
+    labels = random_labels(model, pixels)
     has_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     modes = {name: mode for name, mode in MODES.items() if has_norm or name != "learned, BN live"}
     found = [Variant("float", model, pixels, labels)]

@@ -27,7 +27,18 @@ from hf_qat.quantization.quantizer import FakeQuantize
 from tests.benchmarks.peers.peer import TARGETS, Logits
 from tests.benchmarks.peers.registry import PEERS
 from tests.benchmarks.peers.rows import Scored, version_of
-from tests.benchmarks.step_ratio import HEAD, LABELS, MODELS, MODES, WARM_UP, Seconds, Variant, line, quantized, row
+from tests.benchmarks.step_ratio import (
+    HEAD,
+    MODELS,
+    MODES,
+    WARM_UP,
+    Seconds,
+    Variant,
+    line,
+    quantized,
+    random_labels,
+    row,
+)
 
 
 #: Of `step_ratio`: the default; scales frozen, too, as ModelOpt's are; batch norm live, as most peers have it.
@@ -89,7 +100,7 @@ def contestants(options: argparse.Namespace, name: str) -> Iterator[Contestant |
     torch.manual_seed(0)
     model = make().to(options.device)
     pixels = torch.randn(batch, 3, size, size, device=options.device)
-    labels = torch.randint(LABELS, (batch,), device=options.device)
+    labels = random_labels(model, pixels)
     yield Contestant("float", model, pixels, labels, bf16=options.bf16)
     has_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     for mode in OURS if has_norm else OURS[:2]:

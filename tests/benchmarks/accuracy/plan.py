@@ -16,6 +16,7 @@ from tests.benchmarks.accuracy.rows import (
     Bench,
     float_points,
     measure,
+    recipe_for,
 )
 from tests.benchmarks.accuracy.textures import PART, draw_part
 
@@ -86,4 +87,5 @@ def _float_order(pair: tuple[str, int]) -> tuple[bool, float, str, int]:
 def _steps(row: Wanted) -> float:
     """What it costs, in steps of training."""
     how = METHODS[row.method]
-    return how.epochs * TRAIN_IMAGES / NETS[row.net].batch + (STEPS_OF_BEST if how.effort == "best" else 0)
+    effort = how.effort or recipe_for(NETS[row.net].kind, row.target).config.get("calibration_effort")
+    return how.epochs * TRAIN_IMAGES / NETS[row.net].batch + (STEPS_OF_BEST if effort == "best" else 0)

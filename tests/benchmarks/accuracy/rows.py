@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from hf_qat import QATConfig, QATTrainer, __version__, export_onnx
 from hf_qat.cli.demo.run import quiet
-from hf_qat.config.recipes import read_recipe, recipe_names
+from hf_qat.config.recipes import Recipe, read_recipe, recipe_names
 from hf_qat.export.verify import Session
-from tests.benchmarks.accuracy.nets import NETS, Net
+from tests.benchmarks.accuracy.nets import NETS
 from tests.benchmarks.accuracy.textures import Images, images_of, normalized
 from tests.benchmarks.accuracy.training import Rows, answers, arguments, as_read, points, train_float
 
@@ -46,30 +46,32 @@ class Method:
         config: of `QATConfig`, besides the target.
         share: times the recipe's own.
         distil: whether the float net teaches.
-        effort: of the calibration.
+        effort: of the calibration; `None`: the recipe's.
     """
 
     epochs: float
     config: Mapping[str, Any] = field(default_factory=dict)
     share: float = 1.0
     distil: bool = False
-    effort: str = "fast"
+    effort: str | None = None
 
 
 METHODS: dict[str, Method] = {
-    "calibrated": Method(0),
+    "calibrated": Method(0, effort="fast"),
     "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
-    "calibrated, best, then QAT, 1 epoch": Method(1, effort="best"),
-    "calibrated, best, then QAT, 1 epoch, a quarter of the rate": Method(1, effort="best", share=0.25),
     "QAT, 3 epochs": Method(3),
-    "calibrated, best, then QAT, 3 epochs": Method(3, effort="best"),
-    "calibrated, best, then QAT, 3 epochs, a quarter of the rate": Method(3, effort="best", share=0.25),
+    "QAT, 9 epochs": Method(9),
     "QAT, 3 epochs, distilled": Method(3, distil=True),
+    "QAT, 3 epochs, distilled, twice the rate": Method(3, distil=True, share=2.0),
     "QAT, 3 epochs, half the rate": Method(3, share=0.5),
     "QAT, 3 epochs, twice the rate": Method(3, share=2.0),
     "QAT, 3 epochs, batch norm live for two": Method(3, {"freeze_bn_at": 2 / 3}),
     "QAT, 3 epochs, scales at the weights' rate": Method(3, {"scale_lr_multiplier": 1.0}),
+    "calibrated fast, QAT, 1 epoch, four times the rate": Method(1, share=4.0, effort="fast"),
+    "calibrated fast, QAT, 3 epochs, four times the rate": Method(3, share=4.0, effort="fast"),
+    "calibrated fast, QAT, 3 epochs, eight times the rate": Method(3, share=8.0, effort="fast"),
+    "calibrated fast, QAT, 3 epochs, four times the rate, distilled": Method(3, distil=True, share=4.0, effort="fast"),
 }
 
 
@@ -167,11 +169,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def learning_rate(net: Net, target: str) -> float:
-    """Of QAT, by the recipe for nets of this kind; by that for CNNs where there is none at these bits."""
-    names = (f"{kind}_{TARGETS[target]}" for kind in (net.kind, "cnn"))
-    recipe = read_recipe(next(name for name in names if name in recipe_names()))
-    return float(recipe.training_arguments(net.learning_rate)["learning_rate"])
+def recipe_for(kind: str, target: str) -> Recipe:
+    """That for nets of this kind; that for CNNs where there is none at these bits."""
+    names = (f"{each}_{TARGETS[target]}" for each in (kind, "cnn"))
+    return read_recipe(next(name for name in names if name in recipe_names()))
 
 
 @quiet()
@@ -181,11 +182,12 @@ def measure(bench: Bench, name: str, target: str, method: str, seed: int) -> Row
     model = bench.float_model(name, seed)
     before = points(list(answers(model, test, bench.device)), test, net.dense)
     directory = bench.directory / "quantized" / f"{name}-{target}-{method}-{seed}"
-    rate = learning_rate(net, target) * how.share
+    recipe = recipe_for(net.kind, target)
+    rate = recipe.training_arguments(net.learning_rate)["learning_rate"] * how.share
     trainer = QATTrainer(
         copy.deepcopy(model).to(memory_format=torch.channels_last),
         arguments(str(directory), net, seed, rate, max(how.epochs, 1), bench.device),
-        qat_config=QATConfig(target, **how.config),
+        qat_config=QATConfig(**{**recipe.config, "target": target, **how.config}),
         data_collator=as_read,
         train_dataset=Rows(bench.train(seed), net.dense, turns=True),
         eval_dataset=Rows(test, net.dense),

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_qat.cli.demo.run import quiet
 from tests.benchmarks.accuracy.nets import NETS
-from tests.benchmarks.accuracy.rows import Bench, learning_rate, name_of, on_runtime, versions
+from tests.benchmarks.accuracy.rows import Bench, name_of, on_runtime, recipe_for, versions
 from tests.benchmarks.accuracy.textures import Images, normalized
 from tests.benchmarks.accuracy.training import Rows, answers, arguments, as_read, points
 from tests.benchmarks.peers.peer import TARGETS, Logits, Peer
@@ -198,6 +198,12 @@ def version_of(peer: Peer) -> dict[str, str]:
 
 
 def rates(peer: Peer, net: str, target: str, factors: list[float]) -> list[float]:
-    """Those of our recipe for such nets, times `factors`, and the one that the peer's documents name, if they do."""
-    ours = [learning_rate(NETS[net], target) * factor for factor in factors]
+    """Those of our recipe for such nets, times `factors`, and the one that the peer's documents name, if they do.
+
+    A recipe that begins with our best calibration goes on from there at a small rate; peers get that of other CNNs.
+    """
+    of = NETS[net]
+    recipe = recipe_for(of.kind, target)
+    recipe = recipe_for("cnn", target) if "calibration_effort" in recipe.config else recipe
+    ours = [recipe.training_arguments(of.learning_rate)["learning_rate"] * factor for factor in factors]
     return [float(f"{rate:.4g}") for rate in (*ours, *peer.advised_rates)]

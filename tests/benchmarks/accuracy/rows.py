@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
     "QAT, 3 epochs": Method(3),
     "QAT, 9 epochs": Method(9),
     "QAT, 3 epochs, distilled": Method(3, distil=True),
-    "QAT, 3 epochs, distilled, twice the rate": Method(3, distil=True, share=2.0),
+    "QAT, 3 epochs, distilled, four times the rate": Method(3, distil=True, share=4.0),
     "QAT, 3 epochs, half the rate": Method(3, share=0.5),
     "QAT, 3 epochs, twice the rate": Method(3, share=2.0),
     "QAT, 3 epochs, batch norm live for two": Method(3, {"freeze_bn_at": 2 / 3}),

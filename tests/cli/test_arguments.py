@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
+from hf_qat import QATConfig
 from hf_qat.cli.arguments import QATArguments
 from hf_qat.cli.parsing import parse, parser_of
 from hf_qat.config.recipes import recipe_names
@@ -15,7 +16,7 @@ from hf_qat.errors import ConfigError
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_the_options_of_a_recipe_are_options_of_train(name: str, tmp_path: Path):
-    """That the command takes each of them, and that what is typed wins."""
+    """That the command takes each of them, loses none, and that what is typed wins."""
     typed = [
         "--config",
         name,
@@ -29,6 +30,7 @@ def test_the_options_of_a_recipe_are_options_of_train(name: str, tmp_path: Path)
     qat, args, _ = parse(parser_of("train", "", QATArguments, TrainingArguments), typed)
     assert args.num_train_epochs == 7 and args.lr_scheduler_type == "cosine"
     assert qat.learning_rate(5e-5) == pytest.approx(qat.learning_rate_share * 0.01)
+    assert qat.to_config() == QATConfig.from_recipe(name)
 
 
 def test_the_learning_rate_is_a_share_of_the_float_one_or_what_was_given():

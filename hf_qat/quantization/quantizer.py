@@ -65,13 +65,13 @@ class FakeQuantize(nn.Module):
         self.observer: RangeCollector | None = None
         self.learned = spec.learned and spec.fixed_scale is None
         shape = () if channels is None else (channels,)
-        self._add("log2_scale", torch.full(shape, math.log2(spec.fixed_scale or 1.0)))
+        self._add("log2_scale", torch.full(shape, math.log2(spec.fixed_scale or 1.0), dtype=torch.float32))
         if not spec.symmetric:
             # In units of the whole range, so that a step of the optimizer means the same at 4 and at 8 bits.
-            self._add("offset", torch.tensor(0.5))
+            self._add("offset", torch.tensor(0.5, dtype=torch.float32))
         if self.tracks_range:
-            self.register_buffer("range_min", torch.tensor(0.0))
-            self.register_buffer("range_max", torch.tensor(0.0))
+            self.register_buffer("range_min", torch.tensor(0.0, dtype=torch.float32))
+            self.register_buffer("range_max", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("observed", torch.tensor(0, dtype=torch.int64))
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -256,7 +256,7 @@ class FakeQuantize(nn.Module):
         low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
         low, high = synchronized_range(low.float(), high.float())
         finite = torch.isfinite(high - low)  # of one rank at least; no `if`, which would wait for the device
-        weight = (1 - self.observed).clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
+        weight = (1 - self.observed).float().clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
         self.range_min.lerp_(torch.where(finite, low, self.range_min), weight)
         self.range_max.lerp_(torch.where(finite, high, self.range_max), weight)
         self.observed.add_(finite)

@@ -228,7 +228,7 @@ class _FusedFold(torch.autograd.Function):
         channels = weight.shape[ctx.folding.axis]
         grad = torch.zeros_like(weight) if grad is None else laid_out_like(grad, weight)
         if bias_grad is None and kept is not None and not ctx.folding.live:
-            bias_grad = torch.zeros(channels, device=weight.device)
+            bias_grad = torch.zeros(channels, dtype=torch.float32, device=weight.device)
         dweight = torch.empty_like(weight)
         sums = torch.empty(4, channels, dtype=torch.float32, device=weight.device)
         with torch.cuda.device_of(weight):

@@ -191,7 +191,7 @@ def _table(rows: list[list[int]], device: torch.device) -> Tensor:
 def _layers_of(channels: tuple[int, ...], device: torch.device) -> Tensor:
     """Of each channel, which layer it is of; int32."""
     layers = torch.arange(len(channels), dtype=torch.int32)
-    return layers.repeat_interleave(torch.tensor(channels)).to(device)
+    return layers.repeat_interleave(torch.tensor(channels, dtype=torch.int64)).to(device)
 
 
 def _flags(scales: Sequence[Tensor], folding: Folding) -> tuple[bool, bool, bool, int]:

@@ -256,9 +256,9 @@ class FakeQuantize(nn.Module):
         low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
         low, high = synchronized_range(low.float(), high.float())
         finite = torch.isfinite(high - low)  # of one rank at least; no `if`, which would wait for the device
-        weight = (1 - self.observed).float().clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
-        self.range_min.lerp_(torch.where(finite, low, self.range_min), weight)
-        self.range_max.lerp_(torch.where(finite, high, self.range_max), weight)
+        weight = (1 - self.observed).to(self.range_min).clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
+        for end, reached in ((self.range_min, low), (self.range_max, high)):
+            end.lerp_(torch.where(finite, reached.to(end), end), weight)
         self.observed.add_(finite)
         self.set_qparams(*scale_from_range(self.range_min, self.range_max, self.spec))
 

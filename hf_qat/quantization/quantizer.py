@@ -24,6 +24,7 @@ from hf_qat.quantization.residuals import compact_fake_quantize
 from hf_qat.quantization.saved_codes import BYTE, keep_codes_found, keep_inputs, keeps_codes
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
+from hf_qat.quantization.transforms import refuse_transforms
 
 
 #: As near to the middle of two codes, the rounding of float32 decides which of them a zero point is.
@@ -170,6 +171,7 @@ class FakeQuantize(nn.Module):
             if self.observer is not None:
                 self.observer.observe(x.detach())
             return x
+        refuse_transforms()
         if activation is not None and not self.absorbs(activation):
             x = ACTIVATIONS[activation](x)
         if self.training and not self.frozen and self.tracks_range:

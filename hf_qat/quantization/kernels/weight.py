@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.arithmetic import divide, scale_of, to_codes
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
 from hf_qat.quantization.kernels.folding import Folding, Norm
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+from hf_qat.quantization.transforms import once_differentiable
 
 
 #: Values of a channel that a program works on together: the least of these that holds them all, or the last.

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.folding import FoldCall, Folding
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
 from hf_qat.quantization.kernels.weight import fold_channel, fold_channel_backward
+from hf_qat.quantization.transforms import once_differentiable
 
 
 #: Values of a channel that a program works on together.

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import pass_inside
 from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.kernels.cpu.activation import quantize, quantize_backward
 from hf_qat.quantization.learned_gradients import QuantizerValues, gradients
 from hf_qat.quantization.saved_codes import keep_inputs
+from hf_qat.quantization.transforms import once_differentiable
 
 
 def compiled_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:

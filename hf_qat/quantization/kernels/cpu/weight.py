@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.cpu.calls import FoldBackwardCall, FoldCall
 from hf_qat.quantization.kernels.cpu.loops import CHUNK, FOLD, FOLD_BACKWARD
@@ -18,6 +17,7 @@ from hf_qat.quantization.kernels.cpu.threads import run
 from hf_qat.quantization.kernels.folding import Folding, Norm
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
 from hf_qat.quantization.saved_codes import compute_again
+from hf_qat.quantization.transforms import once_differentiable
 
 
 def compiled_fold(

@@ -44,6 +44,10 @@ class NonFiniteError(HfQatError, ValueError):
     """A model that holds NaN or infinity."""
 
 
+class TransformError(HfQatError, RuntimeError):
+    """A transform of functions that rounding does not follow: `vmap`, `jvp`, batched gradients, …"""
+
+
 class WeightsError(HfQatError, ValueError):
     """A state dict that does not fit the model."""
 

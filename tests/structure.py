@@ -41,6 +41,11 @@ MAY_IMPORT = {
     for room in line
 }
 
+#: What makes a tensor of the default type, unless it is told another one.
+TENSOR_MAKERS = frozenset(
+    f"torch.{name}" for name in "empty eye full linspace ones rand randn scalar_tensor tensor zeros".split()
+)
+
 #: The table of contents, which names what is loaded later; it registers with transformers when it is imported.
 CONTENTS = "__init__"
 
@@ -107,6 +112,16 @@ class Module:
         parts = rest.split(".") if rest else []
         beginnings = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
         return next((name for name in beginnings if name in self.modules), CONTENTS)
+
+    @property
+    def untyped_tensors(self) -> list[int]:
+        """Lines where PyTorch makes a tensor whose type is what the program has set as its default."""
+        calls = [node for node in ast.walk(self.tree) if isinstance(node, ast.Call)]
+        return [
+            call.lineno
+            for call in calls
+            if ast.unparse(call.func) in TENSOR_MAKERS and "dtype" not in {keyword.arg for keyword in call.keywords}
+        ]
 
     @property
     def relative_imports(self) -> list[int]:

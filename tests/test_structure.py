@@ -52,6 +52,11 @@ def test_no_import_is_relative(modules):
     assert {module.name: module.relative_imports for module in modules if module.relative_imports} == {}
 
 
+def test_every_tensor_that_is_made_has_a_type_of_its_own(modules):
+    """A program may have set `torch.set_default_dtype`, and kernels write float32 into what they are given."""
+    assert {module.name: module.untyped_tensors for module in modules if module.untyped_tensors} == {}
+
+
 def test_the_top_of_the_package_is_rooms_and_four_files():
     top = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
     assert {path.name for path in top if path.is_file()} == LOOSE
@@ -130,6 +135,16 @@ class TestTheScript:
 
     def test_a_relative_import_is_named(self, package):
         assert [one.name for one in modules_of(package) if one.relative_imports] == ["low.third"]
+
+    def test_a_tensor_without_a_type_is_found(self, tmp_path):
+        (tmp_path / "one").mkdir()
+        lines = [
+            "x = torch.zeros(3)",
+            "y = torch.full((), 1.0, dtype=torch.float32)",
+            "z = f(torch.tensor(x, device=y))",
+        ]
+        (tmp_path / "one" / "file.py").write_text("\n".join(lines))
+        assert [module.untyped_tensors for module in modules_of(tmp_path / "one")] == [[1, 3]]
 
     def test_a_file_with_logic_needs_a_test_at_the_mirrored_path(self, package, tmp_path):
         assert untested(modules_of(package), tmp_path / "tests") == ["low.second"]

@@ -109,7 +109,7 @@ def sensitivity(model: nn.Module, batch: Inputs, steps: Sequence[float | None]) 
     generator = torch.Generator().manual_seed(0)
 
     def changed(x: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
         return x * (1 + PERTURBATION * noise).to(x.dtype) if x.is_floating_point() else x
 
     _, expected = _run_torch(model, batch)

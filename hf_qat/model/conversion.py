@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
+from hf_qat.errors import StageError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.graph.weights import fold_weights
 from hf_qat.model.finite import require_finite
@@ -16,7 +17,7 @@ from hf_qat.model.saved_config import attach_hf_quantizer
 from hf_qat.model.state import captured_children, require_ranges, require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, convert_layer
 from hf_qat.quantization.layers import FreezableBatchNorm, qat_layers
-from hf_qat.quantization.quantizer import FakeQuantize
+from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,13 +34,24 @@ def convert(model: Model) -> Model:
         The same object, in evaluation mode, without parameters that require gradients.
 
     Raises:
-        StageError: not prepared, converted already, or neither calibrated nor trained.
+        StageError: not prepared, converted already, cast to another type than float32, or neither calibrated nor
+            trained.
         NonFiniteError: a weight, a statistic or a range holds NaN or infinity, of which a code would show nothing.
     """
     require_stage(model, Stage.PREPARED, "convert")
+    _require_float32(model)
     require_finite(model, "convert")
     require_ranges(model, "convert")
     return swap_to_integer_modules(model)
+
+
+def _require_float32(model: nn.Module) -> None:
+    for path, quantizer in fake_quantizers(model).items():
+        if quantizer.log2_scale.dtype != torch.float32:
+            raise StageError(
+                f"cannot convert: {path}.log2_scale is {quantizer.log2_scale.dtype}, and codes are found in float32: "
+                "call model.float() first. What was rounded when the model was cast stays so."
+            )
 
 
 @torch.no_grad()

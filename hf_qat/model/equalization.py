@@ -162,7 +162,7 @@ class _Noise:
     @torch.enable_grad()
     def least(self) -> Tensor:
         """The factors with the least noise that was found: (C,), 1 where a channel stays as it is."""
-        least = torch.where(self.most == 0.0, 0.0, -math.log2(LARGEST_FACTOR))
+        least = torch.where(self.most == 0.0, self.most.new_zeros(()), -math.log2(LARGEST_FACTOR))
         exponents = torch.zeros_like(self.power, requires_grad=True)
         best, found = float(self(torch.ones_like(self.power))), torch.zeros_like(self.power)
         optimizer = torch.optim.Adam([exponents], RATE)

@@ -238,7 +238,8 @@ def _renew(quantizer: FakeQuantize, watch: _Watch) -> bool:
         return False
     low = HEADROOM * low if low < watch.low else watch.low
     high = HEADROOM * high if high > watch.high else watch.high
-    quantizer.set_qparams(*scale_from_range(torch.tensor(low), torch.tensor(high), quantizer.spec))
+    bounds = torch.tensor([low, high], dtype=torch.float32)
+    quantizer.set_qparams(*scale_from_range(bounds[0], bounds[1], quantizer.spec))
     return True
 
 

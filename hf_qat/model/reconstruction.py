@@ -190,7 +190,8 @@ class _Student:
                 self.outputs.clear()
                 of_batch = compared(found, wanted)
                 signal, noise = signal + of_batch[0], noise + of_batch[1]
-            return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), device=device_of(self.model))))
+            found_here = torch.tensor(sqnr(signal, noise), dtype=torch.float32, device=device_of(self.model))
+            return float(mean_over_ranks(found_here))
 
         return ratio
 

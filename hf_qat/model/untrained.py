@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_qat.graph.capture.modes import buffers_kept, modes_kept
@@ -78,4 +77,4 @@ def _batch_norms(model: nn.Module) -> list[nn.Module]:
 def _is_untrained(norm: Any) -> bool:
     if norm.running_mean.is_meta or (norm.num_batches_tracked is not None and int(norm.num_batches_tracked)):
         return False
-    return bool((norm.running_mean == 0).all()) and bool((norm.running_var == torch.ones(())).all())
+    return bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())

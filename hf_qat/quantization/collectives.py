@@ -29,7 +29,8 @@ def synchronized_range(minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor
 
 def range_over_ranks(minima: list[float], maxima: list[float]) -> tuple[list[float], list[float]]:
     """`synchronized_range` of float32 values kept as numbers; all ranks pass equally many, at least one."""
-    low, high = synchronized_range(torch.tensor(minima, device=_device()), torch.tensor(maxima, device=_device()))
+    bounds = (torch.tensor(values, dtype=torch.float32, device=_device()) for values in (minima, maxima))
+    low, high = synchronized_range(*bounds)
     return low.tolist(), high.tolist()
 
 

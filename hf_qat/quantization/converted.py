@@ -101,7 +101,7 @@ class QuantizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight in float32, dequantized: outer code reads its dtype and its shape, and may fill it with noise."""
         if self.codes.shape != self.weight_shape:
-            return torch.empty(self.weight_shape, device="meta")
+            return torch.empty(self.weight_shape, dtype=torch.float32, device="meta")
         return dequantize(self.codes, self.weight_scale, None, self._axis(self.weight_scale))
 
     def forward(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:

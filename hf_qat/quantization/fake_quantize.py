@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.kernels.cpu import compiles
+from hf_qat.quantization.transforms import once_differentiable, refuse_forward_mode, refuse_transforms
 
 
 Bound = Any  # a number, or a tensor where reading it would wait for a GPU
@@ -68,8 +68,10 @@ def fake_quantize(
     low, high = code_bounds(zero_point, x, qmin, qmax, axis)
     step = along(scale.detach(), x, axis)
     if x.requires_grad and torch.is_grad_enabled():
+        refuse_transforms()
         out: Tensor = _FakeQuantize.apply(x, step, low, high)
         return out
+    refuse_forward_mode()
     return round_as_dtype(x, step, low, high)
 
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import along, pass_between
 from hf_qat.quantization.saved_codes import fits_byte, keep_codes, keeps_codes
+from hf_qat.quantization.transforms import once_differentiable, refuse_transforms
 
 
 #: Elements that a CPU works on together. More than a few megabytes of new memory come from the system, page by page,
@@ -36,6 +36,7 @@ def fold_fake_quantize(
         weight: any shape, float32.
         multiplier, step: () or (C,), float32; C is the size of `weight` along `axis`.
     """
+    refuse_transforms()
     out: Tensor = _FoldFakeQuantize.apply(weight, multiplier, step, qmin, qmax, axis)
     return out
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.folding import rounded_weight, saved_weight, weight_gradients
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, FoldCall, Folding, Norm
+from hf_qat.quantization.transforms import once_differentiable, refuse_transforms
 
 
 def fold_layer(
@@ -34,6 +34,7 @@ def fold_layer(
         norm: what is folded in, if anything.
         folding: the rest.
     """
+    refuse_transforms()
     if fuses(weight):
         from hf_qat.quantization.kernels.weight import fused_fold
 
@@ -55,6 +56,7 @@ def fold_together(calls: Sequence[FoldCall]) -> list[tuple[Tensor, Tensor | None
     """`fold_layer` of each of `calls`, on a GPU where Triton runs; a launch each way for all that are of a kind."""
     from hf_qat.quantization.kernels.weights_together import fused_fold_together
 
+    refuse_transforms()
     found: dict[int, tuple[Tensor, Tensor | None]] = {}
     for kind in dict.fromkeys(call.kind() for call in calls):
         places = [place for place, call in enumerate(calls) if call.kind() == kind]

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import round_as_dtype
 from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.learned_gradients import QuantizerValues, gradients
 from hf_qat.quantization.saved_codes import keep_inputs, keeps_inputs
+from hf_qat.quantization.transforms import once_differentiable
 
 
 def learned_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:

@@ -69,7 +69,8 @@ class LearnedRounding:
         """Move the weights whose code is not the nearest one into the cell of their code; returns how many."""
         upper = self.position >= 0.5
         changed = upper != self.nearest_is_upper
-        folded = (self.low + torch.where(upper, 0.5 + INSIDE, 0.5 - INSIDE)) * self.step
+        position = torch.where(upper, self.position.new_tensor(0.5 + INSIDE), 0.5 - INSIDE)
+        folded = (self.low + position) * self.step
         for layer, values, moved in zip(self.layers, self._of_layers(folded), self._of_layers(changed), strict=True):
             factor = layer.fold_factor()
             if factor is not None:

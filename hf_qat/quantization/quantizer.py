@@ -24,6 +24,7 @@ from hf_qat.quantization.residuals import compact_fake_quantize
 from hf_qat.quantization.saved_codes import BYTE, keep_codes_found, keep_inputs, keeps_codes
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
+from hf_qat.quantization.transforms import refuse_transforms
 
 
 #: As near to the middle of two codes, the rounding of float32 decides which of them a zero point is.
@@ -65,13 +66,13 @@ class FakeQuantize(nn.Module):
         self.observer: RangeCollector | None = None
         self.learned = spec.learned and spec.fixed_scale is None
         shape = () if channels is None else (channels,)
-        self._add("log2_scale", torch.full(shape, math.log2(spec.fixed_scale or 1.0)))
+        self._add("log2_scale", torch.full(shape, math.log2(spec.fixed_scale or 1.0), dtype=torch.float32))
         if not spec.symmetric:
             # In units of the whole range, so that a step of the optimizer means the same at 4 and at 8 bits.
-            self._add("offset", torch.tensor(0.5))
+            self._add("offset", torch.tensor(0.5, dtype=torch.float32))
         if self.tracks_range:
-            self.register_buffer("range_min", torch.tensor(0.0))
-            self.register_buffer("range_max", torch.tensor(0.0))
+            self.register_buffer("range_min", torch.tensor(0.0, dtype=torch.float32))
+            self.register_buffer("range_max", torch.tensor(0.0, dtype=torch.float32))
         self.register_buffer("observed", torch.tensor(0, dtype=torch.int64))
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -170,6 +171,7 @@ class FakeQuantize(nn.Module):
             if self.observer is not None:
                 self.observer.observe(x.detach())
             return x
+        refuse_transforms()
         if activation is not None and not self.absorbs(activation):
             x = ACTIVATIONS[activation](x)
         if self.training and not self.frozen and self.tracks_range:
@@ -256,9 +258,9 @@ class FakeQuantize(nn.Module):
         low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
         low, high = synchronized_range(low.float(), high.float())
         finite = torch.isfinite(high - low)  # of one rank at least; no `if`, which would wait for the device
-        weight = (1 - self.observed).clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
-        self.range_min.lerp_(torch.where(finite, low, self.range_min), weight)
-        self.range_max.lerp_(torch.where(finite, high, self.range_max), weight)
+        weight = (1 - self.observed).to(self.range_min).clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
+        for end, reached in ((self.range_min, low), (self.range_max, high)):
+            end.lerp_(torch.where(finite, reached.to(end), end), weight)
         self.observed.add_(finite)
         self.set_qparams(*scale_from_range(self.range_min, self.range_max, self.spec))
 

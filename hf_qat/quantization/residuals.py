@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import as_dtype, pass_inside, sum_of_products
 from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.learned_gradients import QuantizerValues, offset_gradient
 from hf_qat.quantization.saved_codes import byte_shift, keep_codes, to_byte
+from hf_qat.quantization.transforms import once_differentiable
 
 
 class ByteRange(NamedTuple):
@@ -96,7 +96,7 @@ class _Compact(torch.autograd.Function):
             changed = ends / own.spread + outside * (values.low - own.low) - moved / (2 * own.amplitude)
             dlog2 = changed * values.unlimited_scale * math.log(2.0)
             if offset is not None:
-                doffset = offset_gradient(torch.as_tensor(-outside), offset, values)
+                doffset = offset_gradient(torch.as_tensor(-outside, dtype=torch.float32), offset, values)
         return dx.to(ctx.dtype), dlog2, doffset, None
 
 

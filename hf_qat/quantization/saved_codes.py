@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hf_qat.quantization.kernels.cpu import compiles
+from hf_qat.quantization.transforms import transforms_functions
 
 
 #: Attribute of a storage: its contents as `Codes`, a `KeptCopy`, or a weak reference to `Recomputed`.
@@ -279,9 +280,11 @@ def kept_for_backward(kept: Kept) -> Iterator[None]:
     """Inside, what an operation keeps of a quantized tensor for backward is as `kept` says, if gradients are wanted.
 
     Not so under a compiler, which decides itself what to keep, nor inside the hooks of somebody else (gradient
-    checkpointing and offloading have their own way with what is kept), nor where there may be none (`torch.func`).
+    checkpointing and offloading have their own way with what is kept), nor under `torch.func`, whose tensors have no
+    memory of their own.
     """
-    if kept is Kept.TENSORS or torch.compiler.is_compiling() or not torch.is_grad_enabled() or _others_hooks():
+    nothing = kept is Kept.TENSORS or torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    if nothing or _others_hooks() or transforms_functions():
         yield
         return
     before = _here.kept, _here.part, _here.recomputed

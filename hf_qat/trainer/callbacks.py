@@ -150,4 +150,4 @@ def clipped_weights(model: nn.Module) -> Tensor:
         codes = layer.float_weight().movedim(layer.channel_axis, 0).flatten(1) / quantizer.scale.view(-1, 1)
         clipped.append(((codes < quantizer.spec.qmin - 0.5) | (codes > quantizer.spec.qmax + 0.5)).sum())
         total += codes.numel()
-    return torch.stack(clipped).sum() / total if clipped else torch.tensor(0.0)
+    return torch.stack(clipped).sum().float() / total if clipped else torch.tensor(0.0, dtype=torch.float32)

@@ -59,7 +59,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if not wanted or not is_active():
         return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in wanted]
-    have = torch.tensor([float(p.grad is not None) for p in wanted], device=wanted[0].device)
+    have = wanted[0].new_tensor([float(p.grad is not None) for p in wanted])
     mean = mean_over_ranks(torch.cat([have, *(gradient.flatten() for gradient in gradients)]))
     sizes = [gradient.numel() for gradient in gradients]
     everywhere = all(parameter.grad is not None for parameter in wanted)

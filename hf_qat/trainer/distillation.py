@@ -33,7 +33,7 @@ class Distillation:
     def __init__(self, teacher: nn.Module, temperature: float, device: torch.device) -> None:
         self.teacher = teacher.to(device).eval()
         self.temperature = temperature
-        self._sum = torch.zeros((), device=device)
+        self._sum = torch.zeros((), dtype=torch.float32, device=device)
         self._count = 0
 
     def loss(self, student: nn.Module, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -131,7 +131,7 @@ def _rehearsed_loss(
         ):
             inputs = trainer._prepare_inputs(dict(batch))
             model.train()
-            items = torch.tensor(num_items, device=device)
+            items = torch.tensor(num_items, dtype=torch.int64, device=device)
             loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)
     except Exception as error:
         logger.warning(

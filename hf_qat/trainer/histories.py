@@ -35,7 +35,7 @@ class CodeHistory:
             Share of the weights whose code has changed since the look before, against the way in which it had changed
             the time before: () float32. Nagel et al. 2022 look after every step; this sees what its looks show.
         """
-        turned, total = torch.tensor(0.0), 0
+        turned, total = torch.tensor(0.0, dtype=torch.float32), 0
         for path, layer in qat_layers(model).items():
             codes = layer.codes(layer.weight_quantizer.scale).to(torch.int16)
             total += codes.numel()
@@ -88,7 +88,7 @@ def activation_reaches(model: nn.Module) -> dict[str, float]:
     for path, quantizer in fake_quantizers(model).items():
         if id(quantizer) in weights or quantizer.spec.fixed_scale is not None:
             continue
-        zero = torch.zeros(()) if quantizer.zero_point is None else quantizer.zero_point.round()
+        zero = torch.zeros((), dtype=torch.float32) if quantizer.zero_point is None else quantizer.zero_point.round()
         ends = torch.stack([(code - zero.float()).abs().max() for code in (quantizer.spec.qmin, quantizer.spec.qmax)])
         found[path] = float(ends.max() * quantizer.scale.max())
     return found

@@ -389,3 +389,13 @@ def test_a_model_that_is_not_finite_is_refused_by_the_name_of_the_tensor(name):
     with pytest.raises(NonFiniteError, match=rf"cannot convert: {name} of HandWritten holds NaN"):
         convert(model)
     assert "head.weight_quantizer.log2_scale" in model.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_that_was_cast_is_converted_in_float32_alone(dtype):
+    x = torch.randn(2, 3, 32, 32)
+    model = calibrate(prepare_qat(hand_written(), QATConfig(), x), [x]).to(dtype)
+    with pytest.raises(StageError, match=r"log2_scale is torch\.\w+.*: call model\.float\(\) first"):
+        convert(model)
+    expected = model.float().eval()(x)
+    torch.testing.assert_close(convert(model)(x), expected, rtol=0, atol=0)

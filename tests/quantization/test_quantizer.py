@@ -213,6 +213,14 @@ def test_a_moving_average_follows_the_data_in_training_alone():
     assert made.range_max.item() == pytest.approx(high) and made.observed.item() == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_moving_average_goes_on_where_its_model_is_cast(dtype):
+    made = FakeQuantize(QuantizerSpec(signed=False, symmetric=False, observer="moving_average")).to(dtype)
+    for _ in range(2):
+        made.train()(torch.tensor([-1.0, 3.0], dtype=dtype))
+    assert (made.range_min.item(), made.range_max.item(), made.observed.item()) == (-1.0, 3.0, 2)
+
+
 def test_a_moving_average_behind_a_relu_starts_at_0():
     made = FakeQuantize(QuantizerSpec(signed=False, non_negative=True, observer="moving_average"))
     made.train()(torch.tensor([-7.0, 5.1]), "relu")

@@ -27,7 +27,9 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """(N, 3, H, W) pixels and (N,) labels."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        **({"labels": torch.tensor([row["labels"] for row in rows])} if "labels" in rows[0] else {}),
+        **(
+            {"labels": torch.tensor([row["labels"] for row in rows], dtype=torch.int64)} if "labels" in rows[0] else {}
+        ),
     }
 
 

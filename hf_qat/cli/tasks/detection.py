@@ -115,7 +115,8 @@ def _as_coco(detected: dict[str, Tensor]) -> list[dict[str, Any]]:
 
 def _labelled(label: dict[str, Any], height: float, width: float) -> list[dict[str, Any]]:
     """Objects of one image, whose boxes are centre, width and height in shares of the image."""
-    boxes = torch.as_tensor(label["boxes"]).double() * torch.tensor([width, height, width, height]).double()
+    size = torch.tensor([width, height, width, height], dtype=torch.float64)
+    boxes = torch.as_tensor(label["boxes"]).double() * size
     boxes[:, :2] -= boxes[:, 2:] / 2
     classes = torch.as_tensor(label["class_labels"]).tolist()
     return [

@@ -359,7 +359,7 @@ def _sample(record: CallRecord, size: int) -> list[Tensor] | None:
             if n != wanted:
                 x = x.index_select(dim, torch.arange(wanted, device=x.device) % n)
         if x.is_floating_point():
-            noise = torch.randn(x.shape, generator=generator).to(x)
+            noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
             x = x + PERTURBATION * noise * (x.std() if x.numel() > 1 else 1.0)
         resized.append(x)
     return resized

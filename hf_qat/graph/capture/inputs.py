@@ -76,7 +76,7 @@ def guess_inputs(model: nn.Module) -> dict[str, Tensor]:
         )
     height, width = _image_size(config)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(2, _channels(config), height, width, generator=generator)
+    pixels = torch.randn(2, _channels(config), height, width, generator=generator, dtype=torch.float32)
     return {"pixel_values": pixels}
 
 
@@ -124,7 +124,7 @@ def changed_images(inputs: Inputs | TwoSizes) -> Inputs | TwoSizes:
     def change(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 4:
             return leaf
-        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf)
         return leaf.detach() + CHANGE * leaf.detach().std() * noise
 
     changed: Inputs | TwoSizes = pytree.tree_map(change, inputs)

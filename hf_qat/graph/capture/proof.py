@@ -120,7 +120,7 @@ def _gradients(outputs: list[Any], leaves: list[Tensor]) -> list[Tensor | None]:
     differentiable = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     if not leaves or not differentiable:
         return [None] * len(leaves)
-    weights = [torch.linspace(0.5, 1.5, x.numel()).view(x.shape).to(x) for x in differentiable]
+    weights = [torch.linspace(0.5, 1.5, x.numel(), dtype=torch.float32).view(x.shape).to(x) for x in differentiable]
     return list(torch.autograd.grad(differentiable, leaves, weights, allow_unused=True))
 
 

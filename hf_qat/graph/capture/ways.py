@@ -144,7 +144,8 @@ def random_like(tensor: Tensor) -> Tensor:
     if tensor.device.type != "meta":
         return tensor
     if tensor.is_floating_point():
-        return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.dtype)
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
 
 

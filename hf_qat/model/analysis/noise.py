@@ -150,7 +150,8 @@ def outputs_sqnr(model: nn.Module, batches: Sequence[Inputs]) -> float:
             wanted = run(model, batch)
         of_batch = compared(run(model, batch), wanted)
         signal, noise = signal + of_batch[0], noise + of_batch[1]
-    return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), device=device_of(model))))
+    ratio = torch.tensor(sqnr(signal, noise), dtype=torch.float32, device=device_of(model))
+    return float(mean_over_ranks(ratio))
 
 
 def compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:

@@ -47,7 +47,8 @@ def _works(device: torch.device) -> bool:
         from hf_qat.quantization.kernels.activation import quantize
         from hf_qat.quantization.kernels.code_range import CodeRange
 
-        quantize(torch.zeros(1, device=device), torch.zeros((), device=device), None, CodeRange(0, 1))
+        x = torch.zeros(1, dtype=torch.float32, device=device)
+        quantize(x, x[0], None, CodeRange(0, 1))
     except Exception as error:  # no Triton, no C compiler, a GPU that it does not know: torch can do without
         logger.warning("Triton does not run on %s, so fake quantization is slower there: %s", device, error)
         return False

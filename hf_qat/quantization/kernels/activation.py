@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.arithmetic import ROUNDING, divide, scale_of, to_codes
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+from hf_qat.quantization.transforms import once_differentiable
 
 
 #: Elements that a program works on together.

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import round_as_dtype
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.learned_gradients import QuantizerValues
+from hf_qat.quantization.transforms import once_differentiable
 
 
 @torch.library.custom_op("hf_qat::fake_quantize_backward", mutates_args=())

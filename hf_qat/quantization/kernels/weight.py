@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.arithmetic import divide, scale_of, to_codes
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
 from hf_qat.quantization.kernels.folding import Folding, Norm
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+from hf_qat.quantization.transforms import once_differentiable
 
 
 #: Values of a channel that a program works on together: the least of these that holds them all, or the last.
@@ -228,7 +228,7 @@ class _FusedFold(torch.autograd.Function):
         channels = weight.shape[ctx.folding.axis]
         grad = torch.zeros_like(weight) if grad is None else laid_out_like(grad, weight)
         if bias_grad is None and kept is not None and not ctx.folding.live:
-            bias_grad = torch.zeros(channels, device=weight.device)
+            bias_grad = torch.zeros(channels, dtype=torch.float32, device=weight.device)
         dweight = torch.empty_like(weight)
         sums = torch.empty(4, channels, dtype=torch.float32, device=weight.device)
         with torch.cuda.device_of(weight):

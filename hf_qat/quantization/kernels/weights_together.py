@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.folding import FoldCall, Folding
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
 from hf_qat.quantization.kernels.weight import fold_channel, fold_channel_backward
+from hf_qat.quantization.transforms import once_differentiable
 
 
 #: Values of a channel that a program works on together.
@@ -191,7 +191,7 @@ def _table(rows: list[list[int]], device: torch.device) -> Tensor:
 def _layers_of(channels: tuple[int, ...], device: torch.device) -> Tensor:
     """Of each channel, which layer it is of; int32."""
     layers = torch.arange(len(channels), dtype=torch.int32)
-    return layers.repeat_interleave(torch.tensor(channels)).to(device)
+    return layers.repeat_interleave(torch.tensor(channels, dtype=torch.int64)).to(device)
 
 
 def _flags(scales: Sequence[Tensor], folding: Folding) -> tuple[bool, bool, bool, int]:

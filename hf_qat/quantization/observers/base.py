@@ -80,7 +80,8 @@ class Observer(ABC):
             raise CalibrationError(
                 "no values were observed, so there is no range; run at least one batch through this part of the model"
             )
-        return scale_from_range(torch.tensor(minimum), torch.tensor(maximum), self.spec)
+        bounds = torch.tensor([minimum, maximum], dtype=torch.float32)
+        return scale_from_range(bounds[0], bounds[1], self.spec)
 
     def synchronize(self) -> None:
         """Merge the state over all `torch.distributed` ranks: N ranks then see what one sees with N times the data.

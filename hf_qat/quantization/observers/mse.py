@@ -38,20 +38,22 @@ class MSEObserver(HistogramObserver):
     def _range(self) -> tuple[float, float]:
         if self.histogram.minimum > self.histogram.maximum:
             return self.histogram.minimum, self.histogram.maximum
-        bounds = torch.tensor([min(self.histogram.minimum, 0.0), max(self.histogram.maximum, 0.0)])
-        best = self._search(bounds, bounds, torch.tensor([True, True]))
+        ends = min(self.histogram.minimum, 0.0), max(self.histogram.maximum, 0.0)
+        bounds = torch.tensor(ends, dtype=torch.float32)
+        both, upper = (torch.tensor(moving, dtype=torch.bool) for moving in ((True, True), (False, True)))
+        best = self._search(bounds, bounds, both)
         if not self.spec.symmetric:
             for _ in range(ROUNDS):
-                best = self._search(best, bounds, torch.tensor([False, True]))
-                best = self._search(best, bounds, torch.tensor([True, False]))
+                best = self._search(best, bounds, upper)
+                best = self._search(best, bounds, ~upper)
         low, high = best.tolist()
         return low, high
 
     def _search(self, current: Tensor, bounds: Tensor, moving: Tensor) -> Tensor:
         """Best (2,) range whose `moving` ends are fractions of `bounds`, and whose others are those of `current`."""
-        first = torch.where(moving, torch.outer(torch.tensor(CLIPPING_FRACTIONS), bounds), current)
+        first = torch.where(moving, torch.outer(bounds.new_tensor(CLIPPING_FRACTIONS), bounds), current)
         best = self._best(torch.cat([current[None], first]))
-        finer = torch.where(moving, torch.outer(torch.tensor(REFINING_FACTORS), best), best)
+        finer = torch.where(moving, torch.outer(best.new_tensor(REFINING_FACTORS), best), best)
         # Never beyond the data: nothing is to be won there but the luck of the grid.
         return self._best(torch.stack([finer[:, 0].maximum(bounds[0]), finer[:, 1].minimum(bounds[1])], dim=1))
 

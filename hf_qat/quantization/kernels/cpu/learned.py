@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.fake_quantize import pass_inside
 from hf_qat.quantization.kernels.cpu import compiles
 from hf_qat.quantization.kernels.cpu.activation import quantize, quantize_backward
 from hf_qat.quantization.learned_gradients import QuantizerValues, gradients
 from hf_qat.quantization.saved_codes import keep_inputs
+from hf_qat.quantization.transforms import once_differentiable
 
 
 def compiled_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
@@ -38,7 +38,7 @@ class _Compiled(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         values, step, offset, wanted = ctx.values, ctx.step, ctx.offset, ctx.needs_input_grad
         if not compiles(grad):
-            offset = None if offset is None else torch.scalar_tensor(offset)
+            offset = None if offset is None else torch.scalar_tensor(offset, dtype=torch.float32)
             return *gradients(grad, x, offset, None, values, wanted), None
         if not (wanted[1] or wanted[2]):
             return pass_inside(grad, x, values.scale, values.low, values.high), None, None, None
@@ -47,9 +47,9 @@ class _Compiled(torch.autograd.Function):
         if wanted[1]:
             unlimited = float(values.unlimited_scale)
             ratio = 1.0 if unlimited == step else unlimited / step  # both may have vanished
-            dlog2 = torch.scalar_tensor(changed * math.log(2.0) * ratio)
+            dlog2 = torch.scalar_tensor(changed * math.log(2.0) * ratio, dtype=torch.float32)
         if wanted[2]:
             gradient = -outside * step * values.span
             away = (offset - min(max(offset, 0.0), 1.0)) * gradient < 0.0
-            doffset = torch.scalar_tensor(0.0 if away else gradient)
+            doffset = torch.scalar_tensor(0.0 if away else gradient, dtype=torch.float32)
         return dx if wanted[0] else None, dlog2, doffset, None

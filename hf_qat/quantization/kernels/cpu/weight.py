@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.kernels.cpu.calls import FoldBackwardCall, FoldCall
 from hf_qat.quantization.kernels.cpu.loops import CHUNK, FOLD, FOLD_BACKWARD
@@ -18,6 +17,7 @@ from hf_qat.quantization.kernels.cpu.threads import run
 from hf_qat.quantization.kernels.folding import Folding, Norm
 from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
 from hf_qat.quantization.saved_codes import compute_again
+from hf_qat.quantization.transforms import once_differentiable
 
 
 def compiled_fold(
@@ -53,7 +53,7 @@ class _CompiledFold(torch.autograd.Function):
         if variance is not None and folding.live:
             variance = variance.clone()  # the batch norm that follows moves it before backward
         elif variance is not None:
-            folded = torch.empty(weight.shape[folding.axis])
+            folded = torch.empty(weight.shape[folding.axis], dtype=torch.float32)
         tensors = weight, scale, variance, gamma, mean, bias
         _fold(tensors, folding, out, beta, folded)
         compute_again(out, _folded, folding, weight, scale, variance, gamma)
@@ -72,8 +72,8 @@ class _CompiledFold(torch.autograd.Function):
         folds = variance is not None and not ctx.folding.live
         bias_grad = bias_grad.contiguous() if folds and bias_grad is not None else None
         dweight, channels = torch.empty_like(weight), weight.shape[ctx.folding.axis]
-        dscale = torch.empty(channels)
-        dgamma, dbias = (torch.empty(channels) if folds and wanted else None for wanted in (by_gamma, by_bias))
+        dscale = torch.empty(channels, dtype=torch.float32)
+        dgamma, dbias = (torch.empty_like(dscale) if folds and wanted else None for wanted in (by_gamma, by_bias))
         gradients = (grad, bias_grad, dweight, dscale, dgamma, dbias)
         call = FoldBackwardCall(*_told((weight, scale, *norm), ctx.folding), *_addresses(gradients))
         run(FOLD_BACKWARD, call, _chunks(call))

@@ -24,6 +24,7 @@ from hf_qat.errors import WeightsError
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
 from hf_qat.quantization.packing import unpack_nibbles
 from hf_qat.quantization.quantizer import FakeQuantize
+from hf_qat.quantization.scales import USABLE, unusable
 from hf_qat.quantization.weight_quantizer import QuantizedWeight
 
 
@@ -41,6 +42,10 @@ DTYPES = {
 
 #: What float weights of the model may lie in; reading them into float32 loses nothing.
 FLOATS = ("F32", "BF16", "F16")
+
+
+#: Where numbers that training learns are none any more.
+DIVERGED = "The training that saved it had diverged, or the file is damaged"
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,9 @@ class Stored:
             tensor: Tensor = handle.get_tensor(self.key)
         return tensor
 
-    def refuse(self, what: str) -> WeightsError:
-        """The error that says `what` of this tensor."""
-        return WeightsError(
-            f"{self.file}: {self.key!r} {what}. The file is damaged, or was changed by hand: take another copy."
-        )
+    def refuse(self, what: str, cause: str = "The file is damaged, or was changed by hand") -> WeightsError:
+        """The error that says `what` of this tensor, and its likely `cause`."""
+        return WeightsError(f"{self.file}: {self.key!r} {what}. {cause}: take another copy.")
 
 
 def check_tensors(
@@ -195,15 +198,14 @@ def _check_scale(stored: Stored, module: QuantizeDequantize | QuantizedLayer | Q
 
 
 def _require_scale(stored: Stored, scale: Tensor) -> None:
-    smallest = torch.finfo(torch.float32).tiny
-    bad = scale[~((scale >= smallest) & (scale < math.inf))].flatten()
+    bad = unusable(scale)
     if bad.numel():
-        raise stored.refuse(f"gives a scale of {bad[0].item()}, and scales are positive, finite, and not denormal")
+        raise stored.refuse(f"gives a scale of {bad[0].item()}, and scales are {USABLE}", DIVERGED)
 
 
 def _check_finite(stored: Stored, module: FakeQuantize) -> None:
     if not bool(stored.read().isfinite().all()):
-        raise stored.refuse("holds NaN or infinity")
+        raise stored.refuse("holds NaN or infinity", DIVERGED)
 
 
 def _check_count(stored: Stored, module: FakeQuantize) -> None:

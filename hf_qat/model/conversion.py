@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
-from hf_qat.errors import StageError
+from hf_qat.errors import NonFiniteError, StageError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.graph.weights import fold_weights
 from hf_qat.model.finite import require_finite
@@ -18,6 +18,7 @@ from hf_qat.model.state import captured_children, require_ranges, require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, convert_layer
 from hf_qat.quantization.layers import FreezableBatchNorm, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+from hf_qat.quantization.scales import USABLE, unusable
 
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,11 +37,13 @@ def convert(model: Model) -> Model:
     Raises:
         StageError: not prepared, converted already, cast to another type than float32, or neither calibrated nor
             trained.
-        NonFiniteError: a weight, a statistic or a range holds NaN or infinity, of which a code would show nothing.
+        NonFiniteError: a weight, a statistic or a range holds NaN or infinity, of which a code would show nothing; or
+            a scale has vanished.
     """
     require_stage(model, Stage.PREPARED, "convert")
     _require_float32(model)
     require_finite(model, "convert")
+    _require_usable_scales(model)
     require_ranges(model, "convert")
     return swap_to_integer_modules(model)
 
@@ -51,6 +54,16 @@ def _require_float32(model: nn.Module) -> None:
             raise StageError(
                 f"cannot convert: {path}.log2_scale is {quantizer.log2_scale.dtype}, and codes are found in float32: "
                 "call model.float() first. What was rounded when the model was cast stays so."
+            )
+
+
+def _require_usable_scales(model: nn.Module) -> None:
+    for path, quantizer in fake_quantizers(model).items():
+        bad = unusable(quantizer.scale)
+        if bad.numel():
+            raise NonFiniteError(
+                f"cannot convert: {path} of {type(model).__name__} has a scale of {bad[0].item()}, and scales are "
+                f"{USABLE}. Training has diverged: load weights and scales from before it."
             )
 
 

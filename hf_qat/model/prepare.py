@@ -178,9 +178,10 @@ def _make_norms_freezable(model: nn.Module) -> None:
 
 
 def _follow_model(model: nn.Module) -> None:
-    """Bring the quantizers to the device and into the mode of the model."""
+    """Bring the quantizers to the device and into the mode of the model, and let them know where they are."""
     device = device_of(model)
-    for quantizer in fake_quantizers(model).values():
+    for path, quantizer in fake_quantizers(model).items():
+        quantizer.path = path
         if quantizer.log2_scale.device.type != "meta":  # that of a weight which is not read yet
             quantizer.to(device)
         quantizer.train(model.training)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
+from hf_qat.quantization.divergence import require_finite
 from hf_qat.quantization.fake_quantize import fake_quantize, is_cheap
 from hf_qat.quantization.kernels import calls_operators, fuses
 from hf_qat.quantization.kernels.code_range import CodeRange
@@ -47,6 +48,7 @@ class FakeQuantize(nn.Module):
         waits: hand values on in training, and round in evaluation only: a net from scratch learns in float at first.
         frozen: scale and zero point no longer change.
         observer: collects the range while calibrating, else `None`.
+        path: of this module when its model was prepared, for messages.
         observed (buffer): int64, number of batches seen; 0 means that the ranges are still to be collected.
     """
 
@@ -63,6 +65,7 @@ class FakeQuantize(nn.Module):
         self.enabled = True
         self.waits = False
         self.frozen = False
+        self.path = ""
         self.observer: RangeCollector | None = None
         self.learned = spec.learned and spec.fixed_scale is None
         shape = () if channels is None else (channels,)
@@ -165,13 +168,19 @@ class FakeQuantize(nn.Module):
         self.range_max.copy_((self.spec.qmax - zero_point) * scale)
 
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """Fake-quantize `x`, after `activation`, which costs nothing where the clamp computes it."""
+        """Fake-quantize `x`, after `activation`, which costs nothing where the clamp computes it.
+
+        Raises:
+            NonFiniteError: scale or offset is none any more; not where reading them would wait for a GPU.
+            TransformError: it cannot go through a transform of functions.
+        """
         if self.observer is not None or not self.rounds:
             x = x if activation is None else ACTIVATIONS[activation](x)
             if self.observer is not None:
                 self.observer.observe(x.detach())
             return x
         refuse_transforms()
+        require_finite(self.path, self.log2_scale, None if self.spec.symmetric else self.offset)
         if activation is not None and not self.absorbs(activation):
             x = ACTIVATIONS[activation](x)
         if self.training and not self.frozen and self.tracks_range:

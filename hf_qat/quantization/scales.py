@@ -23,6 +23,9 @@ SMALLEST_SCALE = 2.0**-40
 #: Upper bound of every scale: 16-bit codes times the scale stay finite.
 LARGEST_SCALE = 2.0**110
 
+#: What scales must be to be converted, and to be read from a file.
+USABLE = "positive, finite, and not denormal"
+
 #: First pass of every clipping search, as fractions of the largest magnitude: 1 down to 1/32.
 CLIPPING_FRACTIONS = tuple(2.0 ** (-step / 2) for step in range(11))
 
@@ -78,6 +81,11 @@ def scale_from_range(minimum: Tensor, maximum: Tensor, spec: QuantizerSpec) -> t
     if spec.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, torch.round(spec.qmin - low / scale).clamp(spec.qmin, spec.qmax)
+
+
+def unusable(scale: Tensor) -> Tensor:
+    """Those of the scales, any shape, that are not `USABLE`: (n,)."""
+    return scale[~((scale >= torch.finfo(torch.float32).tiny) & (scale < math.inf))].flatten()
 
 
 def _covering_scale(low: Tensor, high: Tensor, spec: QuantizerSpec) -> Tensor:

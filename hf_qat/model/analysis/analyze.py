@@ -21,6 +21,7 @@ from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.noise import Noise, bounds, energy, measure, sqnr
 from hf_qat.model.analysis.sensitivity import Metric, Sensitivity, in_float_of, output_sqnr, sensitivities
 from hf_qat.model.analysis.sites import Site, find_sites
+from hf_qat.model.finite import require_finite
 from hf_qat.model.in_float import float_operations
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import QATState, require_ranges, require_stage, state_of
@@ -54,9 +55,11 @@ def analyze(
 
     Raises:
         StageError: a float model; one without ranges; a converted one without `reference`.
+        NonFiniteError: a weight, a statistic or a scale holds NaN or infinity.
         CalibrationError: no batch, or one that the model does not take.
     """
     state = _require_quantized(model)
+    require_finite(model, "analyze")
     kept = list(islice(batches, num_batches))
     if not kept:
         raise CalibrationError("analyze got no batches: pass an iterable that yields at least one.")

@@ -20,6 +20,7 @@ from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.progress import Bar, length_of, progress
 from hf_qat.model.batches import run_batches
 from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, bias_shifts
+from hf_qat.model.equal_rows import warn_of_equal_rows
 from hf_qat.model.equalization import equalize_if_nearer
 from hf_qat.model.range_choice import choose_ranges, observe_in_several_ways
 from hf_qat.model.reconstruction import reconstruct
@@ -90,6 +91,8 @@ def calibrate(
     learned = reconstruct(model, kept, shifts) if best else shifts
     for layer, shift in learned.items():
         layer.shift_bias(shift)
+    if not live_batch_norms:
+        warn_of_equal_rows(model, kept[:1])
     return model
 
 

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 
-#: Bits from which steps are too fine for it: then nothing is looked at, which would take two passes of a batch.
-FINE_BITS = 8
+#: Bits that a recipe can give to activations, beyond those of 4-bit targets.
+BYTE, MOST_BITS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RoundedNorm:
 
 def warn_of_equal_rows(model: nn.Module, batches: Sequence[Inputs]) -> None:
     """Say so if rounding makes rows equal, which are not so in float, before layer norms of a calibrated model."""
-    norms = [norm for norm in rounded_norms(model) if norm.bits < FINE_BITS]
+    norms = [norm for norm in rounded_norms(model) if norm.bits < MOST_BITS]
     if not norms:
         return
     rounded = _equal_rows(model, batches)
@@ -134,7 +134,6 @@ def _warn(norms: list[RoundedNorm]) -> None:
         len(norms),
         listed([norm.path for norm in norms]),
         max(1 / math.sqrt(norm.eps) for norm in norms),
-        FINE_BITS,
-        FINE_BITS,
+        *[BYTE if bits < BYTE else MOST_BITS] * 2,
         list(modules),
     )

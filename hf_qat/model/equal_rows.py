@@ -38,6 +38,10 @@ aten = torch.ops.aten
 #: Bits that a recipe can give to activations, beyond those of 4-bit targets.
 BYTE, MOST_BITS = 8, 16
 
+#: From 8 bits on rows are seldom equal (a BEiT has some): they are looked for, which takes two passes of a batch, only
+#: where a norm can make gradients ten thousand times as large.
+TINY_EPS = 1e-8
+
 
 @dataclass(frozen=True)
 class RoundedNorm:
@@ -64,7 +68,7 @@ class RoundedNorm:
 def warn_of_equal_rows(model: nn.Module, batches: Sequence[Inputs]) -> None:
     """Say so if rounding makes rows equal, which are not so in float, before layer norms of a calibrated model."""
     norms = [norm for norm in rounded_norms(model) if norm.bits < MOST_BITS]
-    if not norms:
+    if not any(norm.bits < BYTE or norm.eps < TINY_EPS for norm in norms):
         return
     rounded = _equal_rows(model, batches)
     with fake_quant_disabled(model):

@@ -99,3 +99,14 @@ def test_norms_are_found_behind_what_passes_values_on():
     found = norms["convnext.embeddings.layernorm"]  # a permutation is in between
     assert (found.eps, found.quantizer) == (1e-6, "convnext.embeddings.patch_embeddings.activation_quantizer")
     assert found.bits == 4
+
+
+@pytest.mark.parametrize(("eps", "warned"), [(1e-12, True), (1e-5, False)])
+def test_at_8_bits_rows_are_looked_for_where_each_does_great_harm(eps, warned, caplog):
+    """Two passes of a batch are much of a calibration on few images."""
+    tokens = Tokens()
+    tokens.norm.eps = eps
+    x = torch.tensor([[[1000 * value for value in LARGE], SMALL]])
+    config = QATConfig("int8", activations={"observer": "minmax"})
+    calibrate(prepare_qat(tokens, config, x), [x])
+    assert ("rows of one value" in caplog.text) is warned

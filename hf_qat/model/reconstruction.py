@@ -22,7 +22,7 @@ from transformers.utils import logging
 from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.graph.progress import progress
-from hf_qat.model.analysis.noise import compared, run, sqnr
+from hf_qat.model.analysis.noise import run, sqnr_over_ranks
 from hf_qat.model.batches import call_of
 from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
@@ -181,17 +181,15 @@ class _Student:
             expected = [run(self.model, batch) for batch in batches]
         self.outputs.clear()
 
+        def found(batch: Inputs) -> list[Tensor]:
+            with computing_by(self.layers, self._change()):
+                outputs = run(self.model, batch)
+            self.outputs.clear()
+            return outputs
+
         @torch.no_grad()
         def ratio() -> float:
-            signal = noise = 0.0
-            for batch, wanted in zip(batches, expected, strict=True):
-                with computing_by(self.layers, self._change()):
-                    found = run(self.model, batch)
-                self.outputs.clear()
-                of_batch = compared(found, wanted)
-                signal, noise = signal + of_batch[0], noise + of_batch[1]
-            found_here = torch.tensor(sqnr(signal, noise), dtype=torch.float32, device=device_of(self.model))
-            return float(mean_over_ranks(found_here))
+            return sqnr_over_ranks(zip(map(found, batches), expected, strict=True), device_of(self.model))
 
         return ratio
 

@@ -144,20 +144,25 @@ def run(model: nn.Module, batch: Inputs) -> list[Tensor]:
 
 def outputs_sqnr(model: nn.Module, batches: Sequence[Inputs]) -> float:
     """How near the outputs of a prepared model are to its own in float, in dB, over the batches of all ranks."""
-    signal = noise = 0.0
-    for batch in batches:
+
+    def in_float(batch: Inputs) -> list[Tensor]:
         with fake_quant_disabled(model):
-            wanted = run(model, batch)
-        of_batch = compared(run(model, batch), wanted)
-        signal, noise = signal + of_batch[0], noise + of_batch[1]
-    ratio = torch.tensor(sqnr(signal, noise), dtype=torch.float32, device=device_of(model))
-    return float(mean_over_ranks(ratio))
+            return run(model, batch)
+
+    return sqnr_over_ranks(((run(model, batch), in_float(batch)) for batch in batches), device_of(model))
 
 
-def compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[float, float]:
-    """Sums of squares of what is `wanted`, less its mean, and of what was found less that, where the shapes agree."""
-    pairs = [(got, want) for got, want in zip(found, wanted, strict=True) if got.shape == want.shape]
-    return sum(energy(want - want.mean()) for _, want in pairs), sum(energy(got - want) for got, want in pairs)
+def sqnr_over_ranks(batches: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]], device: torch.device) -> float:
+    """`sqnr` of all pairs of outputs, what was found and what is wanted, that have one shape; the mean over all ranks.
+
+    The signal is what is wanted, less its mean.
+    """
+    signal = noise = 0.0
+    for found, wanted in batches:
+        pairs = [(got, want) for got, want in zip(found, wanted, strict=True) if got.shape == want.shape]
+        signal += sum(energy(want - want.mean()) for _, want in pairs)
+        noise += sum(energy(got - want) for got, want in pairs)
+    return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), dtype=torch.float32, device=device)))
 
 
 def _float_values(model: nn.Module, sites: Sequence[Site], batch: Inputs) -> tuple[Values, list[Tensor]]:

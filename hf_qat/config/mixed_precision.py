@@ -102,15 +102,25 @@ class Part:
         widths = WEIGHT_WIDTHS if self.kind == "weights" else ACTIVATION_WIDTHS
         if self.bits is None:
             return None
-        for width in widths:
-            if self.bits < width <= widest:
-                return replace(self, bits=width, cost=self.cost * 4.0 ** (self.bits - width))
+        width = next_width(self.bits, widths)
+        if width is not None and width <= widest:
+            return replace(self, bits=width, cost=self.cost * 4.0 ** (self.bits - width))
         return replace(self, bits=None, cost=0.0) if self.whole else None
 
     @property
     def size(self) -> float:
         """Bytes; of float weights, four each."""
         return self.parameters * (32 if self.bits is None else self.bits) / 8
+
+
+def next_width(bits: int, widths: Sequence[int]) -> int | None:
+    """The first of `widths`, in rising order, that is more than `bits`."""
+    return next((width for width in widths if width > bits), None)
+
+
+def module_of(layer: MeasuredLayer) -> str:
+    """Path of the module that overrides are written for; "" for the whole model."""
+    return layer.path if layer.module is None else layer.module
 
 
 def propose(
@@ -147,7 +157,7 @@ def _parts(analysis: Measured) -> Iterator[Part]:
         cost = _cost(analysis.in_float, layer.only_quantized)
         noises = {"weights": _power(layer.weight_sqnr), "activations": _power(layer.own_sqnr)}
         total = sum(noises.values()) or 1.0
-        module = layer.path if layer.module is None else layer.module
+        module = module_of(layer)
         for kind, bits in (("weights", layer.weight_bits), ("activations", layer.activation_bits)):
             if bits is not None and module:
                 parameters = layer.parameters if kind == "weights" else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from hf_qat.config.mixed_precision import ACTIVATION_WIDTHS
+from hf_qat.config.mixed_precision import ACTIVATION_WIDTHS, module_of, next_width
 from hf_qat.model.analysis.layer import Finding, LayerAnalysis
 
 
@@ -47,7 +47,7 @@ def _findings(layer: LayerAnalysis) -> Iterator[Finding]:
         yield Finding(
             0,
             f"the weight keeps {layer.weight_sqnr:.0f} dB at {layer.weight_bits} bits",
-            f'give it more bits: overrides={{"{_module(layer)}": {{"weights": {{"bits": 8}}}}}}; or train it by QAT',
+            f'give it more bits: overrides={{"{module_of(layer)}": {{"weights": {{"bits": 8}}}}}}; or train it by QAT',
         )
     wide = _range_to_bulk(layer)
     if wide is not None and wide > WIDE_RANGE:
@@ -82,17 +82,12 @@ def _more_bits(layer: LayerAnalysis) -> str:
 
     To exclude the layer would not help: what reads its result rounds it then.
     """
-    bits = next((width for width in ACTIVATION_WIDTHS if width > (layer.activation_bits or 0)), ACTIVATION_WIDTHS[-1])
-    module, changes = _module(layer), f'{{"activations": {{"bits": {bits}}}}}'
+    bits = next_width(layer.activation_bits or 0, ACTIVATION_WIDTHS) or ACTIVATION_WIDTHS[-1]
+    module, changes = module_of(layer), f'{{"activations": {{"bits": {bits}}}}}'
     if not module:
         return f"give all results more bits, where the target can: QATConfig(activations={{'bits': {bits}}})"
     inside = "" if module == layer.path else ", as all that is in the module"
     return f'give it more bits{inside}, where the target can: overrides={{"{module}": {changes}}}; or train it by QAT'
-
-
-def _module(layer: LayerAnalysis) -> str:
-    """Path of the module that overrides are written for."""
-    return layer.path if layer.module is None else layer.module
 
 
 def _is_poor(layer: LayerAnalysis) -> bool:

@@ -38,7 +38,7 @@ aten = torch.ops.aten
 #: Bits that a recipe can give to activations, beyond those of 4-bit targets.
 BYTE, MOST_BITS = 8, 16
 
-#: From 8 bits on rows are seldom equal (a BEiT has some): they are looked for, which takes two passes of a batch, only
+#: From 8 bits on rows are seldom equal (a BEiT has some): they are looked for, which takes a pass of a batch, only
 #: where a norm can make gradients ten thousand times as large.
 TINY_EPS = 1e-8
 
@@ -71,6 +71,8 @@ def warn_of_equal_rows(model: nn.Module, batches: Sequence[Inputs]) -> None:
     if not any(norm.bits < BYTE or norm.eps < TINY_EPS for norm in norms):
         return
     rounded = _equal_rows(model, batches)
+    if not rounded.total():
+        return
     with fake_quant_disabled(model):
         in_float = _equal_rows(model, batches)
     weights = {norm: id(model.get_parameter(norm.weight)) for norm in norms}

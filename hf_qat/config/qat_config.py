@@ -43,6 +43,9 @@ from hf_qat.version import __version__
 #: How much time calibration may take.
 EFFORTS = ("fast", "best")
 
+#: Options that files of earlier versions do not have → what they then are; such files stay as they were.
+LATER_OPTIONS = {"save_memory": False, "calibration_effort": "fast"}
+
 
 class QATConfig(QuantizationConfigMixin):
     """What to quantize, how finely, and when in training each thing happens.
@@ -251,10 +254,9 @@ class QATConfig(QuantizationConfigMixin):
             del data["layer_restrictions"], data["symmetric_input"]  # as files were before there were restrictions
         elif self.symmetric_input:
             del data["symmetric_input"]
-        if not self.save_memory:
-            del data["save_memory"]  # so are these
-        if self.calibration_effort == EFFORTS[0]:
-            del data["calibration_effort"]
+        for name, usual in LATER_OPTIONS.items():
+            if data[name] == usual:
+                del data[name]
         return {**data, "hf_qat_version": __version__}
 
     def with_checkpoint(self, checkpoint: Mapping[str, Any] | None) -> QATConfig:

@@ -25,12 +25,10 @@ def encode(processor: Any, images: Sequence[Any], labels: Sequence[Any]) -> dict
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """(N, 3, H, W) pixels and (N,) labels."""
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        **(
-            {"labels": torch.tensor([row["labels"] for row in rows], dtype=torch.int64)} if "labels" in rows[0] else {}
-        ),
-    }
+    batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+    return batch
 
 
 def metrics(processor: Any, prediction: Any) -> dict[str, float]:

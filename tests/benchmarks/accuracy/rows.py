@@ -61,7 +61,6 @@ METHODS: dict[str, Method] = {
     "calibrated, best": Method(0, effort="best"),
     "QAT, 1 epoch": Method(1),
     "QAT, 3 epochs": Method(3),
-    "QAT, 9 epochs": Method(9),
     "QAT, 3 epochs, distilled": Method(3, distil=True),
     "QAT, 3 epochs, distilled, four times the rate": Method(3, distil=True, share=4.0),
     "QAT, 3 epochs, half the rate": Method(3, share=0.5),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_qat.errors import StageError
 from hf_qat.quantization.bias import bias_scale, quantize_bias
 from hf_qat.quantization.class_swap import swap_class
 from hf_qat.quantization.fake_quantize import along, dequantize, fake_quantize
@@ -23,7 +24,23 @@ from hf_qat.quantization.quantizer import ACTIVATIONS, FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
 
 
-class QuantizeDequantize(nn.Module):
+class ConvertedModule(nn.Module):
+    """Refuses casts: of codes, and of scales that are rounded to another type, a model computes something else."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedModule:
+        """What `to`, `half`, `cuda`, … pass their change of a tensor to."""
+        dtype = fn(torch.empty(1, dtype=torch.float32)).dtype
+        if dtype != torch.float32:
+            raise StageError(
+                f"cannot cast a converted model to {dtype}: its scales and biases are float32, as they are in the "
+                "exported file. Leave it as it is; torch.autocast computes its layers in half precision. If modules "
+                "beside the quantized ones have been cast before this error, load the model anew, or call .float()."
+            )
+        super()._apply(fn, recurse)
+        return self
+
+
+class QuantizeDequantize(ConvertedModule):
     """The converted quantizer.
 
     Attributes:
@@ -63,7 +80,7 @@ class QuantizeDequantize(nn.Module):
         return f"{kind}, scale={float(self.scale):.6g}, zero_point={int(self.zero_point)}"
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(ConvertedModule):
     """Mixed into the class of a converted convolution or linear layer.
 
     Attributes:

@@ -27,9 +27,7 @@ CONVOLUTIONAL = ("Bit", "ConvNext", "EfficientNet", "HGNet", "MobileNet", "PPLCN
 SAMPLE = (
     "ConvNextForImageClassification",
     "EfficientNetForImageClassification",
-    "DINOv3ViTBackbone",
     "CLIPVisionModel",
-    "SuperPointForKeypointDetection",
     "YolosForObjectDetection",
 )
 

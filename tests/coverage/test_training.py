@@ -15,12 +15,10 @@ from tests.coverage.training import EQUAL, parity_of
 #: attends as Segformer does.
 SAMPLE = (
     "BeitForImageClassification",
-    "BitForImageClassification",
     "ConvNextForImageClassification",
     "MobileNetV2ForImageClassification",
     "SegformerForSemanticSegmentation",
     "SwinForImageClassification",
-    "UperNetForSemanticSegmentation (ResNet)",
     "DetrForObjectDetection (auxiliary losses)",
 )
 

@@ -399,3 +399,36 @@ def test_a_model_that_was_cast_is_converted_in_float32_alone(dtype):
         convert(model)
     expected = model.float().eval()(x)
     torch.testing.assert_close(convert(model)(x), expected, rtol=0, atol=0)
+
+
+CASTS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "to": lambda model: model.to(torch.float64),
+    "from outside": lambda model: nn.Sequential(nn.Flatten(1), model).double(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_a_converted_model_is_not_cast_and_its_codes_and_scales_stay(cast):
+    x = torch.randn(2, 3, 32, 32)
+    model = convert(calibrate(prepare_qat(hand_written(), QATConfig(), x), [x]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = model(x)
+    with pytest.raises(StageError, match=r"cannot cast a converted model to torch\.\w+: .*torch\.autocast"):
+        cast(model)
+    for name, value in model.float().state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_a_converted_model_moves_and_computes_under_autocast_as_the_error_says():
+    x = torch.randn(2, 3, 32, 32)
+    model = convert(calibrate(prepare_qat(hand_written(), QATConfig(), x), [x]))
+    expected = model(x)
+    moved = model.share_memory().to("cpu", memory_format=torch.channels_last)
+    torch.testing.assert_close(moved(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x)
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()
+    assert {value.device.type for value in model.to("meta").state_dict().values()} == {"meta"}

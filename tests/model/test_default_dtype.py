@@ -15,6 +15,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
 from hf_qat.errors import CaptureError
+from hf_qat.model import reconstruction
 from hf_qat.quantization.kernels import cpu
 from tests.models import hand_written, spread
 
@@ -88,6 +89,7 @@ def test_calibration_training_and_conversion_are_those_of_a_program_that_has_set
 def test_the_best_calibration_is_too_with_and_without_loops(loops, monkeypatch):
     works = cpu._works()
     monkeypatch.setattr(cpu, "_works", lambda: works and loops)
+    monkeypatch.setattr(reconstruction, "STEPS", 20)
     config, images = QATConfig("w4a4"), torch.randn(4, 3, 8, 8)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten())
     model = spread(model.append(nn.Linear(64, 3)))

@@ -57,7 +57,7 @@ def test_in_float_the_model_computes_what_the_users_own_does(make, training: boo
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("make", [detr, yolos])
+@pytest.mark.parametrize("make", [pytest.param(detr, marks=pytest.mark.slow), yolos])
 def test_linear_layers_of_detectors_do_too(make):
     batches = images(8, 64)
     model = make().eval()

@@ -33,8 +33,16 @@ def calibrated(net: str) -> tuple[nn.Module, Tensor]:
     return calibrate(model, [{"pixel_values": pixels}]).eval(), pixels
 
 
-@pytest.mark.parametrize("net", ["resnet", "vit"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("net", "dtype"),
+    [
+        ("resnet", torch.bfloat16),
+        pytest.param("resnet", torch.float16, marks=pytest.mark.slow),
+        pytest.param("vit", torch.bfloat16, marks=pytest.mark.slow),
+        ("vit", torch.float16),
+    ],
+    ids=str,
+)
 def test_in_half_precision_it_is_what_onnx_runtime_computes(net: str, dtype: torch.dtype, tmp_path: Path):
     model, pixels = calibrated(net)
     converted = convert(copy.deepcopy(model))

@@ -34,7 +34,8 @@ SCHEMES = {
 }
 
 #: ReLU, ReLU6, squeeze and excitation, GELU, softmax and layer norm, windows of attention.
-NETS = ("resnet", "mobilenet_v2", "regnet", "convnext", "vit", "swin")
+NETS = ("resnet", "mobilenet_v2", "vit")
+OTHER_NETS = ("regnet", "convnext", "swin")
 
 
 @cache
@@ -76,9 +77,10 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 CASES = [(net, "learned", "batch norm frozen") for net in NETS]
 CASES += [(net, scheme, "live") for net in ("resnet", "vit") for scheme in SCHEMES]
 CASES += [("mobilenet_v2", "learned", "all frozen"), ("vit", "learned", "all frozen")]
+SLOW_CASES = [pytest.param(net, "learned", "batch norm frozen", marks=pytest.mark.slow) for net in OTHER_NETS]
 
 
-@pytest.mark.parametrize(("net", "scheme", "phase"), CASES)
+@pytest.mark.parametrize(("net", "scheme", "phase"), CASES + SLOW_CASES)
 def test_every_gradient_is_the_same_to_the_last_bit(net: str, scheme: str, phase: str):
     model, pixels = in_phase(net, scheme, phase)
     twin = copy.deepcopy(model)

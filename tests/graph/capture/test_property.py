@@ -23,7 +23,7 @@ from tests.graph.capture.grammar import SIZE, Sentence
 
 
 #: Seeds of the sample that every change runs, and of all.
-SAMPLE, ALL = range(30), range(2000)
+SAMPLE, ALL = range(18), range(2000)
 
 #: Of all modules, so many may be refused.
 REFUSED = 0.1
@@ -176,10 +176,10 @@ def outcomes(seeds: range) -> Counter[str]:
     return counts
 
 
-def test_thirty_random_modules_are_themselves_or_refused():
+def test_a_few_random_modules_are_themselves_or_refused():
     counts = outcomes(SAMPLE)
     assert counts["refused"] <= REFUSED * len(SAMPLE)
-    assert counts["whole graph"] >= 5 and counts["partly Python"] >= 3
+    assert counts["whole graph"] >= 3 and counts["partly Python"] >= 2
 
 
 #: Modules that were others once: a batch norm after an attention at a batch of one; one that is called twice, counts.
@@ -202,7 +202,7 @@ def test_two_thousand_random_modules_are_themselves_or_refused(first, capsys):
     assert counts["refused"] <= REFUSED * len(seeds)
 
 
-@pytest.mark.parametrize("seed", SAMPLE[::6])
+@pytest.mark.parametrize("seed", SAMPLE[::4])
 def test_a_random_module_trains_quantized_and_converts_to_the_bits_of_evaluation(seed):
     model = Sentence(seed)
     try:

@@ -70,11 +70,13 @@ class QATConfig(QuantizationConfigMixin):
             all inside it, stays in float. `*` also matches dots; upper and lower case differ.
         overrides: other schemes for some modules: `{glob: {"weights": {...}, "activations": {...}}}`, with the same
             globs and keys as above. Where several globs match a module, the later one wins. `bits` named here also
-            hold in the first and the last layers, which otherwise keep the 8 bits that 4-bit targets have for them.
+            hold in the first and the last layers and before layer norms, which otherwise keep the 8 bits that 4-bit
+            targets have for them.
         layer_restrictions: quantize as the target's layers can compute: TI's devices take no zero point in pooling,
             resizing, slices, products and others, although their schemes have one. `False` leaves a zero point there,
-            which the device may ignore. Models of earlier versions were trained so, and stay so when they are loaded.
-        symmetric_input: of these restrictions, the one on what enters the model; TI's own training leaves it out.
+            which the device may ignore. At 4 bits, layer norms read activations of 8. Models of earlier versions were
+            trained without restrictions, and stay so when they are loaded.
+        symmetric_input: of TI's restrictions, the one on what enters the model; TI's own training leaves it out.
         freeze_bn_at: fraction of training, 0 to 1, after which batch norm stops following the data and becomes a part
             of the convolution, as it is on the chip. `None`: 0 (from the first step) if the scales of activations are
             learned, else 0.5. Where batch norm has no statistics yet, or the head is new, 0 is taken as

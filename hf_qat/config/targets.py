@@ -50,6 +50,8 @@ class Restrictions:
             zero_point 0.
         pair_before_activation: the result of a layer is rounded before an activation that a quantizer cannot compute
             by clamping, such as SiLU: only ReLU belongs to the layer.
+        wide_norm_inputs: what layer norms read, in transformers all sums, has `Target.edge_bits`: a row that few codes
+            make equal has no variance, and gradients grow `1 / sqrt(eps)` times there.
     """
 
     symmetric_input: bool = False
@@ -57,6 +59,7 @@ class Restrictions:
     symmetric_products: bool = False
     per_tensor_transposed: bool = False
     pair_before_activation: bool = False
+    wide_norm_inputs: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Target:
         name: the name a user writes.
         aliases: other names of the same device (TI's SoC part numbers).
         weights, activations: the schemes.
-        edge_bits: width of the first convolution and of the last linear layer, where it differs from `weights.bits`.
+        edge_bits: width of the first convolution, of the last linear layer, and of what enters and leaves the model,
+            where it differs from the schemes.
         symmetric_matmul: both inputs of an activation × activation product must have zero_point 0.
         one_sign_in_products: both inputs of such a product must be signed, or both unsigned.
         one_type_where_tensors_meet: all tensors that meet in an add or a concatenation share signedness, which is what
@@ -173,7 +177,9 @@ TARGETS: list[Target] = [
         activations=_AFFINE_4,
         edge_bits=8,
         one_type_where_tensors_meet=True,
-        description="weights 4 bits per channel (8 in the first and the last layer), activations 4 bits unsigned",
+        restrictions=Restrictions(wide_norm_inputs=True),
+        description="weights 4 bits per channel (8 in the first and the last layer), activations 4 bits unsigned (8 "
+        "where layer norms read them)",
     ),
     Target(
         "TDA4VM",

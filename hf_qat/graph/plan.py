@@ -40,14 +40,15 @@ class ModulePlan:
     Attributes:
         weights: scheme of its weight.
         activations: scheme of the activations that are rounded in its forward.
-        edge_activations: scheme of those among them that lie at an edge of the model.
+        wide_activations: scheme of those among them that lie at an edge of the model, or that layer norms read where
+            the target wants these wide.
         excluded: it stays float.
         why: what decided, in a few words.
     """
 
     weights: TensorScheme
     activations: TensorScheme
-    edge_activations: TensorScheme
+    wide_activations: TensorScheme
     excluded: bool
     why: str
 

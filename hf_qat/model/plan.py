@@ -59,7 +59,7 @@ def _module_plan(path: str, config: QATConfig, edges: Edges) -> ModulePlan:
     return ModulePlan(
         weights=weights if edge is None else _widened(weights, bits, "bits" in changes["weights"]),
         activations=activations,
-        edge_activations=_widened(activations, bits, "bits" in changes["activations"]),
+        wide_activations=_widened(activations, bits, "bits" in changes["activations"]),
         excluded=config.excludes(path),
         why=why,
     )

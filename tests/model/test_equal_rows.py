@@ -66,7 +66,7 @@ def norm_of_gradients(model: nn.Module, x: Tensor) -> float:
     return math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
 
 
-def test_what_the_warning_advises_gives_a_new_vit_gradients_like_those_in_float(caplog):
+def test_a_new_vit_has_gradients_like_those_in_float_by_default_and_else_by_what_the_warning_advises(caplog):
     sizes = {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192}
     float_model = ViTForImageClassification(
         ViTConfig(**sizes, num_hidden_layers=4, image_size=64, patch_size=8, num_labels=8)
@@ -75,6 +75,11 @@ def test_what_the_warning_advises_gives_a_new_vit_gradients_like_those_in_float(
     expected = norm_of_gradients(copy.deepcopy(float_model), x)
 
     model = calibrate(prepare_qat(copy.deepcopy(float_model), QATConfig("w4a4")), [x])
+    assert "rows of one value" not in caplog.text
+    assert norm_of_gradients(model, x) == pytest.approx(expected, rel=0.2)
+
+    bare = QATConfig("w4a4", layer_restrictions=False)
+    model = calibrate(prepare_qat(copy.deepcopy(float_model), bare), [x])
     assert not norm_of_gradients(model, x) < 1e6 * expected
     (message,) = [record.getMessage() for record in caplog.records if "rows of one value" in record.getMessage()]
     assert "vit.layers.0.layernorm_before" in message and "1e+06 times" in message
@@ -82,7 +87,8 @@ def test_what_the_warning_advises_gives_a_new_vit_gradients_like_those_in_float(
 
     advice = re.search(r"QATConfig\(…, overrides=(\{.*\})\)\.$", message)
     assert advice
-    model = calibrate(prepare_qat(float_model, QATConfig("w4a4", overrides=eval(advice[1]))), [x])
+    bare.update(overrides=eval(advice[1]))
+    model = calibrate(prepare_qat(float_model, bare), [x])
     assert "rows of one value" not in caplog.text
     assert norm_of_gradients(model, x) == pytest.approx(expected, rel=0.2)
 
@@ -93,12 +99,14 @@ def test_a_float_layer_norm_hands_the_gradient_of_such_a_row_on_as_many_times():
     torch.testing.assert_close(x.grad, torch.tensor([[1e6, -1e6, 0.0, 0.0]]))
 
 
-def test_norms_are_found_behind_what_passes_values_on():
-    model = prepare_qat(convnext(), QATConfig("w4a4"), torch.randn(2, 3, 32, 32))
+@pytest.mark.parametrize(("restricted", "bits"), [(True, 8), (False, 4)])
+def test_norms_are_found_behind_what_passes_values_on(restricted, bits):
+    config = QATConfig("w4a4", layer_restrictions=restricted)
+    model = prepare_qat(convnext(), config, torch.randn(2, 3, 32, 32))
     norms = {norm.path: norm for norm in rounded_norms(model)}
     found = norms["convnext.embeddings.layernorm"]  # a permutation is in between
     assert (found.eps, found.quantizer) == (1e-6, "convnext.embeddings.patch_embeddings.activation_quantizer")
-    assert found.bits == 4
+    assert {norm.bits for norm in norms.values()} == {bits}
 
 
 @pytest.mark.parametrize(("eps", "warned"), [(1e-12, True), (1e-5, False)])

@@ -79,7 +79,7 @@ def test_each_module_has_its_schemes_and_a_reason():
     affine = TensorScheme(symmetric=False)
     assert found["3"].weights == TensorScheme(bits=4, per_channel=True)
     assert found["4"].weights == TensorScheme(bits=8, per_channel=True)
-    assert found["3"].activations == found["3"].edge_activations == affine
+    assert found["3"].activations == found["3"].wide_activations == affine
     assert found["2"].activations == TensorScheme(bits=16, symmetric=False)
 
 

@@ -213,10 +213,11 @@ def test_a_convolution_is_rounded_before_silu_on_devices_only():
     assert counts == {"int8": 2, "AM68A": 3, "TDA4VM": 3}
 
 
-def test_a_saved_recipe_from_before_there_were_restrictions_stays_without():
-    data = QATConfig("AM68A").to_dict()
+@pytest.mark.parametrize("target", ["AM68A", "w4a4"])
+def test_a_saved_recipe_from_before_there_were_restrictions_stays_without(target):
+    data = QATConfig(target).to_dict()
     assert data.pop("layer_restrictions") is True
     old = QATConfig.from_dict(data)
     assert not old.layer_restrictions and old.to_dict() == data
-    assert QATConfig.from_dict(QATConfig("AM68A").to_dict()) == QATConfig("AM68A") != old
+    assert QATConfig.from_dict(QATConfig(target).to_dict()) == QATConfig(target) != old
     assert np.all([key not in QATConfig("int8").to_dict() for key in ("layer_restrictions", "symmetric_input")])

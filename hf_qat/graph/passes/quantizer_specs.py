@@ -25,7 +25,8 @@ FINE_BITS = 8
 
 def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[QuantizerPath, QuantizerSpec]:
     """The spec of every quantizer."""
-    at_edges, symmetric, data = _at_edges(placements, plan), _symmetric(placements, plan), _of_data(placements, plan)
+    symmetric, data = _symmetric(placements, plan), _of_data(placements, plan)
+    wide = _at_edges(placements, plan) | _read_by_norms(placements, plan)
     specs = {}
     for child, placement in placements.items():
         signed = _must_be_signed(placement, plan.target)
@@ -35,7 +36,7 @@ def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[Quanti
             if weight is not None:
                 specs[child, quantizer.name] = module.weight_spec(weight.axis)
                 continue
-            scheme = module.edge_activations if (child, quantizer.name) in at_edges else module.activations
+            scheme = module.wide_activations if (child, quantizer.name) in wide else module.activations
             in_product = plan.target.symmetric_matmul and any(
                 map(placement.facts.feeds_product, quantizer.insertion_points)
             )
@@ -140,6 +141,19 @@ def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerP
         edges += [node.args[0] for node, path in facts.layer_calls().items() if path in plan.edges.last_layers]
         edges += [node for position, node in enumerate(facts.outputs()) if (child, position) in plan.edges.outputs]
         found |= {_quantizer_of(placement, child, node) for node in edges}
+    return {quantizer for quantizer in found if quantizer is not None}
+
+
+def _read_by_norms(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:
+    """The quantizers of what layer norms read, where the target wants these wide."""
+    if not plan.target.restrictions.wide_norm_inputs:
+        return set()
+    found = {
+        _quantizer_of(placement, child, node.args[0])
+        for child, placement in placements.items()
+        for node in placement.facts.nodes
+        if placement.facts.rules[node].name == "layer_norm"
+    }
     return {quantizer for quantizer in found if quantizer is not None}
 
 

@@ -159,6 +159,25 @@ NETS = {
         warmup=0.1,
         teacher="ResNet",
     ),
+    "MobileViT": Net(
+        _of(
+            transformers.MobileViTForImageClassification,
+            transformers.MobileViTConfig,
+            image_size=SIDE,
+            hidden_sizes=[32, 48, 64],
+            neck_hidden_sizes=[16, 16, 24, 32, 48, 64, 160],
+            num_attention_heads=4,
+            expand_ratio=2.0,
+            output_stride=16,  # its last patches of 2 × 2 would be the whole map
+            hidden_dropout_prob=0.0,
+            initializer_range=OF_TRANSFORMERS,
+        ),
+        kind="transformer",
+        learning_rate=2e-3,
+        epochs=24,
+        warmup=0.1,
+        teacher="ResNet",
+    ),
     "Swin": Net(
         _of(
             transformers.SwinForImageClassification,

@@ -360,6 +360,26 @@ def test_image_first_and_last_layer_and_output_keep_8_bits(target):
     }
 
 
+@pytest.mark.parametrize(
+    ("options", "wide", "others"),
+    [
+        ({}, 8, 4),
+        ({"layer_restrictions": False}, 4, 4),
+        ({"overrides": {"*": {"activations": {"bits": 5}}}}, 5, 5),
+    ],
+    ids=["the target's", "unrestricted", "overridden"],
+)
+def test_at_4_bits_what_layer_norms_read_keeps_8_unless_the_recipe_says_otherwise(options, wide, others):
+    def forward(part, x):
+        y = part[2](part[1](part[0](x).transpose(1, 2)[:, 1:].flip(1)))  # laid out anew and cut on the way
+        return part[4](part[3](y))
+
+    layers = (nn.Linear(8, 8), nn.LayerNorm(8), *[nn.Linear(8, 8) for _ in range(3)])
+    model = prepared(forward, *layers, inputs=torch.randn(2, 8, 8), target="w4a4", **options)
+    bits = [model.part[place].activation_quantizer.spec.bits for place in range(3)]
+    assert bits == [wide, others, others]
+
+
 def test_the_edges_of_a_task_model_are_the_image_and_its_classifier():
     model = prepare_qat(resnet(), QATConfig("w4a4"), {"pixel_values": torch.zeros(2, 3, 32, 32)})
     wide = {path for path, q in fake_quantizers(model).items() if q.spec.bits == 8}

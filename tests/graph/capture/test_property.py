@@ -23,7 +23,7 @@ from tests.graph.capture.grammar import SIZE, Sentence
 
 
 #: Seeds of the sample that every change runs, and of all.
-SAMPLE, ALL = range(18), range(2000)
+SAMPLE, ALL = range(12), range(2000)
 
 #: Of all modules, so many may be refused.
 REFUSED = 0.1

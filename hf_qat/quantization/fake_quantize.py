@@ -12,7 +12,12 @@ from torch import Tensor
 
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.kernels.cpu import compiles
-from hf_qat.quantization.transforms import once_differentiable, refuse_forward_mode, refuse_transforms
+from hf_qat.quantization.transforms import (
+    once_differentiable,
+    refuse_forward_mode,
+    refuse_transforms,
+    transforms_functions,
+)
 
 
 Bound = Any  # a number, or a tensor where reading it would wait for a GPU
@@ -60,7 +65,8 @@ def fake_quantize(
     Returns:
         Same shape and dtype as `x`; computed in float32.
     """
-    if axis is None and scale.dim() == 0 and fuses(x):
+    if axis is None and scale.dim() == 0 and fuses(x) and not transforms_functions():
+        refuse_forward_mode()
         from hf_qat.quantization.kernels.activation import fused_fake_quantize
         from hf_qat.quantization.kernels.code_range import CodeRange
 

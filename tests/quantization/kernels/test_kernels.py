@@ -185,8 +185,10 @@ def test_where_triton_does_not_run_the_log_says_so_once(caplog: pytest.LogCaptur
 @pytest.mark.skipif(not INSTALLED or DEVICE.type == "cuda" or INTERPRETED, reason="Triton is not there, or runs here")
 def test_they_hold_in_the_interpreter():
     files = [__file__, str(Path(__file__).with_name("test_weights_together.py"))]
-    files.append(str(Path(__file__).parents[1] / "test_layer_folding.py"))
+    above = Path(__file__).parents[1]
+    files += [str(above / f"test_{name}.py") for name in ("layer_folding", "transforms", "divergence")]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
+    command += ["-W", "ignore:overflow:RuntimeWarning"]  # NumPy's, which interprets
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout.replace("1 skipped", "")  # but for this one

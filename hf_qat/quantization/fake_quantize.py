@@ -16,7 +16,6 @@ from hf_qat.quantization.transforms import (
     once_differentiable,
     refuse_forward_mode,
     refuse_transforms,
-    transforms_functions,
 )
 
 
@@ -65,7 +64,7 @@ def fake_quantize(
     Returns:
         Same shape and dtype as `x`; computed in float32.
     """
-    if axis is None and scale.dim() == 0 and fuses(x) and not transforms_functions():
+    if axis is None and scale.dim() == 0 and fuses(x):
         refuse_forward_mode()
         from hf_qat.quantization.kernels.activation import fused_fake_quantize
         from hf_qat.quantization.kernels.code_range import CodeRange

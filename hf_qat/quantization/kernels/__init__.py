@@ -12,13 +12,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from hf_qat.quantization.kernels.plain_tensors import is_plain, is_watched
+
 
 logger = logging.getLogger(__name__)
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether the kernels can take `x`: it is on a GPU that Triton knows, and no compiler is tracing."""
-    return (x.is_cuda or _INTERPRETED) and not torch.compiler.is_compiling() and _works(x.device)
+    """Whether the kernels can take `x`: a plain one on a GPU that Triton knows, and nobody is watching operations."""
+    if torch.compiler.is_compiling() or not (x.is_cuda or _INTERPRETED):
+        return False
+    return is_plain(x) and not is_watched() and _works(x.device)
 
 
 def calls_operators(x: Tensor) -> bool:

@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_qat.quantization import kernels
+from hf_qat.quantization.fake_quantize import fake_quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels.code_range import CodeRange
 from hf_qat.quantization.kernels.folding import Folding, Norm
@@ -170,6 +173,28 @@ def test_a_quantizer_computes_by_them():
     assert type(out.grad_fn).__name__ == "_FusedFakeQuantizeBackward"
 
 
+@needs_triton
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_who_watches_operations_sees_them():
+    scale = torch.tensor(0.5, device=DEVICE)
+
+    def quantized(x: Tensor) -> Tensor:
+        return fake_quantize(x, scale, None, -8, 7)
+
+    x = torch.tensor([0.6, 100.0, -0.2], device=DEVICE)
+    assert kernels.fuses(x)
+    assert torch.jit.trace(quantized, x)(2 * x).tolist() == [1.0, 3.5, -0.5]
+    rows = torch.stack([x, 2 * x])
+    assert torch.func.vmap(quantized)(rows).tolist() == [[0.5, 3.5, 0.0], [1.0, 3.5, -0.5]]
+    with FakeTensorMode() as mode:
+        assert not kernels.fuses(mode.from_tensor(x))
+    with FlopCounterMode(display=False):
+        assert not kernels.fuses(x) and quantized(x).tolist() == [0.5, 3.5, 0.0]
+    negative = torch.complex(x, x).conj().imag
+    assert negative.is_neg() and quantized(negative).tolist() == [-0.5, -4.0, 0.0]
+
+
 def test_where_triton_does_not_run_the_log_says_so_once(caplog: pytest.LogCaptureFixture):
     kernels._works.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -188,7 +213,7 @@ def test_they_hold_in_the_interpreter():
     above = Path(__file__).parents[1]
     files += [str(above / f"test_{name}.py") for name in ("layer_folding", "transforms", "divergence")]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *files]
-    command += ["-W", "ignore:overflow:RuntimeWarning"]  # NumPy's, which interprets
+    command += ["-W", "ignore::RuntimeWarning"]  # NumPy's, which interprets
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "skipped" not in done.stdout.replace("1 skipped", "")  # but for this one

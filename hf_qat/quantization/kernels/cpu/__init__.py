@@ -16,34 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_qat.quantization.kernels.plain_tensors import is_plain, is_watched
+
 
 logger = logging.getLogger(__name__)
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 _INSTALLED = importlib.util.find_spec("numba") is not None
 
 
 def compiles(*tensors: Tensor) -> bool:
-    """Whether the loops can take these tensors: plain ones in float32 on a CPU, and nobody is watching operations.
-
-    A compiler, a tracer, a transform of `torch.func` and a dispatch mode need to see each operation.
-    """
+    """Whether the loops can take these tensors: plain ones in float32 on a CPU, and nobody is watching operations."""
     if torch.compiler.is_compiling():
         return False
     for x in tensors:
-        plain = x.is_cpu and x.dtype is torch.float32 and type(x) in _PLAIN and not x.is_neg()
-        if not plain:
+        if not (x.is_cpu and x.dtype is torch.float32 and is_plain(x)):
             return False
-    return not _watched() and _works()
-
-
-def _watched() -> bool:
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    return not is_watched() and _works()
 
 
 @cache

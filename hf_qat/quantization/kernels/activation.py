@@ -36,19 +36,24 @@ def _parameters(
     LOGARITHMIC: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
 ):
-    """Scale before and after its limit, and the bounds of the codes less the zero point."""
+    """Scale before and after its limit, and the bounds of the codes less the zero point.
+
+    `tl.minimum` and `tl.maximum` would make a number of NaN; so it stays, and of an offset becomes one of the scale,
+    since a value that is compared with bounds of NaN is left as it is.
+    """
     unlimited = tl.load(scale_at).to(tl.float32)
     if LOGARITHMIC:
         unlimited = scale_of(unlimited, POWER_OF_TWO)
     scale = unlimited
     if LIMIT > 0:
-        scale = tl.minimum(unlimited, LIMIT)
+        scale = tl.where(unlimited > LIMIT, LIMIT, unlimited)
     zero = 0.0
     if offset_at is not None:
         zero = tl.load(offset_at).to(tl.float32)
         if LOGARITHMIC:
-            zero = tl.minimum(tl.maximum(zero, 0.0), 1.0) * (QMAX - QMIN) + QMIN
+            zero = tl.where(zero < 0.0, 0.0, tl.where(zero > 1.0, 1.0, zero)) * (QMAX - QMIN) + QMIN
         zero = (zero + ROUNDING) - ROUNDING
+        scale += zero * 0.0
     return unlimited, scale, QMIN - zero, QMAX - zero
 
 

@@ -166,6 +166,22 @@ def test_sums_are_the_same_in_every_run_and_over_several_turns_of_a_program():
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("log2_scale", "offset", "limit"),
+    [(math.nan, None, None), (math.nan, None, 6 / 255), (math.nan, 0.5, None), (-4.0, math.nan, None)],
+)
+def test_nothing_is_a_number_where_scale_or_offset_is_none(log2_scale, offset, limit):
+    """On a GPU nobody reads them for an error: the loss must say it."""
+    from hf_qat.quantization.kernels.activation import fused_fake_quantize
+
+    codes = CodeRange(0, 255, scale_limit=math.inf if limit is None else limit)
+    x = torch.tensor([-1.0, 0.0, 0.4, 1e9], device=DEVICE)
+    scale = torch.tensor(log2_scale, device=DEVICE)
+    zero = None if offset is None else torch.tensor(offset, device=DEVICE)
+    assert fused_fake_quantize(x, scale, zero, codes).isnan().all()
+
+
+@needs_triton
 def test_a_quantizer_computes_by_them():
     made = FakeQuantize(QuantizerSpec(signed=False, symmetric=False, learned=True)).to(DEVICE)
     made.set_qparams(torch.tensor(0.125), torch.tensor(100.0))

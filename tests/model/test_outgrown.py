@@ -181,3 +181,46 @@ def test_a_training_whose_weights_have_diverged_goes_on():
     with torch.no_grad():
         model.head.weight[0, 0] = torch.nan
     assert renew_outgrown_ranges(model, ((X,), {})) == []
+
+
+@pytest.mark.parametrize(
+    ("grows", "exponent"),
+    [(1.01, -6), (1.1, -6), (1.9, -5), (2.1, -4), (4.0, -4), (4.1, -3)],
+    ids=lambda grown: str(grown),
+)
+def test_a_power_of_two_that_data_have_passed_by_a_little_has_not_grown_and_one_that_has_holds_them(grows, exponent):
+    """The codes -128 to 127 times 2**-6 hold 127/64, times 2**-5 twice as much, and so on."""
+    largest = 127 / 64
+    x = torch.linspace(-largest, largest, 64).view(8, 8)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    nn.init.eye_(model[0].weight)
+    activations = {"observer": "minmax"}
+    calibrate(prepare_qat(model, QATConfig("TDA4VM", activations=activations), x), [x], bias_correction=False).train()
+    quantizer = fake_quantizers(model)["0.activation_quantizer"]
+    assert quantizer.scale == 2**-6
+    renew_outgrown_ranges(model, ((grows * x,), {}))
+    assert quantizer.scale == 2.0**exponent
+
+
+@pytest.mark.parametrize("target", ["int8", "AM68A", "TDA4VM"])
+@pytest.mark.parametrize("narrower", [1.0, 1.9])
+def test_of_a_trained_model_what_training_has_clipped_stays_clipped_and_a_head_without_ranges_gets_them(
+    target: str, narrower: float
+):
+    """Few values lie beyond: those of one row in sixteen."""
+    x = X.clone()
+    x[0] *= 4
+    model = Net()
+    model(x)
+    model = calibrate(prepare_qat(model, QATConfig(target, activations={"observer": "minmax"}), x), [x]).train()
+    with torch.no_grad():
+        for path, quantizer in fake_quantizers(model).items():
+            if not path.endswith("weight_quantizer") and quantizer.log2_scale.requires_grad:
+                quantizer.log2_scale -= torch.tensor(narrower).log2().round(decimals=0 if target == "TDA4VM" else 7)
+    before = scales(model)
+    assert renew_outgrown_ranges(model, ((x,), {}), trained=True) == []
+    assert all(torch.equal(before[path], scale) for path, scale in scales(model).items())
+    with torch.no_grad():
+        model.head.weight *= 16
+        model.head.bias *= 16
+    assert "head.activation_quantizer" in renew_outgrown_ranges(model, ((x,), {}), trained=True)

@@ -12,11 +12,7 @@ from torch import Tensor
 
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.kernels.cpu import compiles
-from hf_qat.quantization.transforms import (
-    once_differentiable,
-    refuse_forward_mode,
-    refuse_transforms,
-)
+from hf_qat.quantization.transforms import once_differentiable, refuse_forward_mode, refuse_transforms
 
 
 Bound = Any  # a number, or a tensor where reading it would wait for a GPU

@@ -136,6 +136,7 @@ NETS = {
             layer_scale_init_value=1.0,
             initializer_range=OF_CONVOLUTIONS,
         ),
+        kind="transformer",  # it has their norms and activations, and learns at their rate
         learning_rate=1e-3,
         epochs=24,
         warmup=0.1,

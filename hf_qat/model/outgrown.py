@@ -4,8 +4,8 @@ A learned scale takes steps of a few percent, and values beyond the range pass n
 before training can hold a net back that has still to grow. At a few steps each range is therefore observed again, as
 calibration does, on the batch of that step; one that is far too small is set to what was seen. As calibration does:
 without labels and in evaluation, because what only training computes (denoising queries of a detector, with boxes far
-off) reaches beyond ranges that are right for the device. Of a model that is trained already, ranges must be far more
-outgrown, and those of less than 8 bits are not set at all: training clips more than calibration would, on purpose.
+off) reaches beyond ranges that are right for the device. Of a model that is trained already, ranges must also cut off
+much, and those of less than 8 bits are not set at all: training clips more than calibration would, on purpose.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from hf_qat.quantization.weight_scale import weight_scale
 #: A range is outgrown if what is seen reaches beyond it by more than this share of its width,
 OUTGROWN = 0.5
 
-#: of a model that was trained already by more than so many widths: learned scales become smaller, too. A MobileViT at
-#: TDA4VM lost a point of accuracy in one epoch where they were made twice as large again each time,
-OUTGROWN_OF_TRAINED = 1.5
+#: and, of a model that was trained already, cuts off so much of the values' power: learned scales become smaller, too.
+#: A MobileViT at TDA4VM lost a point of accuracy in one epoch where they were made twice as large again each time,
+CUT_OFF = 0.1
 
 #: or if more than this share of the values lies beyond, where no gradient passes, so that they may not reach far;
 SATURATED = 0.1
@@ -109,13 +109,15 @@ class _Watch(Observer):
     def __init__(self, quantizer: FakeQuantize, spec: QuantizerSpec) -> None:
         super().__init__(spec)
         self.low, self.high = _bounds(quantizer, quantizer.scale, quantizer.zero_point)
-        self.saturated = 0.0
+        self.saturated = self.cut_off = 0.0
         self._observer = make_observer(spec)
 
     def _update(self, values: Tensor, low: float, high: float) -> None:
         beyond = (values < self.low) | (values > self.high)
         count = int(beyond.sum())
         self.saturated = count / beyond.numel() if count >= FEWEST_SATURATED else 0.0
+        power = values.double().square().sum()
+        self.cut_off = float((values - values.clamp(self.low, self.high)).double().square().sum() / power.clamp(1e-30))
         self._observer.observe(values)
 
     def _range(self) -> tuple[float, float]:
@@ -123,7 +125,8 @@ class _Watch(Observer):
 
     def _merge_ranks(self) -> None:
         self._observer.synchronize()
-        self.saturated = range_over_ranks([self.saturated], [self.saturated])[1][0]
+        shares = [self.saturated, self.cut_off]
+        self.saturated, self.cut_off = range_over_ranks(shares, shares)[1]
 
 
 @torch.no_grad()
@@ -143,12 +146,12 @@ def renew_outgrown_ranges(model: nn.Module, call: Call, trained: bool = False) -
         follow the data by themselves, and those of weights that the model computes.
     """
     layers = qat_layers(model)
-    fewest_bits, far = (CLIP_BELOW_BITS, OUTGROWN_OF_TRAINED) if trained else (0, OUTGROWN)
+    fewest_bits, cut_off = (CLIP_BELOW_BITS, CUT_OFF) if trained else (0, 0.0)
     quantizers = {path: q for path, q in _of_activations(model, layers).items() if _can_outgrow(q, fewest_bits)}
     watches = {path: _Watch(quantizer, _of_any_scale(quantizer.spec)) for path, quantizer in quantizers.items()}
     renewed = []
     if _watch(model, call, quantizers, watches):
-        renewed = [path for path, watch in watches.items() if _renew(quantizers[path], watch, far)]
+        renewed = [path for path, watch in watches.items() if _renew(quantizers[path], watch, cut_off)]
     return renewed + [
         f"{path}.weight_quantizer" for path, layer in layers.items() if _renew_weight(layer, fewest_bits)
     ]
@@ -242,13 +245,15 @@ def _gpus(model: nn.Module) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
-def _renew(quantizer: FakeQuantize, watch: _Watch, far: float) -> bool:
+def _renew(quantizer: FakeQuantize, watch: _Watch, cut_off: float) -> bool:
     try:
         low, high = _bounds(quantizer, *watch.qparams())
     except CalibrationError:  # this call did not come here
         return False
     further = max(watch.low - low, high - watch.high) / (watch.high - watch.low)
-    outgrown = further > far or (further > REACHES_FURTHER and watch.saturated > SATURATED)
+    outgrown = (further > OUTGROWN and watch.cut_off >= cut_off) or (
+        further > REACHES_FURTHER and watch.saturated > SATURATED
+    )
     is_limited = quantizer.scale_limit is not None and float(quantizer.scale) >= quantizer.scale_limit
     if is_limited or not outgrown:
         return False

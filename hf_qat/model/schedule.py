@@ -96,7 +96,7 @@ class QATSchedule:
     still ends up worse, in float too. A net from scratch that has norms, and no batch norm, learns in float for the
     first quarter, is evaluated quantized, and gets its ranges anew at the end of it. At 20 steps, and at steps 1, 2,
     4, …, ranges are observed again on the batch of that step; those that training has outgrown by half of their width
-    are set anew, in a model that was trained already by one and a half. All of that is logged.
+    are set anew, in a model that was trained already if they also cut off much. All of that is logged.
 
     Args:
         model: prepared.

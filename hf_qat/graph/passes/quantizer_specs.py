@@ -26,7 +26,7 @@ FINE_BITS = 8
 def decide_specs(placements: Mapping[str, Placement], plan: Plan) -> dict[QuantizerPath, QuantizerSpec]:
     """The spec of every quantizer."""
     symmetric, data = _symmetric(placements, plan), _of_data(placements, plan)
-    wide = _at_edges(placements, plan) | _read_by_norms(placements, plan)
+    wide = _wide(placements, plan)
     specs = {}
     for child, placement in placements.items():
         signed = _must_be_signed(placement, plan.target)
@@ -132,28 +132,19 @@ def _has_fixed_range(facts: GraphFacts, node: fx.Node, bits: int) -> bool:
     return rule.unit_range and not has_long_rows(node, rule, bits)
 
 
-def _at_edges(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:
-    """The quantizers of what enters the model, of what goes into its last layers, and of what it returns."""
+def _wide(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:
+    """The quantizers of what enters the model, of what goes into its last layers, of what it returns, and, where the
+    target wants it, of what layer norms read.
+    """
     found: set[QuantizerPath | None] = set()
     for child, placement in placements.items():
         facts = placement.facts
         edges: list[Any] = [*_entering(placement, child, plan)]
         edges += [node.args[0] for node, path in facts.layer_calls().items() if path in plan.edges.last_layers]
         edges += [node for position, node in enumerate(facts.outputs()) if (child, position) in plan.edges.outputs]
+        if plan.target.restrictions.wide_norm_inputs:
+            edges += [node.args[0] for node in facts.nodes if facts.rules[node].name == "layer_norm"]
         found |= {_quantizer_of(placement, child, node) for node in edges}
-    return {quantizer for quantizer in found if quantizer is not None}
-
-
-def _read_by_norms(placements: Mapping[str, Placement], plan: Plan) -> set[QuantizerPath]:
-    """The quantizers of what layer norms read, where the target wants these wide."""
-    if not plan.target.restrictions.wide_norm_inputs:
-        return set()
-    found = {
-        _quantizer_of(placement, child, node.args[0])
-        for child, placement in placements.items()
-        for node in placement.facts.nodes
-        if placement.facts.rules[node].name == "layer_norm"
-    }
     return {quantizer for quantizer in found if quantizer is not None}
 
 

@@ -27,8 +27,9 @@ from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, accepts_l
 from hf_qat.graph.capture.links import links
 from hf_qat.graph.capture.losses import returns_loss
 from hf_qat.graph.capture.modes import ready_for_capture
+from hf_qat.graph.capture.numbering import Numbering
 from hf_qat.graph.capture.proof import first_difference, runs
-from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
+from hf_qat.graph.capture.value_numbers import is_costly, known_equal
 from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals, stored_way
 from hf_qat.graph.captured import CapturedModule, install, user_hooks, without_user_hooks
 from hf_qat.graph.captured_graph import CapturedGraph

@@ -11,7 +11,8 @@ from torch.nn import functional
 from hf_qat.graph.capture.clean import Constants
 from hf_qat.graph.capture.dry_run import whole_call
 from hf_qat.graph.capture.exporting import export_call
-from hf_qat.graph.capture.value_numbers import Numbering, is_costly, known_equal
+from hf_qat.graph.capture.numbering import Numbering
+from hf_qat.graph.capture.value_numbers import is_costly, known_equal
 from hf_qat.graph.captured_graph import CapturedGraph
 from tests.models import HUGGING_FACE
 

@@ -20,7 +20,7 @@ from hf_qat.errors import listed
 from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.graph.captured import before_calibration
 from hf_qat.quantization.collectives import min_over_ranks
-from hf_qat.trainer.batches import silent
+from hf_qat.trainer.batches import first_batch, silent
 from hf_qat.trainer.ddp import copy_from_first_rank, leave_out_of_ddp, without_gradient
 from hf_qat.trainer.fsdp import is_sharded, saved_whole, shard
 from hf_qat.trainer.random_state import random_state_kept
@@ -61,7 +61,7 @@ def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None
     Args:
         trainer: whose `compute_loss` gives the loss of the task.
         model: the trainer's, prepared.
-        batch: with labels; `None` where this process has no data.
+        batch: with labels; `None` for the first one of the data, which is read if it is needed.
         own_loss: `compute_loss` is the user's own.
     """
     trainer = copy.copy(trainer)
@@ -70,6 +70,7 @@ def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None
     doubted = believed and trainer.compute_loss_func is None
     if not several and (own_loss or not doubted or trainer.args.gradient_accumulation_steps == 1):
         return LossFacts(believed, leaves_unused=False)
+    batch = first_batch(trainer) if batch is None else batch
     loss = None if batch is None else _rehearsed_loss(trainer, model, batch, 1, gradients=several)
     if not min_over_ranks(int(loss is not None)):
         return LossFacts(believed, leaves_unused=True)

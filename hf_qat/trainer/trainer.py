@@ -256,7 +256,7 @@ class QATTrainer(CheckpointingTrainer):
         """Before the optimizer is made and the model wrapped: see to it that N processes train what one would."""
         if self.is_fsdp_enabled and self.state.global_step == 0 and needs_calibration(self.model):
             self.calibrate()  # not when training begins: the weights are split by then
-        if self._loss_facts is None:
+        if self._loss_facts is None or self.args.world_size == 1:  # where batches are accumulated may change
             batch = None if self._examples is None else self._examples.batch
             self._loss_facts = distributed.rehearse(self, self.model, batch, has_own_loss(self, QATTrainer))
             self._examples = None

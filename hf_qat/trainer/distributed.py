@@ -51,7 +51,7 @@ def synchronize_initial_model(trainer: Trainer, model: nn.Module) -> None:
     copy_from_first_rank(model, trainer.args.device)
 
 
-def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None, own_loss: bool = False) -> LossFacts:
+def rehearse(trainer: Trainer, model: nn.Module, batch: Any, own_loss: bool = False) -> LossFacts:
     """Find out about the loss, by steps that leave no trace; none where nothing depends on what they would show.
 
     In one process, `compute_loss` of a user's own is not called: the first step will show it (`loss_scale.py`).
@@ -115,9 +115,7 @@ def gathered_to_save(trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def _rehearsed_loss(
-    trainer: Trainer, model: nn.Module, batch: Mapping[str, Any], num_items: int, gradients: bool
-) -> Tensor | None:
+def _rehearsed_loss(trainer: Trainer, model: nn.Module, batch: Any, num_items: int, gradients: bool) -> Tensor | None:
     """() of a training step that leaves no trace; `None` if it fails, as the first step then will, aloud."""
     device = trainer.args.device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -130,7 +128,7 @@ def _rehearsed_loss(
             trainer.accelerator.autocast(),
             silent(trainer),
         ):
-            inputs = trainer._prepare_inputs(dict(batch))
+            inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
             model.train()
             items = torch.tensor(num_items, dtype=torch.int64, device=device)
             loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)

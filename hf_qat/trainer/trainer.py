@@ -38,7 +38,7 @@ from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer import checks, distributed, preparing, publishing
 from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
-from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, of_first_size, without_labels
+from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, of_first_size, unnoticed, without_labels
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
 from hf_qat.trainer.ddp import average_gradients, scales_in_training
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
@@ -46,7 +46,6 @@ from hf_qat.trainer.loss_scale import has_own_loss, scaled_as_it_turns_out
 from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush
-from hf_qat.trainer.random_state import random_state_kept
 from hf_qat.trainer.saving import CheckpointingTrainer
 from hf_qat.trainer.streams import keep_what_is_looked_at
 from hf_qat.trainer.suspicions import ImageStatistics
@@ -203,7 +202,7 @@ class QATTrainer(CheckpointingTrainer):
         """
         if dataset is None and not has_train_data(self):
             raise CalibrationError("no train set to calibrate from: pass train_dataset=, or call calibrate(dataset).")
-        with random_state_kept(self.args.device):
+        with unnoticed(self):
             loader = self.get_train_dataloader() if dataset is None else self.get_test_dataloader(dataset)
             self._prepare_if_it_waits(loader)
             config = require_stage(self.model, Stage.PREPARED, "calibrate").config

@@ -34,6 +34,10 @@ logger = logging.getLogger(__name__)
 #: Modules in a graph that look at their own mode.
 FOLLOW_THEIR_MODE = (nn.modules.batchnorm._BatchNorm, QATLayer, FakeQuantize)
 
+#: Where hooks come from that a graph contains or does not need; others of transformers (NEFTune, debugging) change or
+#: show what layers give, as those of a user do.
+CONTAINED_HOOKS = ("torch.nn.utils.", "transformers.utils.output_capturing", "transformers.modeling_utils", "hf_qat.")
+
 
 class CaptureCall(Protocol):
     """Captures a call of a prepared model's part that was not seen when the model was prepared."""
@@ -258,10 +262,10 @@ def _mode_name(training: bool) -> str:
 
 
 def user_hooks(module: nn.Module) -> list[object]:
-    """The hooks on a module, other than those of torch and transformers, whose work a graph contains.
+    """The hooks on a module, other than those whose work a graph contains, or that it does not need.
 
-    Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them. Ours
-    are on what a graph calls, and are gone after a pass.
+    Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them, and
+    lets embeddings require gradients. Ours are on what a graph calls, and are gone after a pass.
     """
     return [hook for kind in _hooks(module) for hook in kind.values() if _is_of_user(hook)]
 
@@ -288,7 +292,7 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
 
 
 def _is_of_user(hook: object) -> bool:
-    return not _origin(hook).startswith(("torch.nn.utils.", "transformers.", "hf_qat."))
+    return not _origin(hook).startswith(CONTAINED_HOOKS)
 
 
 def _origin(hook: object) -> str:

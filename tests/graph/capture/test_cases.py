@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabled, prepare_qat
 from hf_qat.errors import CaptureError
@@ -194,11 +195,14 @@ def test_a_hook_on_the_captured_part_itself_acts_once():
         torch.testing.assert_close(model(x), float_model(x))
 
 
-def test_a_hook_that_is_added_later_warns_once(caplog):
+@pytest.mark.parametrize(
+    "hook", [lambda module, inputs, output: None, neftune_post_forward_hook], ids=["of a user", "of transformers"]
+)
+def test_a_hook_that_is_added_later_warns_once(caplog, hook):
     model, x = resnet(), torch.randn(2, 3, 32, 32)
     prepare_qat(model, example_inputs={"pixel_values": x}).eval()
     inner = model.resnet.encoder.stages[0]
-    inner.register_forward_hook(lambda module, inputs, output: None)
+    inner.register_forward_hook(hook)
     with caplog.at_level(logging.WARNING, "hf_qat"):
         model(x)
         model(x)

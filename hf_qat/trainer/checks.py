@@ -62,8 +62,8 @@ def _check_hooks(args: TrainingArguments) -> None:
     if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
         raise ConfigError(
             "debug='underflow_overflow' sees nothing of a captured graph, which calls no hooks of its layers. Leave "
-            "it out: steps with gradients of NaN or infinity are left out and named, and analyze(model, batches) shows "
-            "the layers one by one."
+            "it out: steps with gradients of NaN or infinity are left out and named, and analyze(model, batches) "
+            "shows the layers one by one."
         )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -202,19 +202,31 @@ def received(trainer: Trainer, model: nn.Module, batch: Any) -> dict[str, Any]:
     )
 
 
-@contextmanager
-def silent(trainer: Trainer) -> Iterator[None]:
+def silent(trainer: Trainer) -> AbstractContextManager[None]:
     """Inside, what hooks of the user's own log is not heard of: they run on the side."""
-    vars(trainer)["log"] = lambda *args, **kwargs: None
+    return method_replaced(trainer, "log", lambda *args, **kwargs: None)
+
+
+@contextmanager
+def method_replaced(trainer: Trainer, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, this trainer has another method; one that a user gave to it alone is there again afterwards."""
+    own = {name: vars(trainer)[name]} if name in vars(trainer) else {}
+    vars(trainer)[name] = function
     try:
         yield
     finally:
-        del vars(trainer)["log"]
+        del vars(trainer)[name]
+        vars(trainer).update(own)
+
+
+def is_overridden(trainer: Trainer, name: str, base: type[Trainer]) -> bool:
+    """Whether a method is another one than that of `base`: by a subclass, or given to this trainer alone."""
+    return name in vars(trainer) or getattr(type(trainer), name) is not getattr(base, name)
 
 
 def has_train_data(trainer: Trainer) -> bool:
-    """Whether there is a train set, or a subclass makes the loader of the training itself."""
-    return trainer.train_dataset is not None or type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
+    """Whether there is a train set, or the user makes the loader of the training."""
+    return trainer.train_dataset is not None or is_overridden(trainer, "get_train_dataloader", Trainer)
 
 
 def _any_loader(trainer: Trainer) -> DataLoader[Any] | None:

@@ -197,6 +197,23 @@ def set_after_the_constructor(kind: type[Trainer], directory: Path) -> object:
     return steps, set(seen), sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader())
 
 
+def methods_of_one_trainer(kind: type[Trainer], directory: Path) -> object:
+    """They are set as attributes, after the constructor, as notebooks do."""
+    logged: list[list[str]] = []
+    losses: list[Tensor] = []
+    trainer = kind(resnet(), arguments(directory, max_steps=3, gradient_accumulation_steps=2))
+
+    def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        outputs = model(**inputs)
+        losses.append(outputs.loss)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    trainer.compute_loss = compute_loss
+    trainer.log = lambda logs, *args, **kwargs: logged.append(sorted(logs))
+    trainer.get_train_dataloader = lambda: DataLoader(rows(24), batch_size=4, collate_fn=trainer.data_collator)
+    return trained(trainer), logged, len(losses), trainer.compute_loss is compute_loss
+
+
 class Stream(IterableDataset):
     """Rows of unknown number."""
 
@@ -222,6 +239,7 @@ SURFACE: dict[str, Row] = {
     "compute_loss_func": a_loss_function,
     "a stream as the train set": a_stream,
     "batches that are no dictionaries": pairs_instead_of_dictionaries,
+    "methods given to one trainer": methods_of_one_trainer,
     "label_names and eval_dataset set after the constructor": set_after_the_constructor,
 }
 

@@ -22,7 +22,7 @@ from hf_qat.errors import CaptureError, StageError, listed
 from hf_qat.graph.call_signature import CallSignature, flatten_call
 from hf_qat.graph.captured_graph import CapturedGraph, fits_shape
 from hf_qat.graph.nodes import short_name
-from hf_qat.quantization.class_swap import MADE_BY, swap_class
+from hf_qat.quantization.class_swap import MADE_BY, forget_own_forward, swap_class
 from hf_qat.quantization.float32_arithmetic import float32_arithmetic
 from hf_qat.quantization.layers import QATLayer, folded_ahead, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
@@ -356,6 +356,7 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
     original: Any = type(module)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
+    forget_own_forward(module)
     captured = swap_class(module, CapturedModule, graph_forward(original))
     for name, value in {
         "graphs": graphs,

@@ -52,6 +52,7 @@ from hf_qat.trainer.ddp import average_gradients, scales_in_training
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
 from hf_qat.trainer.loss_scale import scaled_as_it_turns_out
 from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
+from hf_qat.trainer.mixed_precision import forget_mixed_precision
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush
 from hf_qat.trainer.saving import CheckpointingTrainer
@@ -152,6 +153,8 @@ class QATTrainer(CheckpointingTrainer):
         checks.check_train_set(self.train_dataset)
         checks.check_distribution(self)
         keep_what_is_looked_at(self)
+        if not self.is_fsdp_enabled:
+            forget_mixed_precision(self.model)
         self._prepare_model(self.model)
         self._constructed = True
         self.add_callback(CalibrationCallback(self.calibrate))

@@ -19,7 +19,8 @@ class RuntimeModel(nn.Module):
     """Gives what the converted model gives, with every output that the file has computed by ONNX Runtime instead.
 
     The converted model runs too: for a loss, and for outputs that only exist beside labels, which some metrics count
-    on (`loss_dict` of detection models). None of that is in the file.
+    on (`loss_dict` of detection models). None of that is in the file. It is called as the model is, and has its public
+    attributes: Trainer and a user's own evaluation ask for some.
 
     Args:
         model: converted; a Hugging Face one.
@@ -32,15 +33,23 @@ class RuntimeModel(nn.Module):
         self.config = getattr(model, "config", None)
         self._session = Session(path, optimized=True)
 
-    def forward(self, **inputs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):  # what accelerate has noted of the model is not true of this one
+                raise
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
         """The outputs of the model's forward, on its device."""
-        outputs = self.model(**inputs)
+        outputs = self.model(*args, **inputs)
         if not isinstance(outputs, Mapping):
             raise ExportError(
                 f"{type(self.model).__name__} returns a {type(outputs).__name__} instead of a ModelOutput: leave "
                 "return_dict as it is, so that it can be told which output is which."
             )
-        bound = bind(self.model, (), inputs)
+        bound = bind(self.model, args, inputs)
         given = dict(zip(input_names(bound), input_tensors(bound), strict=True))
         missing = [name for name in self._session.inputs if name not in given]
         if missing:

@@ -22,7 +22,7 @@ from hf_qat.errors import CaptureError, StageError, listed
 from hf_qat.graph.call_signature import CallSignature, flatten_call
 from hf_qat.graph.captured_graph import CapturedGraph, fits_shape
 from hf_qat.graph.nodes import short_name
-from hf_qat.quantization.class_swap import MADE_BY, swap_class
+from hf_qat.quantization.class_swap import MADE_BY, forget_own_forward, swap_class
 from hf_qat.quantization.float32_arithmetic import float32_arithmetic
 from hf_qat.quantization.layers import QATLayer, folded_ahead, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 #: Modules in a graph that look at their own mode.
 FOLLOW_THEIR_MODE = (nn.modules.batchnorm._BatchNorm, QATLayer, FakeQuantize)
+
+#: Where hooks come from that a graph contains or does not need; others of transformers (NEFTune, debugging) change or
+#: show what layers give, as those of a user do.
+CONTAINED_HOOKS = ("torch.nn.utils.", "transformers.utils.output_capturing", "transformers.modeling_utils", "hf_qat.")
 
 
 class CaptureCall(Protocol):
@@ -258,10 +262,10 @@ def _mode_name(training: bool) -> str:
 
 
 def user_hooks(module: nn.Module) -> list[object]:
-    """The hooks on a module, other than those of torch and transformers, whose work a graph contains.
+    """The hooks on a module, other than those whose work a graph contains, or that it does not need.
 
-    Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them. Ours
-    are on what a graph calls, and are gone after a pass.
+    Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them, and
+    lets embeddings require gradients. Ours are on what a graph calls, and are gone after a pass.
     """
     return [hook for kind in _hooks(module) for hook in kind.values() if _is_of_user(hook)]
 
@@ -288,7 +292,7 @@ def _hooks(module: nn.Module) -> list[dict[int, Any]]:
 
 
 def _is_of_user(hook: object) -> bool:
-    return not _origin(hook).startswith(("torch.nn.utils.", "transformers.", "hf_qat."))
+    return not _origin(hook).startswith(CONTAINED_HOOKS)
 
 
 def _origin(hook: object) -> str:
@@ -352,6 +356,7 @@ def install(module: nn.Module, graphs: list[CapturedGraph], constants: dict[str,
     original: Any = type(module)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
+    forget_own_forward(module)
     captured = swap_class(module, CapturedModule, graph_forward(original))
     for name, value in {
         "graphs": graphs,

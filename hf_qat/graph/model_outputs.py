@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from hf_qat.graph.call_signature import Slot
 from hf_qat.graph.capture.inputs import Inputs, device_of, with_batch
-from hf_qat.graph.capture.modes import evaluating
+from hf_qat.graph.capture.modes import evaluating, shadowed
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.plan import Port
 from hf_qat.quantization.class_swap import original_class
@@ -67,18 +67,11 @@ def _reached(model: nn.Module, captured: Mapping[str, CapturedModule], inputs: I
     return frozenset(port for port, leaf in leaves.values() if id(leaf) in variables)
 
 
-@contextmanager
 def _outputs_as_leaves(
     captured: Mapping[str, CapturedModule], leaves: dict[int, tuple[Port, Tensor]]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside, what a captured child returns depends on one leaf for each tensor, which is noted in `leaves`."""
-    for path, module in captured.items():
-        module.forward = _forward_to_leaves(path, module, leaves)
-    try:
-        yield
-    finally:
-        for module in captured.values():
-            del module.forward
+    return shadowed("forward", {module: _forward_to_leaves(path, module, leaves) for path, module in captured.items()})
 
 
 def _forward_to_leaves(

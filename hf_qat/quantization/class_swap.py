@@ -104,6 +104,15 @@ def swap_class(module: nn.Module, mixin: type[Mixin], forward: Callable[..., Any
     return module
 
 
+def forget_own_forward(module: nn.Module) -> None:
+    """Take from `module` a `forward` that was given to it alone, by a user or by accelerate's mixed precision.
+
+    It would be called in the place of that of the class. A graph that was captured of it contains what it does.
+    """
+    for name in ("forward", "_original_forward"):
+        vars(module).pop(name, None)
+
+
 def require_free_names(module: nn.Module, mixin: type[nn.Module]) -> None:
     """The names that `mixin` gives to what it adds must not be names of the module's own.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
 from hf_qat.quantization.bound_functions import BOUND
-from hf_qat.quantization.class_swap import original_class, require_free_names, swap_class
+from hf_qat.quantization.class_swap import forget_own_forward, original_class, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels import fuses
@@ -295,6 +295,7 @@ def install_layer(
         keep_forward: its `forward` runs a graph that calls `compute`.
     """
     require_free_names(module, QATLayer)
+    forget_own_forward(module)
     layer = swap_class(module, QATLayer, type(module).forward if keep_forward else None)
     layer.operation = operation
     layer.operation_args = plain(operation_args)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_qat.quantization.class_swap import original_class, rebased, require_free_names, swap_class
+from hf_qat.quantization.class_swap import forget_own_forward, original_class, rebased, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.layers import QATLayer
@@ -108,6 +108,7 @@ def install_standalone_norm(
     original, statistics = type(module), module.running_mean
     assert isinstance(statistics, Tensor)
     require_free_names(module, QATStandaloneBatchNorm)
+    forget_own_forward(module)
     affine = swap_class(module, QATStandaloneBatchNorm, original.forward if keep_forward else None)
     channels = statistics.shape[0]
     affine.weight_shape = (channels, *[1] * (dims - 1))

@@ -6,9 +6,10 @@ way, as far as the model.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 from typing import Any
 
@@ -35,16 +36,36 @@ BATCHES_LOOKED_AT = 8
 #: Dimensions of a batch of images.
 IMAGES_DIM = 4
 
+#: What Trainer keeps when it makes a loader: the columns that it passes on, and with `dataloader_persistent_workers`
+#: the loaders of evaluation. After a mere look, data sets, collators and names of labels may still change.
+KEPT_OF_LOADERS = ("_signature_columns", "_eval_dataloaders")
 
-def first_batch(trainer: Trainer, otherwise: Iterable[Any] | None = None) -> dict[str, Any] | None:
-    """The first batch of the data, or without any of the loader `otherwise`, with labels; `None` without either."""
-    with random_state_kept(trainer.args.device):
+
+@contextmanager
+def unnoticed(trainer: Trainer) -> Iterator[None]:
+    """Inside, data may be looked at: random numbers, and what Trainer keeps of loaders, are as before afterwards."""
+    before = {name: copy.copy(value) for name, value in vars(trainer).items() if name in KEPT_OF_LOADERS}
+    try:
+        with random_state_kept(trainer.args.device):
+            yield
+    finally:
+        for name in KEPT_OF_LOADERS:
+            vars(trainer).pop(name, None)
+        vars(trainer).update(before)
+
+
+def first_batch(trainer: Trainer, otherwise: Iterable[Any] | None = None) -> Any:
+    """The first batch of the data, or without any of the loader `otherwise`, with labels; `None` without either.
+
+    A dictionary, but for a user's own collator and `compute_loss` that agree on something else.
+    """
+    with unnoticed(trainer):
         loader: Iterable[Any] | None = _any_loader(trainer)
         loader = otherwise if loader is None else loader  # the truth of a loader asks for its length
         return None if loader is None else next(iter(loader), None)
 
 
-def batch_of_another_size(trainer: Trainer, batch: Mapping[str, Any]) -> dict[str, Any] | None:
+def batch_of_another_size(trainer: Trainer, batch: Any) -> dict[str, Any] | None:
     """A batch whose images have another height or width than those of `batch`, among the first ones.
 
     Streams are not read for that: some can be read but once.
@@ -52,7 +73,7 @@ def batch_of_another_size(trainer: Trainer, batch: Mapping[str, Any]) -> dict[st
     sets = [trainer.train_dataset, trainer.eval_dataset]
     if any(isinstance(dataset, dict) or not has_length(dataset) for dataset in sets if dataset is not None):
         return None
-    with random_state_kept(trainer.args.device):
+    with unnoticed(trainer):
         train = iter(()) if sets[0] is None else islice(trainer.get_train_dataloader(), BATCHES_LOOKED_AT)
         evaluation = iter(()) if sets[1] is None else islice(trainer.get_eval_dataloader(), 1)
         other: Any
@@ -74,11 +95,10 @@ def _sizes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def first_inputs(trainer: Trainer, model: nn.Module, count: int) -> list[dict[str, Any]]:
     """Inputs of the first `count` images or a few more, by batches, on the CPU; all there are if those are fewer."""
     batches: list[dict[str, Any]] = []
-    found, loader = 0, _any_loader(trainer)
-    if loader is None:
-        return batches
-    with random_state_kept(trainer.args.device):
-        for batch in loader:
+    found = 0
+    with unnoticed(trainer):
+        loader = _any_loader(trainer)
+        for batch in () if loader is None else loader:
             inputs = without_labels(trainer, received(trainer, model, batch))
             batches.append(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), inputs))
             found += len(next(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)))
@@ -103,13 +123,15 @@ def evaluates_other_sizes(trainer: Trainer, model: nn.Module, like: Mapping[str,
     shapes = [shape for part in captured_modules(model).values() for shape in part.shapes if len(shape) == IMAGES_DIM]
     if all(shape[-1] is not None for shape in shapes):
         return False
-    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-    loaders = [trainer.get_eval_dataloader(dataset) for dataset in sets.values()]
-    alike = all(_sizes(batch) == _sizes(like) for loader in loaders for batch in loader)
+    names = list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else [None]
+    with unnoticed(trainer):
+        batches = chain.from_iterable(trainer.get_eval_dataloader(name) for name in names)
+        seen = (batch if isinstance(batch, Mapping) else received(trainer, model, batch) for batch in batches)
+        alike = all(_sizes(inputs) == _sizes(like) for inputs in seen)
     return not min_over_ranks(int(alike))
 
 
-def inputs_of(trainer: Trainer, model: nn.Module, loader: Iterable[Mapping[str, Any]]) -> Iterator[Inputs]:
+def inputs_of(trainer: Trainer, model: nn.Module, loader: Iterable[Any]) -> Iterator[Inputs]:
     """What a training step gives the trainer's model for each batch of `loader`, without labels.
 
     By position, labels included, where forward cannot do without them.
@@ -154,7 +176,7 @@ class _Stop(BaseException):
         self.inputs = inputs
 
 
-def received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def received(trainer: Trainer, model: nn.Module, batch: Any) -> dict[str, Any]:
     """What the model is called with in a training step on `batch`, which ends there and logs nothing.
 
     Raises:
@@ -168,7 +190,7 @@ def received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> di
     handle = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
         with modes_kept(model), silent(trainer):
-            trainer.training_step(model, dict(batch))
+            trainer.training_step(model, dict(batch) if isinstance(batch, Mapping) else batch)
     except _Stop as stopped:
         return stopped.inputs
     finally:
@@ -180,19 +202,31 @@ def received(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> di
     )
 
 
-@contextmanager
-def silent(trainer: Trainer) -> Iterator[None]:
+def silent(trainer: Trainer) -> AbstractContextManager[None]:
     """Inside, what hooks of the user's own log is not heard of: they run on the side."""
-    vars(trainer)["log"] = lambda *args, **kwargs: None
+    return method_replaced(trainer, "log", lambda *args, **kwargs: None)
+
+
+@contextmanager
+def method_replaced(trainer: Trainer, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, this trainer has another method; one that a user gave to it alone is there again afterwards."""
+    own = {name: vars(trainer)[name]} if name in vars(trainer) else {}
+    vars(trainer)[name] = function
     try:
         yield
     finally:
-        del vars(trainer)["log"]
+        del vars(trainer)[name]
+        vars(trainer).update(own)
+
+
+def is_overridden(trainer: Trainer, name: str, base: type[Trainer]) -> bool:
+    """Whether a method is another one than that of `base`: by a subclass, or given to this trainer alone."""
+    return name in vars(trainer) or getattr(type(trainer), name) is not getattr(base, name)
 
 
 def has_train_data(trainer: Trainer) -> bool:
-    """Whether there is a train set, or a subclass makes the loader of the training itself."""
-    return trainer.train_dataset is not None or type(trainer).get_train_dataloader is not Trainer.get_train_dataloader
+    """Whether there is a train set, or the user makes the loader of the training."""
+    return trainer.train_dataset is not None or is_overridden(trainer, "get_train_dataloader", Trainer)
 
 
 def _any_loader(trainer: Trainer) -> DataLoader[Any] | None:

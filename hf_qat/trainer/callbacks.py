@@ -60,8 +60,11 @@ class ScheduleCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start, or go on at the step of the checkpoint."""
+        """Start, or go on at the step of the checkpoint; a training of no steps has no schedule."""
         model: nn.Module = kwargs["model"]
+        self.schedule = None
+        if state.max_steps == 0:
+            return
         self.schedule = QATSchedule(model, state.max_steps)
         self.initial_scales = learned_scales(model)
         self.codes = CodeHistory()

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.debug_utils import DebugOption
 from transformers.trainer_utils import has_length
 
 from hf_qat.config.checkpoint_info import Stage
@@ -25,7 +26,8 @@ def check_arguments(args: TrainingArguments) -> None:
     """Refuse training arguments that a fake-quantized model cannot honour.
 
     Raises:
-        ConfigError: several GPUs in one process, evaluation in half precision, or activation checkpointing.
+        ConfigError: several GPUs in one process, evaluation in half precision, activation checkpointing, or what
+            works by hooks on layers.
     """
     if args.n_gpu > 1:
         script = shlex.join(sys.argv) if sys.argv[0].endswith(".py") else "your_script.py"
@@ -47,6 +49,22 @@ def check_arguments(args: TrainingArguments) -> None:
                 "save memory by QATConfig(save_memory=True), and by a smaller per_device_train_batch_size with more "
                 "gradient_accumulation_steps."
             )
+    _check_hooks(args)
+
+
+def _check_hooks(args: TrainingArguments) -> None:
+    """Refuse what Trainer does by hooks on the layers inside a captured part, which no graph calls."""
+    if args.neftune_noise_alpha is not None:
+        raise ConfigError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} has no effect on a captured graph, which calls no hooks "
+            "of its embeddings. Leave it out; noise in what the model gets can be added by the data_collator."
+        )
+    if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
+        raise ConfigError(
+            "debug='underflow_overflow' sees nothing of a captured graph, which calls no hooks of its layers. Leave "
+            "it out: steps with gradients of NaN or infinity are left out and named, and analyze(model, batches) "
+            "shows the layers one by one."
+        )
 
 
 def check_teacher(teacher: object, model: nn.Module | None) -> None:

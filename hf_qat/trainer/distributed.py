@@ -20,7 +20,7 @@ from hf_qat.errors import listed
 from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.graph.captured import before_calibration
 from hf_qat.quantization.collectives import min_over_ranks
-from hf_qat.trainer.batches import silent
+from hf_qat.trainer.batches import first_batch, silent
 from hf_qat.trainer.ddp import copy_from_first_rank, leave_out_of_ddp, without_gradient
 from hf_qat.trainer.fsdp import is_sharded, saved_whole, shard
 from hf_qat.trainer.random_state import random_state_kept
@@ -51,7 +51,7 @@ def synchronize_initial_model(trainer: Trainer, model: nn.Module) -> None:
     copy_from_first_rank(model, trainer.args.device)
 
 
-def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None, own_loss: bool = False) -> LossFacts:
+def rehearse(trainer: Trainer, model: nn.Module, batch: Any, own_loss: bool = False) -> LossFacts:
     """Find out about the loss, by steps that leave no trace; none where nothing depends on what they would show.
 
     In one process, `compute_loss` of a user's own is not called: the first step will show it (`loss_scale.py`).
@@ -61,7 +61,7 @@ def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None
     Args:
         trainer: whose `compute_loss` gives the loss of the task.
         model: the trainer's, prepared.
-        batch: with labels; `None` where this process has no data.
+        batch: with labels; `None` for the first one of the data, which is read if it is needed.
         own_loss: `compute_loss` is the user's own.
     """
     trainer = copy.copy(trainer)
@@ -70,6 +70,7 @@ def rehearse(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any] | None
     doubted = believed and trainer.compute_loss_func is None
     if not several and (own_loss or not doubted or trainer.args.gradient_accumulation_steps == 1):
         return LossFacts(believed, leaves_unused=False)
+    batch = first_batch(trainer) if batch is None else batch
     loss = None if batch is None else _rehearsed_loss(trainer, model, batch, 1, gradients=several)
     if not min_over_ranks(int(loss is not None)):
         return LossFacts(believed, leaves_unused=True)
@@ -114,9 +115,7 @@ def gathered_to_save(trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def _rehearsed_loss(
-    trainer: Trainer, model: nn.Module, batch: Mapping[str, Any], num_items: int, gradients: bool
-) -> Tensor | None:
+def _rehearsed_loss(trainer: Trainer, model: nn.Module, batch: Any, num_items: int, gradients: bool) -> Tensor | None:
     """() of a training step that leaves no trace; `None` if it fails, as the first step then will, aloud."""
     device = trainer.args.device
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -129,7 +128,7 @@ def _rehearsed_loss(
             trainer.accelerator.autocast(),
             silent(trainer),
         ):
-            inputs = trainer._prepare_inputs(dict(batch))
+            inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
             model.train()
             items = torch.tensor(num_items, dtype=torch.int64, device=device)
             loss = trainer.compute_loss(model, inputs, num_items_in_batch=items)

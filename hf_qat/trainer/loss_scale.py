@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 
+from hf_qat.trainer.batches import method_replaced
+
 
 class Watch(TorchFunctionMode):
     """Inside, `used` becomes true if anything is computed with one tensor; reading its attributes does not count."""
@@ -24,11 +26,6 @@ class Watch(TorchFunctionMode):
         if not reads and any(value is self._tensor for value in (*args, *(kwargs or {}).values())):
             self.used = True
         return func(*args, **(kwargs or {}))
-
-
-def has_own_loss(trainer: Trainer, base: type[Trainer]) -> bool:
-    """Whether a subclass of `base` overrides `compute_loss`."""
-    return type(trainer).compute_loss is not base.compute_loss
 
 
 @contextmanager
@@ -49,8 +46,5 @@ def scaled_as_it_turns_out(trainer: Trainer, num_items_in_batch: Tensor | int | 
         trainer.model_accepts_loss_kwargs = watch.used
         return result
 
-    vars(trainer)["compute_loss"] = compute_loss
-    try:
+    with method_replaced(trainer, "compute_loss", compute_loss):
         yield
-    finally:
-        del vars(trainer)["compute_loss"]

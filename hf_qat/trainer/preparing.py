@@ -45,13 +45,13 @@ class Examples:
     """The first batch, on its way to the model.
 
     Attributes:
-        batch: as the data have it, with labels.
+        batch: as the data have it, with labels; a dictionary, unless collator and loss are the user's own.
         inputs: what the model gets, without labels but for those that its forward cannot do without.
         labels: what else it gets.
         other_size: inputs with images of another height and width, if the data have such.
     """
 
-    batch: Mapping[str, Any]
+    batch: Any
     inputs: Inputs
     labels: Mapping[str, Any]
     other_size: Inputs | None = None
@@ -65,6 +65,8 @@ def examples(trainer: Trainer, model: nn.Module, loader: Iterable[Any] | None) -
     try:
         return _examples(trainer, model, batch, received(trainer, model, batch))
     except Exception as error:
+        if not isinstance(batch, Mapping):  # only the hooks know what of it the model gets
+            raise
         logger.warning(
             f"training_step or compute_loss fails before the first step ({error}): the first batch is captured as the "
             "data have it."
@@ -91,7 +93,7 @@ def examples_if_ready(trainer: Trainer, model: nn.Module, own_hooks: bool) -> Ex
         return None
 
 
-def _examples(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any], given: Mapping[str, Any]) -> Examples:
+def _examples(trainer: Trainer, model: nn.Module, batch: Any, given: Mapping[str, Any]) -> Examples:
     names = label_names(trainer)
     required = required_labels(model, names & given.keys())
     labels = {name: value for name, value in given.items() if name in names and name not in required}

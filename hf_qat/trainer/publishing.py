@@ -29,6 +29,7 @@ from hf_qat.publish.summary import summarize
 from hf_qat.tidl.artifacts import ARTIFACTS
 from hf_qat.trainer.fsdp import is_sharded
 from hf_qat.trainer.measuring import measure
+from hf_qat.trainer.mixed_precision import forget_mixed_precision
 from hf_qat.trainer.suspicions import warn_of_lost_accuracy
 
 
@@ -57,8 +58,7 @@ def converted_copy(model: nn.Module) -> nn.Module:
         StageError: neither calibrated nor trained.
     """
     model = copy.deepcopy(model)
-    for name in ("forward", "_original_forward"):  # the wrapper that mixed precision puts around forward
-        vars(model).pop(name, None)
+    forget_mixed_precision(model)
     return convert(model)
 
 

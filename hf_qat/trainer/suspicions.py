@@ -48,9 +48,10 @@ class ImageStatistics:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[float, float]] = {}
 
-    def look_at(self, model: nn.Module, inputs: Mapping[str, Any], where: str) -> None:
+    def look_at(self, model: nn.Module, inputs: Any, where: str) -> None:
         """Note the first batch of `where`, `"training"` or `"evaluation"`; with both, compare them, once."""
-        images = inputs.get(getattr(model, "main_input_name", "pixel_values"))
+        name = getattr(model, "main_input_name", "pixel_values")
+        images = inputs.get(name) if isinstance(inputs, Mapping) else None
         if where in self._seen or not isinstance(images, Tensor) or not _are_images(images):
             return
         values = images.detach().float()

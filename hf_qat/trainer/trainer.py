@@ -38,15 +38,23 @@ from hf_qat.publish.hub import make_repository, push_directory
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer import checks, distributed, preparing, publishing
 from hf_qat.trainer.bad_steps import BadSteps, statistics_kept_if_bad
-from hf_qat.trainer.batches import first_inputs, has_train_data, inputs_of, of_first_size, without_labels
+from hf_qat.trainer.batches import (
+    first_inputs,
+    has_train_data,
+    inputs_of,
+    is_overridden,
+    of_first_size,
+    unnoticed,
+    without_labels,
+)
 from hf_qat.trainer.callbacks import CalibrationCallback, ScheduleCallback, metrics_of_schedule, needs_calibration
 from hf_qat.trainer.ddp import average_gradients, scales_in_training
 from hf_qat.trainer.distillation import Distillation, loss_is_scaled
-from hf_qat.trainer.loss_scale import has_own_loss, scaled_as_it_turns_out
+from hf_qat.trainer.loss_scale import scaled_as_it_turns_out
 from hf_qat.trainer.measuring import Record, evaluation_images, reset_record
+from hf_qat.trainer.mixed_precision import forget_mixed_precision
 from hf_qat.trainer.optimizer import count_missing, move_scales_to_own_group
 from hf_qat.trainer.pushing import BackgroundPush
-from hf_qat.trainer.random_state import random_state_kept
 from hf_qat.trainer.saving import CheckpointingTrainer
 from hf_qat.trainer.streams import keep_what_is_looked_at
 from hf_qat.trainer.suspicions import ImageStatistics
@@ -145,6 +153,8 @@ class QATTrainer(CheckpointingTrainer):
         checks.check_train_set(self.train_dataset)
         checks.check_distribution(self)
         keep_what_is_looked_at(self)
+        if not self.is_fsdp_enabled:
+            forget_mixed_precision(self.model)
         self._prepare_model(self.model)
         self._constructed = True
         self.add_callback(CalibrationCallback(self.calibrate))
@@ -203,7 +213,7 @@ class QATTrainer(CheckpointingTrainer):
         """
         if dataset is None and not has_train_data(self):
             raise CalibrationError("no train set to calibrate from: pass train_dataset=, or call calibrate(dataset).")
-        with random_state_kept(self.args.device):
+        with unnoticed(self):
             loader = self.get_train_dataloader() if dataset is None else self.get_test_dataloader(dataset)
             self._prepare_if_it_waits(loader)
             config = require_stage(self.model, Stage.PREPARED, "calibrate").config
@@ -256,12 +266,13 @@ class QATTrainer(CheckpointingTrainer):
         """Before the optimizer is made and the model wrapped: see to it that N processes train what one would."""
         if self.is_fsdp_enabled and self.state.global_step == 0 and needs_calibration(self.model):
             self.calibrate()  # not when training begins: the weights are split by then
-        if self._loss_facts is None:
+        own_loss = is_overridden(self, "compute_loss", QATTrainer)
+        if self._loss_facts is None or self.args.world_size == 1:  # where batches are accumulated may change
             batch = None if self._examples is None else self._examples.batch
-            self._loss_facts = distributed.rehearse(self, self.model, batch, has_own_loss(self, QATTrainer))
+            self._loss_facts = distributed.rehearse(self, self.model, batch, own_loss)
             self._examples = None
         self.model_accepts_loss_kwargs = self._loss_facts.divided
-        self._loss_scale_unknown = self._loss_facts.divided and has_own_loss(self, QATTrainer)
+        self._loss_scale_unknown = self._loss_facts.divided and own_loss
         distributed.make_ready_to_wrap(self, self.model, self._loss_facts)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 

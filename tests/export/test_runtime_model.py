@@ -25,7 +25,7 @@ class Output(ModelOutput):
 class Doubling(nn.Module):
     """Doubles its input, and has a loss and features besides; the files below add 1 to the logits."""
 
-    config = "a config"
+    config, main_input_name = "a config", "pixel_values"
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Output:
         loss = None if labels is None else functional.mse_loss(pixel_values, labels)
@@ -55,6 +55,14 @@ def test_outputs_that_the_file_has_are_onnx_runtimes_and_the_others_the_models(w
     torch.testing.assert_close(outputs.features, 3 * x)
     torch.testing.assert_close(outputs.loss, (x**2).mean())
     assert model(pixel_values=x).loss is None
+
+
+def test_it_is_called_and_asked_as_the_model_is(written):
+    model, x = RuntimeModel(Doubling(), written()).eval(), torch.randn(3, 2)
+    torch.testing.assert_close(model(x, torch.zeros(3, 2)).logits, 2 * x + 1)
+    assert model.main_input_name == "pixel_values"
+    with pytest.raises(AttributeError, match="'Doubling' object has no attribute 'nothing'"):
+        model.nothing  # noqa: B018
 
 
 def test_a_batch_without_an_input_of_the_file_is_refused_by_name(written):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
+from hf_qat.model.schedule import QATSchedule
 from tests.models import made_once, mobilenet_v2, resnet, vit
 
 
@@ -112,6 +113,18 @@ def test_a_loaded_model_with_excluded_and_synchronized_batch_norms_freezes_them(
         type(module).__mro__ for module in model.modules()
     ]
     assert torch.equal(loaded.train()(x).isfinite().all(), torch.tensor(True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_is_saved_within_a_training_that_looks_at_its_next_batch(way):
+    model, x = prepared("plain")
+    QATSchedule(model, 8).step()
+    assert len(model._forward_pre_hooks) == 1
+    loaded = WAYS[way](model)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    loaded.train()(x)
+    kept = [value for hook in loaded._forward_pre_hooks.values() for value in vars(hook).values()]
+    assert kept == [None]  # no batch that nobody will look at
 
 
 SPAWNED = """

@@ -64,6 +64,7 @@ def trained(directory: Path, watch: Watch, resume: object = None, **changes: obj
         ({"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3}, "LF"),  # 3 batches and 1
         ({"max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}, "LLLLFFRR"),
         ({"max_steps": 4, "qat": {"freeze_bn_at": None}}, "FFFR"),
+        ({"max_steps": -1, "num_train_epochs": 0}, ""),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),
 )

@@ -64,6 +64,12 @@ def test_activation_checkpointing_is_refused(tmp_path: Path):
         check_arguments(args)
 
 
+@pytest.mark.parametrize("changes", [{"neftune_noise_alpha": 5.0}, {"debug": "underflow_overflow"}], ids=list)
+def test_what_works_by_hooks_on_layers_is_refused(tmp_path: Path, changes: dict):
+    with pytest.raises(ConfigError, match=f"{next(iter(changes))}.* captured graph"):
+        check_arguments(arguments(tmp_path, **changes))
+
+
 def distributed(asked: bool = False, deepspeed: bool = False, **plugin: object) -> SimpleNamespace:
     """What `check_distribution` reads of a trainer; `plugin` is what accelerate knows of FSDP."""
     defaults = {"fsdp_version": 2, "activation_checkpointing": False}

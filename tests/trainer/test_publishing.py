@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction
 
 from hf_qat.errors import ConfigError, ExportError, StageError
 from hf_qat.export import export_onnx
@@ -118,6 +118,22 @@ class TestFigures:
         assert measured["calibrated"] == {"accuracy": trainer.evaluate()["eval_accuracy"]}
         assert trainer.measured_as == "calibrated"
         assert "qat" not in measured and "float" not in measured
+
+    def test_metrics_that_look_at_images_and_losses_get_those_of_the_file_too(self, tmp_path: Path):
+        seen = []
+
+        def bright(prediction: EvalPrediction) -> dict[str, float]:
+            seen.append(prediction.inputs)
+            chosen = prediction.predictions.argmax(-1) == prediction.label_ids
+            return {"bright": float(chosen[prediction.inputs.mean((1, 2, 3)) > 0].mean()), "n": len(prediction.losses)}
+
+        trainer = publisher(
+            tmp_path, "int8", compute_metrics=bright, include_for_metrics=["inputs", "loss"], max_steps=1
+        )
+        trainer.train()
+        trainer.export(tmp_path / "out")
+        assert trainer.exported.accuracy["onnxruntime"]["n"] == 50
+        assert all(np.array_equal(images, seen[0]) for images in seen) and len(seen) == 2
 
     def test_within_fake_quant_disabled_evaluate_measures_the_float_model(self, tmp_path: Path):
         trainer = publisher(tmp_path, "int8")

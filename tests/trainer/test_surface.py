@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler, default_collate
 from transformers import ResNetConfig, ResNetModel, Trainer, ViTConfig, ViTForMaskedImageModeling
 
 from hf_qat.model.switches import fake_quant_disabled
@@ -157,6 +158,62 @@ def a_loss_function(kind: type[Trainer], directory: Path) -> object:
     return calls
 
 
+def pairs_instead_of_dictionaries(kind: type[Trainer], directory: Path) -> object:
+    class Mine(kind):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            pixels, labels = inputs
+            outputs = model(pixels)
+            loss = nn.functional.cross_entropy(outputs.logits, labels)
+            return (loss, outputs) if return_outputs else loss
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            return loss, outputs.logits, inputs[1]
+
+    data = [(row["pixel_values"], row["labels"]) for row in rows(16)]
+    args = arguments(directory, max_steps=2, gradient_accumulation_steps=2)
+    trainer = Mine(resnet(), args, train_dataset=data, eval_dataset=data, data_collator=default_collate)
+    return trained(trainer), sorted(trainer.evaluate()), trainer.predict(data).predictions.shape
+
+
+def set_after_the_constructor(kind: type[Trainer], directory: Path) -> object:
+    """A further label, whose column `remove_unused_columns` then keeps, and another evaluation set."""
+    seen: list[bool] = []
+
+    class Weighted(kind):
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if self.is_in_train:
+                seen.append(inputs.pop("weight", None) is not None)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    data = datasets.Dataset.from_list([{**row, "weight": 1.0} for row in rows()]).with_format("torch")
+    trainer = Weighted(
+        resnet(), arguments(directory, max_steps=2, **workers), train_dataset=data, eval_dataset=rows(4)
+    )
+    trainer.eval_dataset, trainer.label_names = rows(6), ["labels", "weight"]
+    steps = trained(trainer)
+    return steps, set(seen), sum(len(batch["labels"]) for batch in trainer.get_eval_dataloader())
+
+
+def methods_of_one_trainer(kind: type[Trainer], directory: Path) -> object:
+    """They are set as attributes, after the constructor, as notebooks do."""
+    logged: list[list[str]] = []
+    losses: list[Tensor] = []
+    trainer = kind(resnet(), arguments(directory, max_steps=3, gradient_accumulation_steps=2))
+
+    def compute_loss(model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        outputs = model(**inputs)
+        losses.append(outputs.loss)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    trainer.compute_loss = compute_loss
+    trainer.log = lambda logs, *args, **kwargs: logged.append(sorted(logs))
+    trainer.get_train_dataloader = lambda: DataLoader(rows(24), batch_size=4, collate_fn=trainer.data_collator)
+    return trained(trainer), logged, len(losses), trainer.compute_loss is compute_loss
+
+
 class Stream(IterableDataset):
     """Rows of unknown number."""
 
@@ -181,6 +238,9 @@ SURFACE: dict[str, Row] = {
     "compute_loss, and log inside it": a_loss_of_ones_own,
     "compute_loss_func": a_loss_function,
     "a stream as the train set": a_stream,
+    "batches that are no dictionaries": pairs_instead_of_dictionaries,
+    "methods given to one trainer": methods_of_one_trainer,
+    "label_names and eval_dataset set after the constructor": set_after_the_constructor,
 }
 
 

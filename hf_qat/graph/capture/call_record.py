@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.graph.call_signature import CallSignature, flatten_call
+from hf_qat.graph.capture.modes import shadowed
 
 
 #: Modules that do no tensor work of their own outside training.
@@ -125,13 +126,11 @@ def add_run(records: Records, more: Records, run: int) -> None:
             records[path] = calls
 
 
-@contextmanager
-def _recording(candidates: list[tuple[str, nn.Module]], recorded: Records) -> Iterator[None]:
+def _recording(candidates: list[tuple[str, nn.Module]], recorded: Records) -> AbstractContextManager[None]:
     """Shadow `forward` of every candidate, which catches `child(...)` and `child.forward(...)` alike."""
     depth = [0]
-    shadowed: list[nn.Module] = []
 
-    def shadow(path: str, child: nn.Module) -> None:
+    def recorder(path: str, child: nn.Module) -> Callable[..., Any]:
         original = child.forward
         signature = inspect.signature(original)
 
@@ -148,13 +147,6 @@ def _recording(candidates: list[tuple[str, nn.Module]], recorded: Records) -> It
             return output
 
         record.__signature__ = signature  # type: ignore[attr-defined]
-        child.forward = record
-        shadowed.append(child)
+        return record
 
-    for path, child in candidates:
-        shadow(path, child)
-    try:
-        yield
-    finally:
-        for child in shadowed:
-            del child.forward
+    return shadowed("forward", {child: recorder(path, child) for path, child in candidates})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -54,7 +54,7 @@ def frozen_parts_kept(model: nn.Module) -> Iterator[None]:
     """Inside, `train()` leaves alone what is in evaluation although `model` is in training: a frozen part."""
     inside = {m for module in model.modules() if not module.training for m in module.modules() if m is not module}
     frozen = [m for m in model.modules() if model.training and not m.training and m not in inside]
-    with _shadowed(frozen, "train", _train_batch_norms):
+    with shadowed("train", {module: MethodType(_train_batch_norms, module) for module in frozen}):
         yield
 
 
@@ -69,7 +69,8 @@ def _train_batch_norms(module: nn.Module, mode: bool = True) -> nn.Module:
 def batch_norms_of_one_process(model: nn.Module) -> Iterator[None]:
     """Inside, a `SyncBatchNorm` normalises by the batch of its own process: a graph cannot wait for others."""
     synchronized = [m for m in model.modules() if type(m).forward is nn.SyncBatchNorm.forward]
-    with _shadowed(synchronized, "forward", nn.modules.batchnorm._BatchNorm.forward):
+    forward = nn.modules.batchnorm._BatchNorm.forward
+    with shadowed("forward", {module: MethodType(forward, module) for module in synchronized}):
         yield
 
 
@@ -91,15 +92,18 @@ def averages_left_alone(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _shadowed(modules: list[nn.Module], name: str, function: Callable[..., object]) -> Iterator[None]:
-    """Inside, the modules have `function` for a method `name`."""
-    for module in modules:
-        vars(module)[name] = MethodType(function, module)
+def shadowed(name: str, functions: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
+    """Inside, modules have these functions for a method `name`; one that a user gave to a module comes back."""
+    own = {module: vars(module)[name] for module in functions if name in vars(module)}
+    for module, function in functions.items():
+        vars(module)[name] = function
     try:
         yield
     finally:
-        for module in modules:
+        for module in functions:
             del vars(module)[name]
+        for module, function in own.items():
+            vars(module)[name] = function
 
 
 @contextmanager

@@ -6,7 +6,10 @@ import argparse
 import copy
 import dataclasses
 import logging
+from collections.abc import Callable
 from functools import partial
+from types import MethodType
+from typing import Any
 
 import onnx
 import pytest
@@ -14,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabled, prepare_qat
 from hf_qat.errors import CaptureError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
-from tests.models import detr, resnet
+from tests.models import detr, hand_written, resnet
 
 
 class Auxiliary(nn.Module):
@@ -194,11 +198,48 @@ def test_a_hook_on_the_captured_part_itself_acts_once():
         torch.testing.assert_close(model(x), float_model(x))
 
 
-def test_a_hook_that_is_added_later_warns_once(caplog):
+def doubled_by(forward: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What `forward` gives, twice as large."""
+    return pytree.tree_map_only(Tensor, lambda tensor: 2 * tensor, forward(module, *args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (resnet, "classifier.1"),
+        (resnet, "resnet.encoder.stages.0.layers.0.layer.0.convolution"),
+        (resnet, "resnet.encoder.stages.0.layers.0.layer.0.normalization"),
+        (resnet, "resnet"),
+        (resnet, ""),
+        (hand_written, "body"),
+        (hand_written, ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_forward_that_one_module_alone_was_given_is_computed_once(make, path):
+    model, x = make().eval(), torch.randn(2, 3, 32, 32)
+    module = model.get_submodule(path)
+    forward = type(module).forward
+    module.forward = MethodType(partial(doubled_by, forward), module)
+    with torch.no_grad():
+        expected = getattr(model(x), "logits", model(x))
+        calibrate(prepare_qat(model, QATConfig(bias_correction=False), x), [x])
+        converted = convert(copy.deepcopy(model))(x)
+        with fake_quant_disabled(model):
+            found = model.eval()(x)
+    torch.testing.assert_close(getattr(found, "logits", found), expected, atol=1e-4, rtol=1e-4)
+    error = (getattr(converted, "logits", converted) - expected).abs().max()
+    assert error < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda module, inputs, output: None, neftune_post_forward_hook], ids=["of a user", "of transformers"]
+)
+def test_a_hook_that_is_added_later_warns_once(caplog, hook):
     model, x = resnet(), torch.randn(2, 3, 32, 32)
     prepare_qat(model, example_inputs={"pixel_values": x}).eval()
     inner = model.resnet.encoder.stages[0]
-    inner.register_forward_hook(lambda module, inputs, output: None)
+    inner.register_forward_hook(hook)
     with caplog.at_level(logging.WARNING, "hf_qat"):
         model(x)
         model(x)

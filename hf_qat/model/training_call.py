@@ -1,0 +1,46 @@
+"""The arguments with which a training calls its model: what ranges are observed on again while it goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+#: The arguments of a call of a model's forward.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Note:
+    """A hook that keeps the arguments of the latest call in training; a copy, or one from a file, keeps nothing."""
+
+    def __init__(self, latest: list[Call] | None = None) -> None:
+        self._latest = latest
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and self._latest is not None:
+            self._latest[:] = [(args, kwargs)]
+
+    def __reduce__(self) -> tuple[type[_Note], tuple[()]]:
+        return _Note, ()
+
+
+class CallInTraining:
+    """The arguments of the latest call of a model in training, while it is listened to."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._latest: list[Call] = []
+        self._handle: Any = None
+
+    def listen(self) -> None:
+        """Note what the model is called with from now on."""
+        if self._handle is None:
+            self._handle = self._model.register_forward_pre_hook(_Note(self._latest), with_kwargs=True)
+
+    def take(self) -> Call | None:
+        """The latest call; stops listening. `None` if there was none."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        return self._latest.pop() if self._latest else None

@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import LABEL_NAMES, device_of
 from hf_qat.graph.capture.modes import buffers_kept, evaluating
 from hf_qat.graph.captured import without_user_hooks
+from hf_qat.model.call_in_training import Call
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.model.untrained import batch_statistics
 from hf_qat.quantization.collectives import min_over_ranks, range_over_ranks
@@ -64,38 +64,6 @@ FEWEST_SATURATED = 16
 
 #: How much wider than what is seen a range becomes that was outgrown: most go on growing.
 HEADROOM = 1.5
-
-#: The arguments of a call of a model's forward.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class CallInTraining:
-    """The arguments of the latest call of a model in training, while it is listened to."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._latest: list[Call] = []
-        self._handle: Any = None
-
-    def listen(self) -> None:
-        """Note what the model is called with from now on."""
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], latest: list[Call]) -> None:
-            if module.training:
-                latest[:] = [(args, kwargs)]
-
-        if self._handle is None:
-            latest = self._latest  # not `self`, which a copy of the model would copy along
-            self._handle = self._model.register_forward_pre_hook(
-                lambda module, args, kwargs: note(module, args, kwargs, latest), with_kwargs=True
-            )
-
-    def take(self) -> Call | None:
-        """The latest call; stops listening. `None` if there was none."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        return self._latest.pop() if self._latest else None
 
 
 class _Watch(Observer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,8 +92,8 @@ def _require_tensors(name: str, result: Any) -> None:
     others = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None and not isinstance(leaf, Tensor)]
     if others:
         raise ExportError(
-            f"{name} returns {others[0]!r} of type {type(others[0]).__name__} beside its tensors, and an ONNX file "
-            "returns tensors only: leave it out of what forward returns, or export a module that does, around it."
+            f"{name} returns {reprlib.repr(others[0])} of type {type(others[0]).__name__}, and an ONNX file returns "
+            "tensors only: return tensors, tuples, lists or dicts of them, or export a module that does, around it."
         )
 
 

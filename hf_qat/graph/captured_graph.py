@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from hf_qat.graph.leading_axes import takes_leading_axes
 from hf_qat.graph.nodes import is_floating
 from hf_qat.graph.stored_graph import restore_graph, store_graph
 from hf_qat.quantization.followed import FOLLOWED
+from hf_qat.quantization.running_graph import running_graph
 
 
 #: Key in the `meta` of an input: the name of the argument that it comes from.
@@ -102,7 +104,8 @@ class CapturedGraph:
 
     def compute(self, module: object, tensors: Sequence[Tensor]) -> Any:
         """Run on flat tensors; the result has the structure of the original forward's."""
-        outputs = iter(self.run(module, *tensors))
+        with nullcontext() if torch.compiler.is_compiling() else running_graph():
+            outputs = iter(self.run(module, *tensors))
         return pytree.tree_unflatten(fill(self.result_leaves, outputs), self.result_spec)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
@@ -73,12 +73,23 @@ def prepare_qat(
     state = state_of(model)
     if state is not None:
         raise StageError(f"{type(model).__name__} is {state.stage} already; prepare a copy of the float model.")
+    _require_python(model)
     _require_trainable(model)
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
     require_finite(model, "prepare")
     return prepare_parts(model, config, inputs, Parts(config.excludes), labels, other_size)
+
+
+def _require_python(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{path or 'the model'} of {type(model).__name__} is TorchScript, which has no Python code to look at "
+                "and no place for quantizers: prepare the model as it was before torch.jit.script, torch.jit.trace or "
+                "torch.jit.load, with the same state dict."
+            )
 
 
 def _require_trainable(model: nn.Module) -> None:
@@ -143,6 +154,7 @@ def _prepare(
     connect(captured)
 
     _make_norms_freezable(model)
+    _detach_computed_weights(model)
     _follow_model(model)
     _freeze_quantizers_of_frozen_parts(model)
     for module in captured.values():
@@ -175,6 +187,17 @@ def _make_norms_freezable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, QATLayer):
             install_freezable_norm(module)
+
+
+def _detach_computed_weights(model: nn.Module) -> None:
+    """Hooks of weight norm and pruning keep the weight of the latest call, with its history, which cannot be copied.
+
+    A graph computes its own and calls no hook any more, so that it would stay for good.
+    """
+    for module in model.modules():
+        computed = [(name, value) for name, value in vars(module).items() if isinstance(value, Tensor)]
+        if module._forward_pre_hooks:
+            vars(module).update({name: value.detach() for name, value in computed})
 
 
 def _follow_model(model: nn.Module) -> None:

@@ -16,10 +16,10 @@ from torch import nn
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import ConfigError, listed
+from hf_qat.model.call_in_training import CallInTraining
 from hf_qat.model.outgrown import renew_outgrown_ranges, set_ranges_anew
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import freeze_batch_norm, freeze_ranges
-from hf_qat.model.training_call import CallInTraining
 from hf_qat.model.untrained import has_batch_norms, is_untrained, new_parameters, untrained_batch_norms
 from hf_qat.quantization.quantizer import fake_quantizers
 

@@ -28,6 +28,7 @@ from hf_qat.quantization.layer_folding import fold_layer, fold_together
 from hf_qat.quantization.live_norm import KeptStatistics, is_live, normalise_live
 from hf_qat.quantization.operation_pickling import register
 from hf_qat.quantization.quantizer import FakeQuantize
+from hf_qat.quantization.running_graph import is_running_graph
 from hf_qat.quantization.spec import QuantizerSpec
 from hf_qat.quantization.weight_scale import weight_scale
 
@@ -89,8 +90,11 @@ class QATLayer(nn.Module):
         self._input_quantizer = (quantizer,)
 
     def forward(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
-        """See `compute`."""
-        return self.compute(x, arguments)
+        """See `compute`; called by Python code, as of a part alone, without batch norm: that code calls it next."""
+        if self.batch_norm is None or is_running_graph():
+            return self.compute(x, arguments)
+        operation: Callable[..., Tensor] = BOUND.get(self.operation, self.operation)
+        return operation(x, self._unfolded_weight(), self.bias, *(arguments or self.operation_args))
 
     def compute(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
         """(N, C_in, …) → (N, C_out, …), batch norm included.

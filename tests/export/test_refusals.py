@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,13 @@ from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
 from hf_qat.errors import ExportError, NonFiniteError
+
+
+@dataclass
+class Found:
+    """An output of a class of the user's own."""
+
+    boxes: Tensor
 
 
 class Whole(nn.Module):
@@ -97,6 +105,13 @@ def test_what_is_no_tensor_among_the_outputs_is_refused_and_leaves_no_file(besid
     with pytest.raises(ExportError, match=f"Whole returns {beside!r} of type {type(beside).__name__}"):
         export_onnx(model, tmp_path / "model.onnx", ROWS)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_of_an_unknown_class_is_named_without_all_of_its_numbers(tmp_path: Path):
+    model = converted(Whole(Found(torch.rand(100, 100))), ROWS)
+    with pytest.raises(ExportError, match="of type Found, and an ONNX file returns tensors only") as error:
+        export_onnx(model, tmp_path / "model.onnx", ROWS)
+    assert len(str(error.value)) < 300
 
 
 def test_a_batch_norm_without_running_statistics_is_refused_by_name(tmp_path: Path):

@@ -7,9 +7,9 @@ from torch import nn
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.model.calibration import calibrate
+from hf_qat.model.call_in_training import CallInTraining
 from hf_qat.model.outgrown import renew_outgrown_ranges
 from hf_qat.model.prepare import prepare_qat
-from hf_qat.model.training_call import CallInTraining
 from hf_qat.quantization.quantizer import fake_quantizers
 from tests.models import made_once
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat
-from hf_qat.model.schedule import QATSchedule
+from hf_qat import QATConfig, QATFxModule, QATSchedule, calibrate, convert, export_onnx, prepare_qat
 from tests.models import made_once, mobilenet_v2, resnet, vit
 
 
@@ -115,18 +114,6 @@ def test_a_loaded_model_with_excluded_and_synchronized_batch_norms_freezes_them(
     assert torch.equal(loaded.train()(x).isfinite().all(), torch.tensor(True))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_model_is_saved_within_a_training_that_looks_at_its_next_batch(way):
-    model, x = prepared("plain")
-    QATSchedule(model, 8).step()
-    assert len(model._forward_pre_hooks) == 1
-    loaded = WAYS[way](model)
-    assert torch.equal(loaded.eval()(x), model.eval()(x))
-    loaded.train()(x)
-    kept = [value for hook in loaded._forward_pre_hooks.values() for value in vars(hook).values()]
-    assert kept == [None]  # no batch that nobody will look at
-
-
 SPAWNED = """
 import sys, torch
 saved = torch.load(sys.argv[1], weights_only=False)
@@ -141,3 +128,30 @@ def test_a_new_process_that_knows_nothing_of_the_package_computes_the_same_bits(
     with torch.no_grad():
         torch.save({"model": model, "x": x, "expected": model(x).logits}, tmp_path / "all.pt")
     subprocess.run([sys.executable, "-c", SPAWNED, str(tmp_path / "all.pt")], check=True, timeout=200)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_a_schedule_looks_at_can_be_copied_at_any_step_and_the_copy_keeps_to_itself(way):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    model = calibrate(prepare_qat(plain(), example_inputs=x), [x])
+    schedule = QATSchedule(model, 4)
+    for _ in range(4):
+        model.train()(x)
+        again = WAYS[way](model)
+        assert torch.equal(again.eval()(x), model.eval()(x))
+        again.train()(torch.full_like(x, 1e3))
+        noted = schedule._call._latest
+        assert not noted or torch.equal(noted[0][0][0], x)
+        schedule.step()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_wrapper_is_copied_with_its_schedule(way):
+    x = torch.randn(2, 3, 8, 8)
+    wrapper = QATFxModule(plain(), total_epochs=3, example_inputs=x).train()
+    wrapper(x)
+    again = WAYS[way](wrapper).train()
+    wrapper.train()
+    assert again.schedule.state_dict() == wrapper.schedule.state_dict()
+    assert torch.equal(again.eval()(x), wrapper.eval()(x))

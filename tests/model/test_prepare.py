@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from hf_qat import (
     QATConfig,
@@ -277,6 +278,44 @@ def test_what_is_prepared_in_inference_mode_trains_if_the_model_was_not_made_the
         model = hand_written()
     with pytest.raises(CaptureError, match="stem.weight of .*inference_mode"):
         prepare_qat(model, QATConfig(), x)
+
+
+SCRIPTS = {"script": torch.jit.script, "trace": lambda module: torch.jit.trace(module, torch.randn(1, 3, 8, 8))}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_torchscript_is_refused_by_its_path_and_the_model_stays_as_it_is(kind):
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), SCRIPTS[kind](nn.Conv2d(3, 3, 1)))
+    expected = model(x)
+    with pytest.raises(CaptureError, match="1 of Sequential is TorchScript.*before torch.jit.script"):
+        prepare_qat(model, QATConfig(), x)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(CaptureError, match="the model of .* is TorchScript"):
+        prepare_qat(SCRIPTS[kind](nn.Conv2d(3, 3, 1)), QATConfig(), x)
+
+
+COMPUTED_WEIGHTS = {
+    "weight norm": nn.utils.weight_norm,
+    "spectral norm": nn.utils.spectral_norm,
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED_WEIGHTS)
+def test_a_model_whose_hooks_compute_weights_can_be_copied_whenever_it_was_trained(kind):
+    x = torch.randn(4, 3, 8, 8)
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+    for layer in layers:
+        COMPUTED_WEIGHTS[kind](layer)
+    model = nn.Sequential(*layers)
+    model(x).sum().backward()
+    calibrate(prepare_qat(model, QATConfig(), x), [x])
+    model.train()(x).sum().backward()
+    again = convert(copy.deepcopy(model))
+    assert torch.equal(again(x), model.eval()(x))
 
 
 def test_a_model_in_training_mode_stays_in_it():

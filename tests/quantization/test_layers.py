@@ -91,7 +91,7 @@ def test_with_batch_norm_frozen_one_convolution_computes_it_all(bias):
     shift = -numbers(norm.running_mean) + (numbers(layer.bias) if bias else 0.0)
     offset = numbers(norm.bias) + shift * factor_by_hand(norm)
     expected = nn.functional.conv2d(x.double(), torch.from_numpy(weight), torch.from_numpy(offset), padding=1)
-    torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    torch.testing.assert_close(layer.compute(x).double(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
     assert all(torch.equal(value, statistics[key]) for key, value in norm.state_dict().items())
 
 
@@ -108,7 +108,7 @@ def test_with_batch_norm_live_its_own_statistics_normalize_the_quantized_convolu
     expected = expected * norm.weight.detach().double()[:, None, None] + norm.bias.detach().double()[:, None, None]
     running_mean = 0.9 * norm.running_mean.double() + 0.1 * mean
     running_var = 0.9 * norm.running_var.double() + 0.1 * raw.var((0, 2, 3), unbiased=True)
-    torch.testing.assert_close(layer(x).double(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
+    torch.testing.assert_close(layer.compute(x).double(), expected, rtol=0, atol=0.02 * expected.abs().max().item())
     torch.testing.assert_close(norm.running_mean.double(), running_mean, rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(norm.running_var.double(), running_var, rtol=1e-2, atol=1e-2)
     assert norm.num_batches_tracked == 1
@@ -120,16 +120,18 @@ def test_with_its_quantizer_off_it_is_the_float_pair():
     layer.weight_quantizer.enabled = False
     twin = ConvNorm()
     layer.eval(), norm.eval(), twin.eval()
-    torch.testing.assert_close(layer(x), twin(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.compute(x), twin(x), rtol=1e-5, atol=1e-5)
     layer.train(), norm.train(), twin.train()
-    assert torch.equal(layer(x), twin(x))
+    assert torch.equal(layer.compute(x), twin(x))
     assert torch.equal(norm.running_var, twin.norm.running_var)
 
 
 def test_the_quantized_linear_layer_equals_numpy():
     layer, x = linear().eval(), torch.randn(7, 6)
     weight = quantized_by_hand(numbers(layer.weight), True)
-    np.testing.assert_allclose(numbers(layer(x)), numbers(x) @ weight.T + numbers(layer.bias), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        numbers(layer.compute(x)), numbers(x) @ weight.T + numbers(layer.bias), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["live", "frozen"])
@@ -138,7 +140,7 @@ def test_gradients_reach_weight_scale_gamma_and_beta(frozen):
     layer.batch_norm_frozen = frozen
     layer.train(), norm.train()
     x = torch.randn(5, 3, 6, 6, requires_grad=True)
-    (layer(x) * torch.randn(5, 4, 6, 6)).sum().backward()
+    (layer.compute(x) * torch.randn(5, 4, 6, 6)).sum().backward()
     for parameter in (x, layer.weight, layer.weight_quantizer.log2_scale, norm.weight, norm.bias):
         assert parameter.grad.isfinite().all() and parameter.grad.any()
 
@@ -152,7 +154,7 @@ def test_a_fine_quantizer_gives_the_gradients_of_the_float_pair(frozen):
     layer.train(), norm.train()
     twin = ConvNorm().train(not frozen)
     x, upstream = torch.randn(5, 3, 6, 6), torch.randn(5, 4, 6, 6)
-    (layer(x) * upstream).sum().backward()
+    (layer.compute(x) * upstream).sum().backward()
     (twin(x) * upstream).sum().backward()
     pairs = [(layer.weight, twin.conv.weight), (norm.weight, twin.norm.weight), (norm.bias, twin.norm.bias)]
     for ours, theirs in pairs:
@@ -176,7 +178,7 @@ def test_in_evaluation_the_bias_is_rounded_to_int32_steps_and_in_training_it_is_
     np.testing.assert_array_equal(numbers(layer.eval()(zeros))[0], expected)
     assert torch.equal(layer.train()(zeros)[0], layer.bias)
     layer.eval().quantizer_of_input.enabled = False
-    assert torch.equal(layer(zeros)[0], layer.bias)
+    assert torch.equal(layer.compute(zeros)[0], layer.bias)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_a_bias_has_its_gradient_in_evaluation_too(make, axes):
     layer = make().eval()
     layer.set_input_quantizer(source(0.5))
     layer.batch_norm_frozen = True
-    out = layer(torch.randn(7, 6) if len(axes) == 1 else torch.randn(5, 3, 6, 6))
+    out = layer.compute(torch.randn(7, 6) if len(axes) == 1 else torch.randn(5, 3, 6, 6))
     upstream = torch.randn_like(out)
     (out * upstream).sum().backward()
     torch.testing.assert_close(layer.shifted_bias().grad, upstream.sum(axes))
@@ -219,10 +221,14 @@ def test_a_dead_channel_does_not_overflow():
     for frozen in (False, True):
         layer.batch_norm_frozen = frozen
         layer.train(), norm.train()
-        layer(x).square().sum().backward()
-        assert layer(x).isfinite().all() and layer.weight.grad.isfinite().all() and norm.weight.grad.isfinite().all()
+        layer.compute(x).square().sum().backward()
+        assert (
+            layer.compute(x).isfinite().all()
+            and layer.weight.grad.isfinite().all()
+            and norm.weight.grad.isfinite().all()
+        )
     layer.eval(), norm.eval()
-    torch.testing.assert_close(layer(x)[:, 0], norm.bias[0].expand(5, 6, 6))
+    torch.testing.assert_close(layer.compute(x)[:, 0], norm.bias[0].expand(5, 6, 6))
 
 
 def test_codes_are_the_integers_of_the_weight_on_the_device():

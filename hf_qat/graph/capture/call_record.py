@@ -120,10 +120,7 @@ def record_run(model: nn.Module, search: Search, run: Callable[[], Any]) -> Reco
 def add_run(records: Records, more: Records, run: int) -> None:
     """Append what another run has recorded, the one of the ordinal `run`, in place."""
     for path, calls in more.items():
-        if path in records:
-            records[path].extend(calls, run)
-        else:
-            records[path] = calls
+        records.setdefault(path, CallRecord(path, calls.module)).extend(calls, run)
 
 
 def _recording(candidates: list[tuple[str, nn.Module]], recorded: Records) -> AbstractContextManager[None]:

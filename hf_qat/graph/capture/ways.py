@@ -134,9 +134,12 @@ def _on_device(call: CallRecord, seen: CallRecord) -> CallRecord:
 
 
 def _called_alike(call: CallRecord, seen: CallRecord) -> bool:
-    pairs = zip(call.signatures, seen.signatures, strict=False)
-    shapes = ([[x.shape for x in tensors] for tensors in record.inputs] for record in (call, seen))
-    return all(a.same_constants(b) for a, b in pairs) and next(shapes) == next(shapes)
+    """Whether training calls a part as evaluation does, in the runs in which it does: layers are dropped at random."""
+    same_runs = [n for n, run in enumerate(call.runs) if run in seen.runs]
+    pairs = list(zip(same_runs, range(len(seen.runs)), strict=False))
+    shapes = [(_shapes(call.inputs[n]), _shapes(seen.inputs[k])) for n, k in pairs[:1]]
+    alike = all(call.signatures[n].same_constants(seen.signatures[k]) for n, k in pairs)
+    return alike and all(ours == theirs for ours, theirs in shapes)
 
 
 def random_like(tensor: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 
 from torch import Tensor, fx
 
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
 from hf_qat.graph.passes.fuse import is_transposed
+from hf_qat.graph.passes.joined_scores import joined_scores
 from hf_qat.graph.passes.softmax import find_preludes, long_results, masks_alone
 from hf_qat.graph.passes.weights import Weight, find_weights
 from hf_qat.graph.plan import ModulePlan, Plan, join_path
@@ -46,9 +48,17 @@ class GraphFacts:
         path: where it stands in the model.
         plan: of the model.
         non_negative_inputs: positions of inputs that are known to be ≥ 0.
+        outputs_read: positions of outputs that later parts of the model read.
     """
 
-    def __init__(self, captured: CapturedModule, path: str, plan: Plan, non_negative_inputs: set[int]) -> None:
+    def __init__(
+        self,
+        captured: CapturedModule,
+        path: str,
+        plan: Plan,
+        non_negative_inputs: Collection[int],
+        outputs_read: Collection[int],
+    ) -> None:
         self.captured, self.path = captured, path
         self.nodes = list(captured.graph.nodes)
         self.placeholders = [node for node in self.nodes if node.op == "placeholder"]
@@ -62,6 +72,9 @@ class GraphFacts:
         self.rules |= dict.fromkeys(self._epsilon_guards, FLOAT)
         self._after_logarithm = self._after_logarithm_nodes()
         self.rules |= dict.fromkeys(self._after_logarithm, FLOAT)
+        handed_on = {node for k, node in enumerate(self.outputs()) if node is not None and k in outputs_read}
+        self._joined_scores = joined_scores(self.nodes, self.rules, self.source, self.static, handed_on)
+        self.rules |= dict.fromkeys(self._joined_scores, FLOAT)
         self.prelude = find_preludes(self.nodes, self.rules, self.static)
         self._returned = long_results(self.nodes, self.rules)
         self._masks = masks_alone(self.nodes, self.prelude, self.rules, self.static)
@@ -170,6 +183,8 @@ class GraphFacts:
             return "keeps a divisor away from 0"
         if node in self._after_logarithm:
             return "belongs to the logarithm before it"
+        if node in self._joined_scores:
+            return "boxes and scores in one tensor"
         plan = self._owner_plan(node)
         return plan.why if plan.excluded else FLOAT_REASONS.get(operation_name(node), "no rule")
 
@@ -241,7 +256,7 @@ class GraphFacts:
         alone = node in self._epsilon_guards and len(node.users) == 1 and len(node.all_input_nodes) == 1
         return alone and operation_name(next(iter(node.users))) == "div"
 
-    def _non_negative_nodes(self, inputs: set[int]) -> set[fx.Node]:
+    def _non_negative_nodes(self, inputs: Collection[int]) -> set[fx.Node]:
         known = {self.placeholders[position] for position in inputs}
         for node in self.nodes:
             rule = self.rules[node]

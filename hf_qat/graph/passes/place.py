@@ -31,8 +31,10 @@ def place(captured: Mapping[str, CapturedModule], plan: Plan) -> None:
     `float_operations`.
     """
     placements: dict[str, Placement] = {}
+    read = {producer for module in captured.values() for producer in module.producer_of_input.values()}
     for child, module in captured.items():
-        placements[child] = _find_places(module, child, plan, placements)
+        outputs_read = {position for producer, position in read if producer == child}
+        placements[child] = _find_places(module, child, plan, placements, outputs_read)
     specs = decide_specs(placements, plan)
     for child, module in captured.items():
         placement = placements[child]
@@ -48,7 +50,9 @@ def place(captured: Mapping[str, CapturedModule], plan: Plan) -> None:
         module.recompile()
 
 
-def _find_places(module: CapturedModule, child: str, plan: Plan, earlier: Mapping[str, Placement]) -> Placement:
+def _find_places(
+    module: CapturedModule, child: str, plan: Plan, earlier: Mapping[str, Placement], outputs_read: set[int]
+) -> Placement:
     """Where quantizers go in the graph of one child, and which of them share one; changes nothing."""
     incoming = {
         position: (other, quantizer)
@@ -56,7 +60,7 @@ def _find_places(module: CapturedModule, child: str, plan: Plan, earlier: Mappin
         if other in earlier and (quantizer := earlier[other].outputs()[output]) is not None
     }
     non_negative = {position for position, (_, quantizer) in incoming.items() if quantizer.non_negative}
-    facts = GraphFacts(module, child, plan, non_negative)
+    facts = GraphFacts(module, child, plan, non_negative, outputs_read)
     points = _insertion_points(facts, {facts.placeholders[position] for position in incoming})
     quantizers = share_along_joins(facts, points, quantizer_names(facts, points))
     return Placement(facts, quantizers, incoming)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hf_qat import fake_quant_disabled, prepare_qat
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.foreign_random import refusing_foreign_random_numbers
+from hf_qat.graph.capture.inputs import BATCH_SIZES
 from hf_qat.graph.captured import captured_modules
 
 
@@ -26,6 +27,18 @@ class LayerDrop(nn.Module):
         return x if self.training and self.draw() < 0.5 else self.second(x)
 
 
+class DropsAtASize(nn.Module):
+    """Leaves out its layer at one size of the batch, as chance does, and decides so by a random number."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.first, self.second, self.size = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return x if self.training and torch.rand(()) < (len(x) == self.size) else self.second(x)
+
+
 @pytest.mark.parametrize("kind", DRAWS)
 def test_layers_are_dropped_at_random_in_every_step_and_the_model_says_that_it_is_python(kind, caplog):
     torch.manual_seed(0)
@@ -39,6 +52,15 @@ def test_layers_are_dropped_at_random_in_every_step_and_the_model_says_that_it_i
         steps = [model(x) for _ in range(20)]
     which = [[torch.allclose(step, y, atol=1e-6) for y in expected] for step in steps]
     assert {tuple(w) for w in which} == {(True, False), (False, True)}
+
+
+@pytest.mark.parametrize("dropped", BATCH_SIZES, ids=["in the first run", "in the second run"])
+def test_a_layer_that_a_rehearsal_has_dropped_takes_any_batch_in_training(dropped):
+    float_model, x = DropsAtASize(dropped), torch.randn(5, 4, 6)
+    expected = float_model.second(float_model.first(x))
+    model = prepare_qat(float_model, example_inputs=torch.randn(2, 4, 6)).train()
+    with fake_quant_disabled(model):
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_the_state_of_the_numbers_is_afterwards_as_before():

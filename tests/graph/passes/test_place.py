@@ -115,8 +115,12 @@ def test_a_concatenation_and_what_it_joins_share_one_quantizer_also_when_nested(
 
 
 def test_a_concatenation_of_what_is_not_negative_has_zero_point_0():
-    model = prepared(lambda part, x: torch.cat([torch.relu(part[0](x)), torch.sigmoid(part[1](x))], 1), conv(), conv())
-    assert kinds(model) == {"x": "uint8+", "part.1.activation": "uint8+", "cat_0": "uint8"}
+    def forward(part, x):
+        return part[2](torch.cat([torch.relu(part[0](x)), torch.sigmoid(part[1](x))], 1))
+
+    model = prepared(forward, conv(), conv(), nn.Conv2d(8, 4, 1))
+    found = kinds(model)
+    assert found == {"x": "uint8+", "part.1.activation": "uint8+", "cat_0": "uint8", "part.2.activation": "uint8+"}
     assert model.cat_0_quantizer.spec.fixed_scale is None
 
 

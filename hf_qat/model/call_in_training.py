@@ -1,4 +1,4 @@
-"""The arguments with which a training calls its model: what ranges are observed on again while it goes on."""
+"""The call of a step of training, noted while somebody wants to look at it again."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from torch import nn
 
 #: The arguments of a call of a model's forward.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class _Note:
-    """A hook that keeps the arguments of the latest call in training; a copy, or one from a file, keeps nothing."""
-
-    def __init__(self, latest: list[Call] | None = None) -> None:
-        self._latest = latest
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module.training and self._latest is not None:
-            self._latest[:] = [(args, kwargs)]
-
-    def __reduce__(self) -> tuple[type[_Note], tuple[()]]:
-        return _Note, ()
 
 
 class CallInTraining:
@@ -36,7 +22,8 @@ class CallInTraining:
     def listen(self) -> None:
         """Note what the model is called with from now on."""
         if self._handle is None:
-            self._handle = self._model.register_forward_pre_hook(_Note(self._latest), with_kwargs=True)
+            note = _Note(self._latest)  # not `self`, which a copy of the model would copy along
+            self._handle = self._model.register_forward_pre_hook(note, with_kwargs=True)
 
     def take(self) -> Call | None:
         """The latest call; stops listening. `None` if there was none."""
@@ -44,3 +31,17 @@ class CallInTraining:
             self._handle.remove()
             self._handle = None
         return self._latest.pop() if self._latest else None
+
+
+class _Note:
+    """The hook that notes a call. Copied or pickled with its model, it notes nothing: nobody asks it there."""
+
+    def __init__(self, latest: list[Call] | None = None) -> None:
+        self._latest = latest
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module.training and self._latest is not None:
+            self._latest[:] = [(args, kwargs)]
+
+    def __reduce__(self) -> tuple[type[_Note], tuple[()]]:
+        return _Note, ()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from hf_qat.errors import CaptureError, StageError, listed
 from hf_qat.graph.call_signature import CallSignature, flatten_call
@@ -47,13 +48,19 @@ class CaptureCall(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a module is registered: below a captured module at `path`, and directly in `parent` under `name`."""
+    """Where a module is registered: below a captured module at `path`, and directly in `parent` under `name`.
+
+    Attributes:
+        follows_its_mode: it looks at its own mode, whatever that of the graph is.
+        dropout: the probability that stands in the graph of training; `None` if it is no dropout.
+    """
 
     path: str
     parent: nn.Module
     name: str
     module: nn.Module
     follows_its_mode: bool
+    dropout: float | None
 
     def is_intact(self) -> bool:
         """Whether it is still there."""
@@ -158,7 +165,8 @@ class CapturedModule(nn.Module):
             if path:
                 owner, _, name = path.rpartition(".")
                 follows = isinstance(module, FOLLOW_THEIR_MODE)
-                places.append(Place(path, self.get_submodule(owner), name, module, follows))
+                dropout = module.p if isinstance(module, _DropoutNd) else None
+                places.append(Place(path, self.get_submodule(owner), name, module, follows, dropout))
         object.__setattr__(self, "places", places)
 
     def require_intact(self) -> None:
@@ -171,7 +179,7 @@ class CapturedModule(nn.Module):
         """Compare the modules inside with what a graph was made of, in one walk: this is done at every call."""
         training, frozen, warned = captured.training, captured.frozen, self._warned_of
         for place in self.places:
-            path, parent, name, module, follows_its_mode = place
+            path, parent, name, module, follows_its_mode, dropout = place
             if parent._modules.get(name) is not module:
                 raise _exchanged(self, place)
             if follows_its_mode:
@@ -181,6 +189,9 @@ class CapturedModule(nn.Module):
             elif (module.training is training) is (path in frozen) and "modes" not in warned:
                 warned.add("modes")
                 _warn_of_mode(self, place)
+            if dropout is not None and training and module.p != dropout and "dropout" not in warned:
+                warned.add("dropout")
+                _warn_of_dropout(self, place)
             before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks
             if (before or after or module._backward_hooks) and "hooks" not in warned and _has_lost_hooks(place):
                 warned.add("hooks")
@@ -221,6 +232,17 @@ def _warn_of_mode(owner: CapturedModule, place: Place) -> None:
         type(owner).__name__,
         _mode_name(place.module.training),
         _mode_name(not place.module.training),
+    )
+
+
+def _warn_of_dropout(owner: CapturedModule, place: Place) -> None:
+    """The probability is a number in the graph, or nothing at all where it was 0."""
+    logger.warning(
+        "%s of %s has the probability %s now, and the graph goes on with %s: set it before prepare_qat.",
+        place.path,
+        type(owner).__name__,
+        place.module.p,
+        place.dropout,
     )
 
 

@@ -66,6 +66,19 @@ def test_a_part_that_is_unfrozen_later_is_named(caplog):
     assert caplog.text.count("body of Detector is in training, and the graph computes it as in evaluation") == 1
 
 
+def test_a_dropout_whose_probability_is_changed_later_is_named(caplog):
+    x = torch.randn(8, 4)
+    model = calibrate(prepare_qat(Detector(), example_inputs=x), [x])
+    model.eval()(x), model.train()(x)
+    assert "probability" not in caplog.text
+    model.head[0].p = 0.1
+    model.eval()(x)
+    assert "probability" not in caplog.text
+    model.train()
+    model(x), model(x)
+    assert caplog.text.count("head.0 of Detector has the probability 0.1 now, and the graph goes on with 0.5") == 1
+
+
 def test_a_captured_part_that_is_frozen_as_a_whole_can_be_unfrozen():
     config = transformers.ViTConfig(
         hidden_size=16,

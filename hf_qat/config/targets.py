@@ -124,9 +124,10 @@ _AFFINE_4 = TensorScheme(bits=4, symmetric=False)
 #: convolutions, fully connected layers, softmax, layer norm, concatenations and additions only, and of what passes
 #: codes on whole (flatten, reshape, transpose). GELU and SiLU are its BatchNormLayer.
 _TIDL_SYMMETRIC = frozenset(
-    "mul div sub rsub maximum minimum mean sum batch_norm prelu gelu silu sigmoid hardsigmoid tanh elu relu relu6 "
-    "avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d max_pool1d max_pool2d adaptive_max_pool2d "
-    "amax amin upsample_bilinear2d upsample_linear1d upsample_nearest2d grid_sampler grid_sampler_2d "
+    "mul div sub rsub maximum minimum mean sum batch_norm prelu gelu silu sigmoid hardsigmoid tanh elu celu selu relu "
+    "relu6 avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d max_pool1d max_pool2d adaptive_max_pool2d "
+    "amax amin upsample_bilinear2d upsample_linear1d upsample_nearest2d upsample_nearest1d "
+    "_upsample_nearest_exact1d _upsample_nearest_exact2d grid_sampler grid_sampler_2d "
     "slice select split split_with_sizes chunk unbind narrow roll flip squeeze pad index gather index_select "
     "pixel_shuffle pixel_unshuffle channel_shuffle".split()
 )

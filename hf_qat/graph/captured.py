@@ -22,6 +22,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from hf_qat.errors import CaptureError, StageError, listed
 from hf_qat.graph.call_signature import CallSignature, flatten_call
 from hf_qat.graph.captured_graph import CapturedGraph, fits_shape
+from hf_qat.graph.checkpointing import (
+    checkpointed_blocks,
+    compute_checkpointed,
+    computes_itself_again,
+    is_marked,
+)
 from hf_qat.graph.nodes import short_name
 from hf_qat.quantization.class_swap import MADE_BY, forget_own_forward, swap_class
 from hf_qat.quantization.float32_arithmetic import float32_arithmetic
@@ -138,8 +144,24 @@ class CapturedModule(nn.Module):
         if compiling:
             return captured.compute(self, tensors)
         kept = Kept.CODES if self.saves_memory else Kept.INPUTS
+        if self.training and torch.is_grad_enabled() and (blocks := self._checkpointed_blocks(captured)):
+            return compute_checkpointed(self, captured, tensors, blocks, kept)
         with kept_for_backward(kept), folded_ahead(self._layers_called(captured)):
             return captured.compute(self, tensors)
+
+    def _checkpointed_blocks(self, captured: CapturedGraph) -> dict[str, bool]:
+        """Blocks inside, of which those that are marked are to be computed again in backward; empty without such."""
+        modules = {"": self, **{place.path: place.module for place in self.places}}
+        if not any(map(is_marked, modules.values())) or computes_itself_again(self):
+            return {}
+        blocks = checkpointed_blocks(modules)
+        found = [segment.block for segment in captured.segments(tuple(blocks))[0]] if blocks else []
+        if any(block is not None and blocks[block] for block in found):
+            return blocks
+        if "checkpointing" not in self._warned_of:
+            self._warned_of.add("checkpointing")
+            logger.warning("Gradient checkpointing has no effect on %s: no block is marked.", type(self).__name__)
+        return {}
 
     def _layers_called(self, captured: CapturedGraph) -> list[QATLayer]:
         return [p.module for p in self.places if p.path in captured.called and isinstance(p.module, QATLayer)]

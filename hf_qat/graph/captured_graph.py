@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from hf_qat.graph.call_signature import CallSignature, Leaf, fill
 from hf_qat.graph.generated_code import function_of
 from hf_qat.graph.leading_axes import takes_leading_axes
 from hf_qat.graph.nodes import is_floating
+from hf_qat.graph.segments import Segment, cut
 from hf_qat.graph.stored_graph import restore_graph, store_graph
 from hf_qat.quantization.followed import FOLLOWED
 from hf_qat.quantization.running_graph import running_graph
@@ -42,6 +43,7 @@ class CapturedGraph:
             and one of other sizes; empty where calls without labels are like it.
         run: the Python function of `graph`, called with the module and the inputs.
         called: paths of the modules that it calls.
+        cuts: blocks → `graph` cut into segments by them.
     """
 
     graph: fx.Graph
@@ -56,6 +58,7 @@ class CapturedGraph:
     real: list[bool] = field(init=False)
     run: Callable[..., Any] = field(init=False, repr=False)
     called: frozenset[str] = field(init=False, repr=False)
+    cuts: dict[tuple[str, ...], Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for node, name in zip(self.inputs(), self.signature.tensor_names(), strict=True):
@@ -67,10 +70,18 @@ class CapturedGraph:
         """Generate `run` anew, after a pass has changed the graph."""
         self.run = function_of(self.graph, FOLLOWED)
         self.called = frozenset(str(node.target) for node in self.graph.nodes if node.op == "call_module")
+        self.cuts = {}
+
+    def segments(self, blocks: tuple[str, ...]) -> tuple[list[Segment], Callable[..., Any]]:
+        """As `segments.cut`, once for the same blocks."""
+        if blocks not in self.cuts:
+            self.cuts[blocks] = cut(self.graph, blocks, FOLLOWED)
+        found: tuple[list[Segment], Callable[..., Any]] = self.cuts[blocks]
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """What `pickle` and `copy` keep: plain data, without the function that `recompile` makes."""
-        return {**vars(self), "graph": store_graph(self.graph), "run": None}
+        return {**vars(self), "graph": store_graph(self.graph), "run": None, "cuts": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the graph and its function again."""
@@ -105,8 +116,11 @@ class CapturedGraph:
     def compute(self, module: object, tensors: Sequence[Tensor]) -> Any:
         """Run on flat tensors; the result has the structure of the original forward's."""
         with nullcontext() if torch.compiler.is_compiling() else running_graph():
-            outputs = iter(self.run(module, *tensors))
-        return pytree.tree_unflatten(fill(self.result_leaves, outputs), self.result_spec)
+            return self.rebuild(self.run(module, *tensors))
+
+    def rebuild(self, outputs: Iterable[Any]) -> Any:
+        """The result of the original forward, of what the graph returns."""
+        return pytree.tree_unflatten(fill(self.result_leaves, iter(outputs)), self.result_spec)
 
 
 def fits_shape(tensor: Tensor, shape: tuple[int | None, ...]) -> bool:

@@ -26,8 +26,8 @@ def check_arguments(args: TrainingArguments) -> None:
     """Refuse training arguments that a fake-quantized model cannot honour.
 
     Raises:
-        ConfigError: several GPUs in one process, evaluation in half precision, activation checkpointing, or what
-            works by hooks on layers.
+        ConfigError: several GPUs in one process, evaluation in half precision, gradient checkpointing that offloads
+            or is to be compiled, or what works by hooks on layers.
     """
     if args.n_gpu > 1:
         script = shlex.join(sys.argv) if sys.argv[0].endswith(".py") else "your_script.py"
@@ -42,14 +42,24 @@ def check_arguments(args: TrainingArguments) -> None:
                 f"{name}=True casts the model itself, scales included, and training would go on with what is left of "
                 "them. Leave it out; fp16=True and bf16=True are fine, they cast only what is computed."
             )
-    for name in ("activation_checkpointing", "gradient_checkpointing"):
-        if getattr(args, name, False):
-            raise ConfigError(
-                f"{name}=True has no effect on a captured graph, which has no layers to recompute. Leave it out, and "
-                "save memory by QATConfig(save_memory=True), and by a smaller per_device_train_batch_size with more "
-                "gradient_accumulation_steps."
-            )
+    _check_checkpointing(args)
     _check_hooks(args)
+
+
+def _check_checkpointing(args: TrainingArguments) -> None:
+    """Refuse the ways of gradient checkpointing that a captured graph does not have."""
+    asked = [name for name in ("activation_checkpointing", "gradient_checkpointing") if getattr(args, name, False)]
+    for name in asked[:1]:
+        if (getattr(args, f"{name}_kwargs", None) or {}).get("offload"):
+            raise ConfigError(
+                f"{name}_kwargs has offload=True, and a captured graph keeps what its blocks begin with where it is. "
+                "Leave it out."
+            )
+        if args.torch_compile:
+            raise ConfigError(
+                f"{name}=True and torch_compile=True: the compiler decides itself what to compute again, and a "
+                "captured graph leaves it to it. Leave one of them out."
+            )
 
 
 def _check_hooks(args: TrainingArguments) -> None:
@@ -130,8 +140,8 @@ def check_distribution(trainer: Trainer) -> None:
         )
     if plugin is not None and plugin.activation_checkpointing:
         raise ConfigError(
-            "activation_checkpointing of FSDP is on, and a captured graph has no layers to recompute. Turn it off; "
-            "save memory by a smaller per_device_train_batch_size with more gradient_accumulation_steps."
+            "activation_checkpointing of FSDP is on, which wraps layers that a captured graph does not call. Turn it "
+            "off; gradient_checkpointing=True of the TrainingArguments computes the graph's own blocks again."
         )
 
 

@@ -86,12 +86,15 @@ OBSERVED = {"learned": False, "observer": "moving_average"}
 
 
 class Mode(NamedTuple):
-    """Whether scales are learned, batch norm and ranges are frozen, and codes are kept in place of values."""
+    """Whether scales are learned, batch norm and ranges are frozen, codes are kept in place of values, and blocks are
+    computed again in backward (gradient checkpointing).
+    """
 
     learned: bool
     bn_frozen: bool
     ranges_frozen: bool = False
     save_memory: bool = False
+    checkpointing: bool = False
 
 
 MODES = {
@@ -100,6 +103,7 @@ MODES = {
     "learned, BN frozen": Mode(True, True),
     "learned, BN live": Mode(True, False),
     "learned, frozen, codes kept": Mode(True, True, save_memory=True),
+    "learned, frozen, blocks computed again": Mode(True, True, checkpointing=True),
 }
 
 
@@ -156,7 +160,19 @@ def quantized(model: nn.Module, pixels: Tensor, mode: Mode) -> nn.Module:
     prepared = prepare_qat(copy.deepcopy(model), config, {"pixel_values": pixels[:2]})
     calibrate(prepared, [{"pixel_values": pixels}], bias_correction=False)
     freeze_batch_norm(prepared, mode.bn_frozen)
-    return freeze_ranges(prepared, mode.ranges_frozen)
+    freeze_ranges(prepared, mode.ranges_frozen)
+    return checkpointed(prepared) if mode.checkpointing else prepared
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """The model, with the layers marked that are to be computed again in backward."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    return model
+
+
+def _has_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def variants(name: str) -> list[Variant]:
@@ -165,9 +181,12 @@ def variants(name: str) -> list[Variant]:
     torch.manual_seed(0)
     model, pixels = make(), torch.randn(batch, 3, size, size)
     labels = random_labels(model, pixels)
-    has_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    has_norm, can_checkpoint = _has_norm(model), model.supports_gradient_checkpointing
     modes = {name: mode for name, mode in MODES.items() if has_norm or name != "learned, BN live"}
+    modes = {name: mode for name, mode in modes.items() if can_checkpoint or not mode.checkpointing}
     found = [Variant("float", model, pixels, labels)]
+    if can_checkpoint:
+        found.append(Variant("float, blocks computed again", checkpointed(copy.deepcopy(model)), pixels, labels))
     return found + [Variant(name, quantized(model, pixels, mode), pixels, labels) for name, mode in modes.items()]
 
 

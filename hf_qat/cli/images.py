@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from PIL import Image
 
 from hf_qat.cli.arguments import DataArguments
@@ -16,13 +15,11 @@ from hf_qat.cli.labels import Labels
 from hf_qat.cli.tasks import Task
 from hf_qat.cli.tasks.classes import Classes
 from hf_qat.errors import ConfigError
+from hf_qat.tidl.templates.infer import eight_bits
 
 
 #: Names that splits to evaluate on have, the better one first.
 EVALUATION = ("validation", "test", "val", "dev")
-
-#: White.
-EIGHT_BITS = 255
 
 
 @dataclass(frozen=True)
@@ -134,15 +131,11 @@ def encoder(
 
 
 def in_colour(image: Image.Image) -> Image.Image:
-    """A picture as models take it: RGB, 8 bits each. Of 16 bits the upper 8 are taken; Pillow would cut off at 255.
+    """A picture as models take it: RGB, 8 bits each. Of 16 bits the upper 8 are taken.
 
     Raises:
         ConfigError: its values are floating-point numbers, of which nobody knows what is white.
     """
     if image.mode == "F":
         raise ConfigError("an image holds floating-point numbers: save it with 8 or 16 bits.")
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        deep = values.max(initial=0) > EIGHT_BITS or image.mode != "I"
-        image = Image.fromarray((values >> 8 if deep else values).clip(0, EIGHT_BITS).astype(np.uint8))
-    return image.convert("RGB")
+    return eight_bits(image).convert("RGB")

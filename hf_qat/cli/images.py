@@ -138,4 +138,5 @@ def in_colour(image: Image.Image) -> Image.Image:
     """
     if image.mode == "F":
         raise ConfigError("an image holds floating-point numbers: save it with 8 or 16 bits.")
-    return eight_bits(image).convert("RGB")
+    rgb: Image.Image = eight_bits(image).convert("RGB")
+    return rgb

@@ -23,6 +23,7 @@ from hf_qat.graph.capture.meta_device import MetaCapture
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.fingerprint import first_difference
 from hf_qat.graph.nodes import CONSTANT_PREFIX
+from hf_qat.graph.one_at_a_time import TURN
 from hf_qat.model.conversion import swap_to_integer_modules
 from hf_qat.model.finite import require_finite
 from hf_qat.model.prepare import prepare_parts
@@ -79,7 +80,7 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
     with open_tensors(files, str(getattr(model.config, "name_or_path", ""))) as stored:
         # transformers makes everything on the meta device in here; what a graph holds as constants has values.
         with torch.device("cpu"):
-            with MetaCapture():
+            with TURN, MetaCapture():
                 recipe = config.with_checkpoint(None)
                 modules = dict(model.named_modules(remove_duplicate=False))
                 paths = [path for path in saved.operations if path in modules]  # another class has others

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from PIL import Image
 
 from hf_qat.cli.arguments import DataArguments
+from hf_qat.cli.labels import Labels
 from hf_qat.cli.tasks import Task
+from hf_qat.cli.tasks.classes import Classes
 from hf_qat.errors import ConfigError
+from hf_qat.tidl.templates.infer import eight_bits
 
 
 #: Names that splits to evaluate on have, the better one first.
@@ -24,20 +28,21 @@ class Images:
 
     Attributes:
         train, evaluation: rows with an image; `evaluation` is `None` where there is nothing to evaluate by.
-        classes: names of the classes; empty for images without labels, and for a task without classes.
+        classes: of both; none for images without labels, and for a task without classes.
     """
 
     train: datasets.Dataset
     evaluation: datasets.Dataset | None
-    classes: list[str]
+    classes: Classes
 
 
-def load_images(options: DataArguments, task: Task, labelled: bool = True) -> Images:
+def load_images(options: DataArguments, task: Task, processor: Any, labelled: bool = True) -> Images:
     """Read the images, and split them if need be.
 
     Args:
         options: where they are.
         task: what is asked of them.
+        processor: of the model, which may mean other labels than the images have.
         labelled: whether labels are needed.
 
     Raises:
@@ -50,15 +55,17 @@ def load_images(options: DataArguments, task: Task, labelled: bool = True) -> Im
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
     _require_column(train, options.image_column_name, "image_column_name", options)
     if column not in train.column_names and not labelled:
-        return Images(_first(train, options.max_train_samples), None, [])
+        return Images(_first(train, options.max_train_samples), None, Classes())
     _require_column(train, column, "label_column_name", options)
     name = next((name for name in EVALUATION if name in splits and splits[name] is not train), None)
     if name is not None:
         evaluation = splits[name]
+        _require_column(evaluation, column, "label_column_name", options)
     else:
         parts = train.train_test_split(options.train_val_split, seed=0)
         train, evaluation = parts["train"], parts["test"]
-    classes = task.class_names(train, column)
+    both = datasets.concatenate_datasets([part.select_columns([column]) for part in (train, evaluation)])
+    classes = task.classes(processor, both, column)
     return Images(_first(train, options.max_train_samples), _first(evaluation, options.max_eval_samples), classes)
 
 
@@ -104,16 +111,32 @@ def _first(dataset: datasets.Dataset, samples: int | None) -> datasets.Dataset:
 
 
 def encoder(
-    options: DataArguments, task: Task, processor: Any, images: Images
+    options: DataArguments, task: Task, processor: Any, images: Images, labels: Labels
 ) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
     """For `Dataset.with_transform`: rows as the model takes them; labels only where there is something to evaluate."""
     column = options.label_column_name or task.label_column
-    names = {name: number for number, name in enumerate(images.classes)}
     labelled = images.evaluation is not None
 
+    def number_of(value: object) -> int:
+        return labels.numbers[images.classes.number_of(value)]
+
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pictures = [image.convert("RGB") for image in rows[options.image_column_name]]
-        labels = rows[column] if labelled else []
-        return task.encode(processor, pictures, [names[x] if isinstance(x, str) else x for x in labels])
+        pictures = [in_colour(image) for image in rows[options.image_column_name]]
+        learned = rows[column] if labelled else []
+        if task.renumbered is not None:
+            learned = [task.renumbered(each, number_of) for each in learned]
+        return task.encode(processor, pictures, learned)
 
     return encode
+
+
+def in_colour(image: Image.Image) -> Image.Image:
+    """A picture as models take it: RGB, 8 bits each. Of 16 bits the upper 8 are taken.
+
+    Raises:
+        ConfigError: its values are floating-point numbers, of which nobody knows what is white.
+    """
+    if image.mode == "F":
+        raise ConfigError("an image holds floating-point numbers: save it with 8 or 16 bits.")
+    rgb: Image.Image = eight_bits(image).convert("RGB")
+    return rgb

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,16 @@ import transformers
 from transformers import TrainingArguments
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments
-from hf_qat.cli.images import Images, encoder, load_images
+from hf_qat.cli.images import encoder, load_images
+from hf_qat.cli.labels import Labels, labels_for
 from hf_qat.cli.tasks import Task, find_task
+from hf_qat.cli.tasks.classes import Classes
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import ConfigError
+from hf_qat.errors import ConfigError, listed
 from hf_qat.trainer.trainer import QATTrainer
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,29 +82,37 @@ def training_arguments(output_dir: str, **more: Any) -> TrainingArguments:
     return TrainingArguments(output_dir, remove_unused_columns=False, report_to=[], **more)
 
 
-def open_session(model: ModelArguments, data: DataArguments, labelled: bool = True) -> Session:
-    """Load the images, the processor and the model; a head that does not fit the classes is made anew.
+def open_session(model: ModelArguments, data: DataArguments, labelled: bool = True, trains: bool = False) -> Session:
+    """Load the images, the processor and the model.
 
     Args:
         model, data: which.
-        labelled: whether the images must have labels.
+        labelled: whether the images must have labels, and those the model's; else they may be left aside.
+        trains: whether the model learns the classes of the images: then a head that does not fit is made anew.
 
     Raises:
-        ConfigError: something is missing; with what to do.
+        ConfigError: something is missing, or the classes are not the model's; with what to do.
     """
     task = find_task(data.task)
     _require_findable(model)
-    images = load_images(data, task, labelled)
     processor = load_processor(model)
-    loaded = load_model(model, task, images)
-    encode = encoder(data, task, processor, images)
+    images = load_images(data, task, processor, labelled)
+    try:
+        labels = labels_for(images.classes, label_names(model), trains)
+    except ConfigError as error:
+        if labelled:
+            raise
+        logger.warning("%s Without that, the labels of the images are left aside, and nothing is measured.", error)
+        images, labels = replace(images, evaluation=None, classes=Classes()), Labels(())
+    loaded = load_model(model, task, labels, trains)
+    encode = encoder(data, task, processor, images, labels)
     return Session(
         loaded,
         processor,
         task,
         images.train.with_transform(encode),
         None if images.evaluation is None else images.evaluation.with_transform(encode),
-        images.classes,
+        list(images.classes.names),
     )
 
 
@@ -123,25 +138,57 @@ def load_processor(model: ModelArguments) -> Any:
         ) from error
 
 
-def load_model(model: ModelArguments, task: Task, images: Images | None = None) -> Any:
-    """The model, in its task's class.
+def label_names(model: ModelArguments) -> list[str]:
+    """The names of a model's labels, in their order.
 
     Raises:
-        ConfigError: there is none, or it is of another task.
+        ConfigError: there is no such model.
+    """
+    with _loading(model):
+        config = transformers.AutoConfig.from_pretrained(model.model_name_or_path, revision=model.revision)
+    names = config.id2label or {}
+    return [str(names.get(number, f"LABEL_{number}")) for number in range(len(names))]
+
+
+def load_model(model: ModelArguments, task: Task, labels: Labels | None = None, trains: bool = False) -> Any:
+    """The model, in its task's class.
+
+    Args:
+        model: which.
+        task: what it is to do.
+        labels: for the images; it keeps its own if left out.
+        trains: whether it will be trained, so that what its checkpoint lacks may start from random weights.
+
+    Raises:
+        ConfigError: there is none, it is of another task, or its checkpoint lacks weights and none will be learned.
     """
     _require_findable(model)
     options: dict[str, Any] = {}
-    if images is not None and images.classes:
-        numbered = dict(enumerate(images.classes))
+    if labels is not None and labels.names is not None:
+        numbered = dict(enumerate(labels.names))
         options = {
             "id2label": numbered,
             "label2id": {name: number for number, name in numbered.items()},
-            "ignore_mismatched_sizes": True,
+            "ignore_mismatched_sizes": labels.new_head,
         }
-    try:
-        return getattr(transformers, task.auto_class).from_pretrained(
-            model.model_name_or_path, revision=model.revision, **options
+    with _loading(model):
+        loaded, found = getattr(transformers, task.auto_class).from_pretrained(
+            model.model_name_or_path, revision=model.revision, output_loading_info=True, **options
         )
+    missing = sorted(found["missing_keys"])
+    if missing and not trains:
+        raise ConfigError(
+            f"{model.model_name_or_path} lacks weights of {type(loaded).__name__}, which would be random numbers: "
+            f"{listed(missing)}. Give a model that was trained for this --task."
+        )
+    return loaded
+
+
+@contextmanager
+def _loading(model: ModelArguments) -> Iterator[None]:
+    """What goes wrong inside becomes a line that names the model."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot load {model.model_name_or_path}: {_first_line(error)}") from error
 

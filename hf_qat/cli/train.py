@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     config = qat.to_config()
     args.learning_rate = qat.learning_rate(args.learning_rate)
     args.remove_unused_columns = False  # images become pixels only when a batch is read
-    session = open_session(model, data)
+    session = open_session(model, data, trains=True)
     if other.dry_run:
         print(_outlook(session, config, args))
         return

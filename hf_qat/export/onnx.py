@@ -33,6 +33,7 @@ from hf_qat.export.translations import translations
 from hf_qat.export.verify import describe, require_agreement, require_onnxruntime, verify_onnx
 from hf_qat.files.atomic import whole_file
 from hf_qat.graph.capture.inputs import Inputs, device_of
+from hf_qat.graph.one_at_a_time import TURN
 from hf_qat.graph.progress import progress
 from hf_qat.model.finite import require_finite
 from hf_qat.model.state import require_stage, state_of
@@ -120,7 +121,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
 def _to_proto(model: nn.Module, call: ExportCall, config: QATConfig, opset_version: int) -> onnx.ModelProto:
     """Export, lower to the opset asked for, and clean up."""
     try:
-        with _quiet(), decomposing_in_place():
+        with TURN, _quiet(), decomposing_in_place():
             program = torch.onnx.export(
                 model,
                 call.args,

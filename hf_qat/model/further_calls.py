@@ -28,6 +28,7 @@ from hf_qat.graph.capture.ways import random_like
 from hf_qat.graph.captured import CapturedModule, captured_modules
 from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.nodes import CONSTANT_PREFIX
+from hf_qat.graph.one_at_a_time import TURN
 from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
@@ -73,7 +74,7 @@ class FurtherCalls:
             raise CaptureError(f"it is called in {MAX_GRAPHS} ways already, each of which has a graph.")
         path = next(path for path, part in self.model.named_modules() if part is module)
         twin = _with_tensors_of(self.model, copy.deepcopy(self.float_model))
-        with _as_when_prepared(self.model):
+        with TURN, _as_when_prepared(self.model):
             part = self._captured(twin, FurtherCall(path, module.training, _of_two_sizes(module, call, tensors)))
         if _decisions(part) != _decisions(module):
             raise CaptureError("quantizers would stand elsewhere than those that the model has.")

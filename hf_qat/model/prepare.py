@@ -15,6 +15,7 @@ from hf_qat.errors import CaptureError, StageError
 from hf_qat.graph.capture.capture import Parts, capture
 from hf_qat.graph.capture.inputs import Inputs, TwoSizes, device_of, guess_inputs
 from hf_qat.graph.fingerprint import operations
+from hf_qat.graph.one_at_a_time import TURN
 from hf_qat.graph.passes.connect import connect
 from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
@@ -123,7 +124,7 @@ def prepare_parts(
         CaptureError: one of them cannot become a graph.
     """
     # Scales that are made in inference mode could not be trained.
-    with unchanged_on_failure(model), torch.inference_mode(False):
+    with TURN, unchanged_on_failure(model), torch.inference_mode(False):
         _prepare(model, config, inputs, parts, labels, other_size)
     return model
 

@@ -6,17 +6,62 @@ Either moves a sum by more than a step of the codes here and there, and what is 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-#: Where torch keeps what may stand in for float32, per library and operation.
 _BACKENDS: Any = torch.backends
-_PRECISIONS = (_BACKENDS.cudnn.conv, _BACKENDS.cuda.matmul, _BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.matmul)
+
+#: What may stand in for float32; all else is float32 itself.
+REDUCED = ("tf32", "bf16")
+
+
+@dataclass
+class _Settings:
+    """What a library is told of float32. Threads share it, so the last of those that evaluate puts it back.
+
+    Attributes:
+        precisions: where torch keeps it, per operation.
+        changed: what was changed, and its value before.
+        inside: calls that compute in float32 now.
+    """
+
+    precisions: tuple[Any, ...]
+    changed: list[tuple[Any, str]] = field(default_factory=list)
+    inside: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def ieee(self) -> Iterator[None]:
+        """Inside, float32 is float32."""
+        with self.lock:
+            self.inside += 1
+            for precision in self.precisions:
+                if precision.fp32_precision in REDUCED:
+                    self.changed.append((precision, precision.fp32_precision))
+                    precision.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.inside -= 1
+                while self.changed and not self.inside:
+                    precision, value = self.changed.pop()
+                    precision.fp32_precision = value
+
+
+#: By the kind of device. Of another device's nothing is changed: torch raises an error where a thread asks for TF32 in
+#: general while it is off for convolutions alone, as its exporter does.
+_SETTINGS = {
+    "cpu": _Settings((_BACKENDS.mkldnn.conv, _BACKENDS.mkldnn.matmul)),
+    "cuda": _Settings((_BACKENDS.cudnn.conv, _BACKENDS.cuda.matmul)),
+}
 
 
 @contextmanager
@@ -33,21 +78,13 @@ def float32_arithmetic(inputs: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
     """
     device = inputs[0].device.type
     cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if cast else nullcontext(), _ieee():
+    with torch.autocast(device, enabled=False) if cast else nullcontext(), _ieee(device):
         yield _widened(inputs) if cast else inputs
 
 
-@contextmanager
-def _ieee() -> Iterator[None]:
-    found = [] if torch.compiler.is_compiling() else [(p, p.fp32_precision) for p in _PRECISIONS]
-    changed = [(precision, value) for precision, value in found if value != "ieee"]
-    try:
-        for precision, _ in changed:
-            precision.fp32_precision = "ieee"
-        yield
-    finally:
-        for precision, value in changed:
-            precision.fp32_precision = value
+def _ieee(device: str) -> AbstractContextManager[None]:
+    settings = None if torch.compiler.is_compiling() else _SETTINGS.get(device)
+    return nullcontext() if settings is None else settings.ieee()
 
 
 def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
+from torch._guards import TracingContext
 
 from hf_qat.errors import ExportError
 
@@ -22,8 +23,13 @@ _LIBRARY.define("dequantize_codes(Tensor codes, Tensor scale, int? axis) -> Tens
 
 
 def exporting_to_onnx() -> bool:
-    """Whether `torch.onnx.export` is tracing right now; `False` in a plain `torch.export.export` and in eager mode."""
-    return torch.onnx.is_in_onnx_export()
+    """Whether `torch.onnx.export` traces in this thread; `False` in a plain `torch.export.export` and in eager mode.
+
+    PyTorch says for the process alone that it exports; another thread may compute meanwhile.
+    """
+    if not torch.onnx.is_in_onnx_export():
+        return False
+    return torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing() or TracingContext.try_get() is not None
 
 
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:

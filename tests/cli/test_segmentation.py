@@ -51,7 +51,10 @@ def test_logits_of_a_coarser_grid_are_brought_to_that_of_the_truth():
 
 
 def test_classes_are_numbers_up_to_the_largest_and_what_is_ignored_is_none():
-    assert segmentation.class_names({"label": [mask(), np.full((2, 2), 255)]}, "label") == ["0", "1", "2"]
+    masks = {"label": [mask(), np.full((2, 2), 255)]}
+    assert segmentation.classes(None, masks, "label").names == ("0", "1", "2")
+    reducing = transformers.SegformerImageProcessorPil(do_reduce_labels=True)
+    assert segmentation.classes(reducing, masks, "label").names == ("0", "1")  # 0 is no class, 1 and 2 are 0 and 1
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,32 @@ def test_evaluate_reads_masks_beside_the_file_and_prints_what_one_class_everywhe
     measured = last_json(capsys.readouterr().out)
     assert measured.pop("loss") == pytest.approx(log(2 + e) - 0.5, rel=1e-5)  # the cross entropy of logits 0, 1, 0
     assert measured == pytest.approx(EXPECTED)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_processor_that_reduces_labels_leaves_a_trained_model_its_head_and_names(folder, tmp_path, capsys):
+    """Masks of 1, 2 and 3 with nothing at 0, as those of ADE20K have it, are what the model calls 0, 1 and 2."""
+    model = transformers.SegformerForSemanticSegmentation.from_pretrained(folder / "float")
+    model.config.id2label = {0: "sky", 1: "wall", 2: "road"}
+    model.save_pretrained(tmp_path / "model")
+    size = {"height": 32, "width": 32}
+    transformers.SegformerImageProcessorPil(size=size, do_reduce_labels=True).save_pretrained(tmp_path / "model")
+    for number in range(8):
+        raw = np.where(mask() == segmentation.IGNORED, 0, mask() + 1).astype(np.uint8)
+        Image.fromarray(raw).save(tmp_path / f"{number}_classes.png")
+    names = [{"image": str(folder / f"photos/{n}.png"), "label": f"{n}_classes.png"} for n in range(8)]
+    (tmp_path / "photos.jsonl").write_text("\n".join(map(json.dumps, names)))
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "photos.jsonl")]
+    arguments += ["--task", "semantic-segmentation", "--train_val_split", "0.5"]
+    assert main(["evaluate", *arguments]) == 0
+    measured = last_json(capsys.readouterr().out)
+    assert {name: measured[name] for name in EXPECTED} == pytest.approx(EXPECTED)
+    assert main(["calibrate", *arguments, "--output_dir", str(tmp_path / "int8")]) == 0
+    assert json.loads((tmp_path / "int8/config.json").read_text())["id2label"] == {
+        "0": "sky",
+        "1": "wall",
+        "2": "road",
+    }
 
 
 @pytest.mark.slow

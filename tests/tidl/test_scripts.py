@@ -111,6 +111,23 @@ def test_an_image_is_prepared_as_the_processor_does(copied, stand_in, tmp_path):
     assert (tmp_path / "outputs" / "photo.npz").is_file()
 
 
+def test_a_turned_photo_is_put_upright_and_16_bits_are_read_whole(copied, stand_in, tmp_path):
+    """Orientation 6 in Exif: what a camera held on its side has taken, to be turned clockwise by a quarter."""
+    directory = copied("resnet", "AM68A")
+    stand_in.run(directory / "compile.py")
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=turned)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    images = [str(tmp_path / name) for name in ("turned.png", "deep.png")]
+    stand_in.run(directory / "infer.py", *images, "--out", str(tmp_path / "outputs"))
+    upright = [np.rot90(pixels, -1), np.stack([pixels[..., 0]] * 3, -1)]
+    wanted = ViTImageProcessorPil(size={"height": 32, "width": 32})(images=upright, return_tensors="np")
+    for frame, image in zip(stand_in.sessions[-1]["frames"], wanted["pixel_values"], strict=True):
+        np.testing.assert_allclose(frame["pixel_values"][0], image, atol=1 / 127.5)
+
+
 def test_without_tidl_the_model_runs_on_plain_onnx_runtime(copied, stand_in, tmp_path):
     stand_in.run(copied("resnet", "AM68A") / "infer.py", "--cpu", "--out", str(tmp_path / "outputs"))
     assert stand_in.sessions[0]["providers"] == ["CPUExecutionProvider"]

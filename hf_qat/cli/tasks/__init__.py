@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_qat.cli.tasks import classification, depth, detection, segmentation
+from hf_qat.cli.tasks.classes import Classes
 from hf_qat.config.targets import did_you_mean
 from hf_qat.errors import ConfigError
 
@@ -20,7 +21,7 @@ class Task:
     Attributes:
         auto_class: the name of transformers' class that loads its models.
         label_column: where data sets have what is to be learned.
-        class_names: (data set, column) → the names of the classes; empty where the data set does not say.
+        classes: (processor, data set, column) → its classes.
         encode: (processor, images, labels) → what a batch of rows becomes: inputs, and `labels` for the model.
         collate: rows as `encode` returns them → a batch.
         metrics: (processor, `EvalPrediction`) → what is measured.
@@ -28,12 +29,14 @@ class Task:
         joins_batches: whether `metrics` gets arrays of the whole evaluation set, or lists of batches.
         require: raises `ConfigError` where a library is missing that `metrics` calls.
         loss: Trainer's `compute_loss_func`, where models have no loss of their own.
+        renumbered: (what is learned of an image, class → the model's number) → the same by the model's numbers;
+            `None` where it is a picture.
         labels_are_images: whether a JSONL file names pictures under `label_column`.
     """
 
     auto_class: str
     label_column: str
-    class_names: Callable[[Any, str], list[str]]
+    classes: Callable[[Any, Any, str], Classes]
     encode: Callable[[Any, Sequence[Any], Sequence[Any]], dict[str, Any]]
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
     metrics: Callable[[Any, Any], dict[str, float]]
@@ -41,6 +44,7 @@ class Task:
     joins_batches: bool = True
     require: Callable[[], None] | None = None
     loss: Callable[..., Tensor] | None = None
+    renumbered: Callable[[Any, Callable[[object], int]], Any] | None = None
     labels_are_images: bool = False
 
 
@@ -48,15 +52,16 @@ TASKS = {
     "image-classification": Task(
         "AutoModelForImageClassification",
         "label",
-        classification.class_names,
+        classification.classes,
         classification.encode,
         classification.collate,
         classification.metrics,
+        renumbered=classification.renumbered,
     ),
     "semantic-segmentation": Task(
         "AutoModelForSemanticSegmentation",
         "label",
-        segmentation.class_names,
+        segmentation.classes,
         segmentation.encode,
         segmentation.collate,
         segmentation.metrics,
@@ -65,18 +70,19 @@ TASKS = {
     "object-detection": Task(
         "AutoModelForObjectDetection",
         "objects",
-        detection.class_names,
+        detection.classes,
         detection.encode,
         detection.collate,
         detection.metrics,
         detection.scores_and_boxes,
         joins_batches=False,
         require=detection.require_pycocotools,
+        renumbered=detection.renumbered,
     ),
     "depth-estimation": Task(
         "AutoModelForDepthEstimation",
         "depth",
-        depth.class_names,
+        depth.classes,
         depth.encode,
         depth.collate,
         depth.metrics,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from hf_qat.cli.tasks.classes import Classes, classes_of
 
-def class_names(dataset: Any, column: str) -> list[str]:
-    """Names of the classes, in the order of their numbers."""
-    feature = dataset.features[column]
-    if hasattr(feature, "names"):
-        return list(feature.names)
-    return [str(value) for value in sorted(set(dataset[column]))]
+
+def classes(processor: Any, dataset: Any, column: str) -> Classes:
+    """Those that the column names or numbers; the processor is not needed."""
+    return classes_of(dataset.features[column], dataset[column])
+
+
+def renumbered(label: Any, number_of: Callable[[object], int]) -> int:
+    """The label's number of the model."""
+    return number_of(label)
 
 
 def encode(processor: Any, images: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:

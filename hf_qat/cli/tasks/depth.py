@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_qat.cli.tasks.classes import Classes
 from hf_qat.errors import ConfigError
 
 
@@ -29,9 +30,9 @@ SCALE_INVARIANCE = 0.5
 NEAREST = 1e-3
 
 
-def class_names(dataset: Any, column: str) -> list[str]:
+def classes(processor: Any, dataset: Any, column: str) -> Classes:
     """None: distances have no classes."""
-    return []
+    return Classes()
 
 
 def encode(processor: Any, images: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:

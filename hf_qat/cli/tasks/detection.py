@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -15,19 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_qat.cli.tasks.classes import Classes, classes_of
 from hf_qat.errors import ConfigError
 
 
-def class_names(dataset: Any, column: str) -> list[str]:
-    """Names of the categories, in the order of their numbers."""
+def classes(processor: Any, dataset: Any, column: str) -> Classes:
+    """Those that the categories name or number; the processor is not needed."""
     feature: Any = dataset.features[column]
     feature = getattr(feature, "feature", feature)
     category: Any = feature["category"] if isinstance(feature, dict) else feature
     category = getattr(category, "feature", category)
-    if hasattr(category, "names"):
-        return list(category.names)
-    largest = max((number for objects in dataset[column] for number in objects["category"]), default=0)
-    return [str(number) for number in range(largest + 1)]
+    return classes_of(category, (number for objects in dataset[column] for number in objects["category"]))
+
+
+def renumbered(label: Any, number_of: Callable[[object], int]) -> dict[str, Any]:
+    """The objects of an image, with the model's numbers of their categories."""
+    return {**label, "category": [number_of(category) for category in label["category"]]}
 
 
 def encode(processor: Any, images: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:

@@ -8,18 +8,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_qat.cli.tasks.classes import Classes
+
 
 #: What marks pixels that belong to no class, in transformers as in most data sets.
 IGNORED = 255
 
 
-def class_names(dataset: Any, column: str) -> list[str]:
-    """Numbers for names: a picture of classes does not tell any."""
+def classes(processor: Any, dataset: Any, column: str) -> Classes:
+    """Numbers for names: a picture of classes does not tell any.
+
+    With a processor that reduces labels, 0 is no class in the pictures, and each other number is one more than the
+    model's.
+    """
     largest = 0
     for mask in dataset[column]:
-        classes = np.asarray(mask)
-        largest = max(largest, int(classes[classes != IGNORED].max(initial=0)))
-    return [str(number) for number in range(largest + 1)]
+        numbers = np.asarray(mask)
+        largest = max(largest, int(numbers[numbers != IGNORED].max(initial=0)))
+    reduced = bool(getattr(processor, "do_reduce_labels", False))
+    return Classes.numbered(max(largest + 1 - reduced, 1))
 
 
 def encode(processor: Any, images: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:

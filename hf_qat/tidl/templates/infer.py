@@ -72,19 +72,20 @@ def frames(here: Path, images: list[Path], input_name: str) -> Iterator[tuple[st
                 yield frame.stem, dict(inputs)
         return
     import yaml
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if not (here / "config.yaml").exists():
         sys.exit("this bundle has no config.yaml, so how to prepare an image is not known; see README.md")
     config = yaml.safe_load((here / "config.yaml").read_text(encoding="utf-8"))
     for path in images:
         with Image.open(path) as image:
-            yield path.stem, {input_name: preprocess_image(image, config["preprocess"], config["session"])}
+            upright = ImageOps.exif_transpose(image)  # as data sets and pipelines turn what a camera has noted
+            yield path.stem, {input_name: preprocess_image(upright, config["preprocess"], config["session"])}
 
 
 def preprocess_image(image: Any, preprocess: dict[str, Any], session: dict[str, Any]) -> np.ndarray:
     """(1, 3, H, W) float32 of a PIL image, by the entries of config.yaml."""
-    pixels = np.asarray(resized(image.convert("RGB"), preprocess), dtype=np.float32)
+    pixels = np.asarray(resized(eight_bits(image).convert("RGB"), preprocess), dtype=np.float32)
     crop = preprocess["crop"]
     if crop is not None:
         height, width = (crop, crop) if isinstance(crop, int) else crop
@@ -95,6 +96,17 @@ def preprocess_image(image: Any, preprocess: dict[str, Any], session: dict[str, 
     mean = np.array(session["input_mean"], dtype=np.float32)
     scale = np.array(session["input_scale"], dtype=np.float32)
     return np.ascontiguousarray(((pixels - mean) * scale).transpose(2, 0, 1)[None])
+
+
+def eight_bits(image: Any) -> Any:
+    """The PIL image; of grey values of 16 bits the upper 8, where `convert` would cut off at 255."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    deep = image.mode != "I" or values.max(initial=0) > 255  # mode I has 32 bits, whatever the file had
+    return Image.fromarray((values >> 8 if deep else values).clip(0, 255).astype(np.uint8))
 
 
 def resized(image: Any, preprocess: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
@@ -74,7 +75,7 @@ def prepare_qat(
     state = state_of(model)
     if state is not None:
         raise StageError(f"{type(model).__name__} is {state.stage} already; prepare a copy of the float model.")
-    _require_python(model)
+    require_python(model)
     _require_trainable(model)
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
@@ -83,7 +84,17 @@ def prepare_qat(
     return prepare_parts(model, config, inputs, Parts(config.excludes), labels, other_size)
 
 
-def _require_python(model: nn.Module) -> None:
+def require_python(model: nn.Module) -> None:
+    """Refuse what has no Python code to look at.
+
+    Raises:
+        CaptureError: the model is compiled, or a part of it is TorchScript.
+    """
+    if isinstance(model, OptimizedModule):
+        raise CaptureError(
+            "the model is compiled: give it as it was before torch.compile (its `_orig_mod`), and compile what is "
+            "prepared, or leave that to torch_compile=True of the TrainingArguments."
+        )
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(

@@ -296,6 +296,14 @@ def test_torchscript_is_refused_by_its_path_and_the_model_stays_as_it_is(kind):
         prepare_qat(SCRIPTS[kind](nn.Conv2d(3, 3, 1)), QATConfig(), x)
 
 
+def test_a_compiled_model_is_refused_with_the_order_that_works():
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(nn.Conv2d(3, 4, 3), backend="eager")
+    with pytest.raises(CaptureError, match="before torch.compile"):
+        prepare_qat(compiled, None, x)
+    prepare_qat(compiled._orig_mod, None, x)
+
+
 COMPUTED_WEIGHTS = {
     "weight norm": nn.utils.weight_norm,
     "spectral norm": nn.utils.spectral_norm,

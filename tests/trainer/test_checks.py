@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError
+from hf_qat.errors import CalibrationError, CaptureError, ConfigError, StageError, WeightsError
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.conversion import convert
 from hf_qat.model.prepare import prepare_qat
@@ -215,3 +215,8 @@ def test_a_key_that_the_model_never_saves_may_be_missing():
     model = hand_written()
     model._keys_to_ignore_on_save = ["head.bias"]
     check_loaded(model, ["head.bias"], [])
+
+
+def test_a_compiled_model_is_refused_before_anything_is_done():
+    with pytest.raises(CaptureError, match="before torch.compile"):
+        check_model(torch.compile(hand_written(), backend="eager"), None)

@@ -135,6 +135,11 @@ class QATSchedule:
         """What the next optimizer step trains under: one of `PHASES`."""
         return phase_at(self._step, self._total_steps, self._freeze_bn_at, self.config.freeze_ranges_at)
 
+    @property
+    def in_float(self) -> bool:
+        """Whether the next optimizer step is computed in float, as the first ones of a net from scratch are."""
+        return bool(self._waits)
+
     def step(self) -> None:
         """One more optimizer step is done."""
         self._step += 1

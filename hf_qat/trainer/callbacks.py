@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.model.schedule import PHASES, QATSchedule, ScheduleState
@@ -17,6 +18,9 @@ from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.fsdp import gathered
 from hf_qat.trainer.histories import CodeHistory
 from hf_qat.trainer.suspicions import warn_against_recipe, warn_of_few_samples
+
+
+logger = logging.get_logger(__name__)
 
 
 def needs_calibration(model: nn.Module) -> bool:
@@ -80,6 +84,18 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         """One more optimizer step is done."""
         if self.schedule is not None:
             self._follow(self.schedule, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say so where training was stopped before anything was quantized."""
+        if self.schedule is not None and self.schedule.in_float:
+            logger.warning(
+                "Training ended at step %d of %d, in the part that an untrained net learns in float: its ranges are "
+                "those from before. Call calibrate() before it is evaluated or converted, or train on.",
+                state.global_step,
+                state.max_steps,
+            )
 
     def _follow(self, schedule: QATSchedule, state: TrainerState, recorded: Mapping[str, Any] | None = None) -> None:
         now: ScheduleState = {"step": state.global_step, "total_steps": state.max_steps}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, ViTForImageClassification
 
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.model.calibration import calibrate
@@ -15,7 +15,7 @@ from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.trainer.callbacks import ScheduleCallback, clipped_weights, freezing_of_batch_norm, needs_calibration
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import hand_written, resnet
-from tests.training import FOLLOWED, arguments, images, prepared, recipe
+from tests.training import FOLLOWED, arguments, images, prepared, recipe, trainer_of, vit
 
 
 class Watch(TrainerCallback):
@@ -212,3 +212,20 @@ def test_on_resuming_batch_norm_freezes_when_it_would_have_in_the_run_that_began
         phases.append(callback.schedule.phase)
     assert phases == ["batch norm live", "batch norm frozen"]
     assert freezing_of_batch_norm([callback], QATConfig()) == 0
+
+
+class StopsAt(TrainerCallback):
+    """Ends a training early."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize(("step", "warned"), [(1, True), (3, False)])
+def test_a_training_that_stops_before_anything_is_quantized_says_so(step: int, warned: bool, tmp_path: Path, caplog):
+    untrained = ViTForImageClassification(vit().config)  # learns in float for two steps of eight
+    trainer_of(untrained, tmp_path, max_steps=8, callbacks=[StopsAt(step)]).train()
+    assert ("ended at step 1 of 8, in the part that an untrained net learns in float" in caplog.text) is warned

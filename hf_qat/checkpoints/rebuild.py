@@ -17,7 +17,7 @@ from hf_qat.checkpoints.stored_format import key_of, quantized_layers, restore_c
 from hf_qat.checkpoints.validation import check_tensors, open_tensors
 from hf_qat.config.checkpoint_info import CheckpointInfo, Stage
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import ConfigError, WeightsError
+from hf_qat.errors import CaptureError, ConfigError, WeightsError
 from hf_qat.graph.capture.capture import Parts
 from hf_qat.graph.capture.meta_device import MetaCapture
 from hf_qat.graph.captured import CapturedModule
@@ -86,7 +86,7 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
                 paths = [path for path in saved.operations if path in modules]  # another class has others
                 calls = rebuild_labelled_calls(saved.labelled_calls)
                 parts = Parts(recipe.excludes, paths, saved.stage is Stage.PREPARED, calls)
-                prepare_parts(model, recipe, rebuild_inputs(saved.inputs), parts)
+                _prepare_as_saved(model, recipe, saved, parts)
             _require_same_graph(model, saved)
             if saved.stage is Stage.CONVERTED:
                 swap_to_integer_modules(model)
@@ -104,6 +104,25 @@ def _require_trainable_for_other_labels(model: PreTrainedModel, saved: Checkpoin
             f"the checkpoint has integer codes for {saved.num_labels} labels, and num_labels is {labels}: codes learn "
             "no more. Load the float model, or what QATTrainer.save_model wrote, for that number, and train."
         )
+
+
+def _prepare_as_saved(model: PreTrainedModel, recipe: QATConfig, saved: CheckpointInfo, parts: Parts) -> None:
+    """Make the graphs of a checkpoint again.
+
+    Raises:
+        CaptureError: that fails.
+        WeightsError: it fails, and the checkpoint is that of another class, which is why.
+    """
+    try:
+        prepare_parts(model, recipe, rebuild_inputs(saved.inputs), parts)
+    except CaptureError as error:
+        own = type(model).__name__
+        if saved.model_class == own:
+            raise
+        raise WeightsError(
+            f"the checkpoint was saved from {saved.model_class}, and {own} does not compute alike: load it by "
+            f"{saved.model_class}, or by an auto class of its task. ({error})"
+        ) from error
 
 
 def _constants(model: nn.Module) -> dict[str, Tensor]:

@@ -107,7 +107,8 @@ def check_tensors(
         if key not in stored:
             continue  # tied: it is there under another name
         shape = codes.get(key, tuple(tensor.shape))
-        _check_dtype(stored[key], _dtypes(tensor, shape, key in codes, key in ours))
+        exact = key in ours and not isinstance(ours[key].module, FakeQuantize)  # a model in training may be cast
+        _check_dtype(stored[key], _dtypes(tensor, shape, key in codes, exact))
         if stored[key].shape != shape:
             if not other_labels:
                 raise stored[key].refuse(f"has the shape {list(stored[key].shape)} instead of {list(shape)}")
@@ -175,11 +176,11 @@ def _check_names(stored: Mapping[str, Stored], own: Mapping[str, Tensor], model:
         )
 
 
-def _dtypes(tensor: Tensor, shape: tuple[int, ...], is_code: bool, is_ours: bool) -> tuple[str, ...]:
+def _dtypes(tensor: Tensor, shape: tuple[int, ...], is_code: bool, exact: bool) -> tuple[str, ...]:
     """Dtypes that the stored form of a tensor may have."""
     if is_code and math.prod(shape) != tensor.numel():
         return ("U8",)  # two in a byte
-    if tensor.dtype == torch.float32 and not is_ours:
+    if tensor.dtype == torch.float32 and not exact:
         return FLOATS
     return (DTYPES.get(tensor.dtype, str(tensor.dtype)),)
 
@@ -190,7 +191,7 @@ def _check_dtype(stored: Stored, allowed: tuple[str, ...]) -> None:
 
 
 def _check_log2_scale(stored: Stored, module: FakeQuantize) -> None:
-    _require_scale(stored, torch.exp2(stored.read()))
+    _require_scale(stored, torch.exp2(stored.read().float()))
 
 
 def _check_scale(stored: Stored, module: QuantizeDequantize | QuantizedLayer | QuantizedWeight) -> None:

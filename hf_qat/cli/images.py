@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ def load_images(options: DataArguments, task: Task, processor: Any, labelled: bo
     """
     if not 0.0 < options.train_val_split < 1.0:
         raise ConfigError(f"train_val_split must lie between 0 and 1, not {options.train_val_split}.")
+    for option in ("max_train_samples", "max_eval_samples"):
+        number = getattr(options, option)
+        if number is not None and number < 1:
+            raise ConfigError(f"{option} must be 1 or more, not {number}: of no image, nothing can be said.")
     column = options.label_column_name or task.label_column
     splits = _load(options, [options.image_column_name, *([column] if task.labels_are_images else [])])
     train = splits["train"] if "train" in splits else next(iter(splits.values()))
@@ -62,6 +67,12 @@ def load_images(options: DataArguments, task: Task, processor: Any, labelled: bo
         evaluation = splits[name]
         _require_column(evaluation, column, "label_column_name", options)
     else:
+        # The part to evaluate on is rounded up.
+        if math.ceil(len(train) * options.train_val_split) >= len(train):
+            raise ConfigError(
+                f"{options.dataset_name} has {len(train)} images, too few for a train_val_split of "
+                f"{options.train_val_split}: none are left to train on."
+            )
         parts = train.train_test_split(options.train_val_split, seed=0)
         train, evaluation = parts["train"], parts["test"]
     both = datasets.concatenate_datasets([part.select_columns([column]) for part in (train, evaluation)])
@@ -84,15 +95,22 @@ def _load(options: DataArguments, pictures: Sequence[str]) -> datasets.DatasetDi
 
 
 def _from_jsonl(path: Path, column: str, pictures: Sequence[str]) -> datasets.DatasetDict:
-    splits = datasets.load_dataset("json", data_files=str(path))
+    try:
+        splits = datasets.load_dataset("json", data_files=str(path))
+    except (datasets.exceptions.DatasetGenerationError, StopIteration) as error:
+        reason = " ".join(str(error.__cause__ or "it is empty").split())
+        raise ConfigError(f"{path} holds no JSON object in each line: {reason}") from error
     if column not in splits["train"].column_names:
         raise ConfigError(f"{path} has no {column!r} in its lines: each is to name an image, relative to the file.")
     named = [name for name in pictures if name in splits["train"].column_names]
 
-    def absolute(row: dict[str, Any]) -> dict[str, Any]:
+    def absolute(row: dict[str, Any], number: int) -> dict[str, Any]:
+        wrong = next((name for name in named if not isinstance(row[name], str)), None)
+        if wrong is not None:
+            raise ConfigError(f"{path}, line {number + 1}: {wrong!r} is {row[wrong]!r}, and is to be a path.")
         return {name: str(path.parent / row[name]) for name in named}
 
-    splits = splits.map(absolute)
+    splits = splits.map(absolute, with_indices=True)
     for name in named:
         splits = splits.cast_column(name, datasets.Image())
     return splits

@@ -250,6 +250,16 @@ def test_a_loaded_training_checkpoint_converts_to_the_quantized_one(saved: dict[
     assert (tmp_path / "model.safetensors").read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_that_was_cast_in_training_is_loaded_as_it_was_saved(
+    saved: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = load(saved["resnet"] / "prepared").to(dtype)
+    model.save_pretrained(tmp_path)
+    widened, case = model.float().eval(), CASES["resnet"]
+    assert same(outputs(load(tmp_path).eval(), case), outputs(widened, case))
+
+
 def test_a_training_checkpoint_saves_the_state_dict_that_it_is_given(saved: dict[str, Path], tmp_path: Path) -> None:
     model = load(saved["resnet"] / "prepared")
     gathered = {key: value + 1 for key, value in model.state_dict().items()}
@@ -354,9 +364,10 @@ def test_a_backbone_is_found_by_its_auto_class(tmp_path: Path, monkeypatch: pyte
     assert type(loaded.dequantize()) is transformers.ResNetBackbone
 
 
-def test_another_class_is_refused_with_both_names(saved: dict[str, Path]) -> None:
-    with pytest.raises(WeightsError, match="ResNetForImageClassification .* ResNetModel"):
-        transformers.ResNetModel.from_pretrained(saved["resnet"] / "converted")
+@pytest.mark.parametrize("other", [transformers.ResNetModel, transformers.ViTForImageClassification])
+def test_another_class_is_refused_with_both_names(saved: dict[str, Path], other: Any) -> None:
+    with pytest.raises(WeightsError, match=rf"ResNetForImageClassification\b.*\b{other.__name__}"):
+        other.from_pretrained(saved["resnet"] / "converted")
 
 
 def test_a_state_dict_is_not_enough(saved: dict[str, Path]) -> None:

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_qat.cli.images import in_colour
+from hf_qat.cli.arguments import DataArguments
+from hf_qat.cli.images import in_colour, load_images
+from hf_qat.cli.tasks import TASKS
 from hf_qat.errors import ConfigError
+from tests.commands import data_sets_cached_in
 
 
 #: From black to white, 8 bits.
@@ -51,3 +54,25 @@ def test_a_palette_is_looked_up():
 def test_floating_point_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="8 or 16 bits"):
         in_colour(read(RAMP / np.float32(255), tmp_path / "ramp.tif"))
+
+
+LINE = '{"image": "0.png", "label": 0}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "words"),
+    [
+        ([LINE], {}, "has 1 images, too few"),
+        ([], {}, "holds no JSON object in each line: it is empty"),
+        ([LINE, "{oops"], {}, "holds no JSON object in each line: .*JSON parse error"),
+        ([LINE, '{"image": null, "label": 1}'], {}, "line 2: 'image' is None"),
+        ([LINE, '{"image": "1.png", "label": null}'], {}, "a label is None"),
+        (['{"image": "1.png", "label": [0]}'] * 2, {}, r"a label is \(0,\)"),
+        ([LINE] * 4, {"max_eval_samples": 0}, "max_eval_samples must be 1 or more, not 0"),
+        ([LINE] * 4, {"max_train_samples": -1}, "max_train_samples must be 1 or more, not -1"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_loaded(lines, options, words, tmp_path):
+    (tmp_path / "photos.jsonl").write_text("\n".join(lines))
+    with data_sets_cached_in(tmp_path), pytest.raises(ConfigError, match=words):
+        load_images(DataArguments(str(tmp_path / "photos.jsonl"), **options), TASKS["image-classification"], None)

@@ -50,7 +50,7 @@ def classes_of(feature: Any, values: Iterable[object]) -> Classes:
     """
     if hasattr(feature, "names"):
         return Classes(tuple(feature.names), named=True)
-    found = set(values)
+    found = {tuple(value) if isinstance(value, list) else value for value in values}
     if all(isinstance(value, str) for value in found):
         return Classes(tuple(sorted(map(str, found))), named=True)
     wrong = [value for value in found if not isinstance(value, int) or value < 0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
 from hf_qat.cli.evaluate import checkpoint_of
-from hf_qat.cli.parsing import parse, parser_of
+from hf_qat.cli.parsing import count, parse, parser_of
 
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--reference", help="The float model, or ONNX file, to compare with.")
     parser.add_argument("--html", type=Path, help="Also write a page with figure and table.")
     parser.add_argument("--plot", type=Path, help="Also draw a figure: PNG, PDF or SVG.")
-    parser.add_argument("--batch_size", type=int, default=8, help="Images at a time.")
-    parser.add_argument("--num_batches", type=int, default=4, help="Batches to compare on.")
+    parser.add_argument("--batch_size", type=count, default=8, help="Images at a time.")
+    parser.add_argument("--num_batches", type=count, default=4, help="Batches to compare on.")
     named_first = argv and not argv[0].startswith("-")
     model, data, qat, other = parse(parser, ["--model_name_or_path", *argv] if named_first else argv)
     is_file = model.model_name_or_path.endswith(".onnx")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
-from hf_qat.cli.parsing import parse, parser_of
+from hf_qat.cli.parsing import count, parse, parser_of
 from hf_qat.files.manifest import write_manifest
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = parser_of("calibrate", DESCRIPTION, ModelArguments, DataArguments, QATArguments)
     parser.add_argument("--output_dir", type=Path, required=True, help="The directory to write.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
+    parser.add_argument("--batch_size", type=count, default=16, help="Images at a time.")
     model, data, qat, other = parse(parser, argv)
     from hf_qat.cli.results import REPORT, stages_of, summary, write_report
     from hf_qat.cli.session import open_session, training_arguments  # so that --help need not wait for PyTorch

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments
-from hf_qat.cli.parsing import parse, parser_of
+from hf_qat.cli.parsing import count, parse, parser_of
 from hf_qat.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         SystemExit: wrong options, or `--help`.
     """
     parser = parser_of("evaluate", DESCRIPTION, ModelArguments, DataArguments)
-    parser.add_argument("--batch_size", type=int, default=16, help="Images at a time.")
+    parser.add_argument("--batch_size", type=count, default=16, help="Images at a time.")
     model, data, other = parse(parser, argv)
     from hf_qat.cli.session import open_session  # so that --help need not wait for PyTorch
     from hf_qat.publish.accuracy import quality

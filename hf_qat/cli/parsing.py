@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,10 @@ def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
         return tuple(parser.parse_args_into_dataclasses(args=words, look_for_args_file=False))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+def count(word: str) -> int:
+    """The type of an option that counts something: a whole number from 1."""
+    if not (word.isdecimal() and int(word)):
+        raise ArgumentTypeError(f"{word!r} is no whole number from 1")
+    return int(word)

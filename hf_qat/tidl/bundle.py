@@ -19,7 +19,7 @@ from torch import nn
 from transformers import BaseImageProcessor
 
 from hf_qat.config.checkpoint_info import Stage
-from hf_qat.errors import ConfigError, ExportError
+from hf_qat.errors import ConfigError, ExportError, listed
 from hf_qat.export import ExportReport, export_onnx, require_agreement, verify_onnx
 from hf_qat.export.onnx_graph import with_shapes
 from hf_qat.files.atomic import whole_directory
@@ -103,7 +103,8 @@ def export_tidl(
 
     Raises:
         StageError: the model is not converted.
-        ConfigError: no such device, no such form of ranges on it, or `name` is no file name.
+        ConfigError: no such device, no such form of ranges on it, `name` is no file name, or `labels` are not those of
+            the model's classes.
         CalibrationError: no frames, or NaN in one.
         ExportError: TIDL would refuse the model; the processor cannot be expressed; the directory holds something
             else; the artifacts are of another model.
@@ -145,9 +146,14 @@ def _name(model: nn.Module, given: str | None) -> str:
 
 
 def _labels(model: nn.Module, labels: Mapping[int, str] | Sequence[str] | None) -> dict[int, str]:
-    if labels is None:
-        labels = getattr(getattr(model, "config", None), "id2label", None) or {}
-    named = labels if isinstance(labels, Mapping) else dict(enumerate(labels))
+    own = getattr(getattr(model, "config", None), "id2label", None) or {}
+    given = own if labels is None else labels
+    named = given if isinstance(given, Mapping) else dict(enumerate(given))
+    if own and {int(number) for number in named} != {int(number) for number in own}:
+        raise ConfigError(
+            f"labels names {len(named)} classes ({listed([str(number) for number in named])}), and the model tells "
+            f"{len(own)} apart: give a name for each, in order or by number, or leave labels out."
+        )
     return {int(number): str(label) for number, label in sorted(named.items())}
 
 

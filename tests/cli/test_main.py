@@ -75,6 +75,15 @@ def test_a_bad_option_ends_with_status_2_and_one_line_that_names_it():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["evaluate", "calibrate", "analyze"])
+@pytest.mark.parametrize("number", ["0", "-2", "1.5"])
+def test_images_at_a_time_are_a_whole_number_from_1(command, number, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--batch_size", number])
+    assert ended.value.code == 2
+    assert f"--batch_size: '{number}' is no whole number from 1" in capsys.readouterr().err
+
+
 def test_help_lists_every_command_with_its_summary(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--help"])

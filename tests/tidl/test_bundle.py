@@ -264,6 +264,12 @@ class TestRefusals:
         with pytest.raises(ExportError, match="holds a compiled model"):
             export_tidl(converted("resnet", "AM68A"), directory, "AM68A", [HUGGING_FACE["resnet"].pixels(2)])
 
+    @pytest.mark.parametrize("labels", [["a", "b"], list("abcdef"), {1: "a"}], ids=["fewer", "more", "one"])
+    def test_labels_that_are_not_those_of_the_model(self, labels, converted, tmp_path):
+        batch = [HUGGING_FACE["resnet"].pixels(2)]
+        with pytest.raises(ConfigError, match=f"labels names {len(labels)} classes.* tells {LABELS} apart"):
+            export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "AM68A", batch, labels=labels)
+
     def test_a_name_that_is_no_file_name(self, converted, tmp_path):
         with pytest.raises(ConfigError, match="name='google/vit'"):
             export_tidl(

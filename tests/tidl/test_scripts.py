@@ -128,6 +128,17 @@ def test_a_turned_photo_is_put_upright_and_16_bits_are_read_whole(copied, stand_
         np.testing.assert_allclose(frame["pixel_values"][0], image, atol=1 / 127.5)
 
 
+def test_images_of_one_name_in_two_directories_have_outputs_each(copied, stand_in, tmp_path):
+    images = [tmp_path / place / "photo.png" for place in ("a", "b")]
+    for image in images:
+        image.parent.mkdir()
+        Image.new("RGB", (40, 40)).save(image)
+    stand_in.run(
+        copied("resnet", "AM68A") / "infer.py", "--cpu", *map(str, images), "--out", str(tmp_path / "outputs")
+    )
+    assert sorted(file.name for file in (tmp_path / "outputs").iterdir()) == ["0000_photo.npz", "0001_photo.npz"]
+
+
 def test_without_tidl_the_model_runs_on_plain_onnx_runtime(copied, stand_in, tmp_path):
     stand_in.run(copied("resnet", "AM68A") / "infer.py", "--cpu", "--out", str(tmp_path / "outputs"))
     assert stand_in.sessions[0]["providers"] == ["CPUExecutionProvider"]

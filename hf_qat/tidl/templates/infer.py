@@ -77,10 +77,17 @@ def frames(here: Path, images: list[Path], input_name: str) -> Iterator[tuple[st
     if not (here / "config.yaml").exists():
         sys.exit("this bundle has no config.yaml, so how to prepare an image is not known; see README.md")
     config = yaml.safe_load((here / "config.yaml").read_text(encoding="utf-8"))
-    for path in images:
+    for name, path in zip(names_of(images), images, strict=True):
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)  # as data sets and pipelines turn what a camera has noted
-            yield path.stem, {input_name: preprocess_image(upright, config["preprocess"], config["session"])}
+            yield name, {input_name: preprocess_image(upright, config["preprocess"], config["session"])}
+
+
+def names_of(images: list[Path]) -> list[str]:
+    """The stem of each file, behind its number where two have the same."""
+    stems = [path.stem for path in images]
+    several = len(set(stems)) < len(stems)
+    return [f"{number:04}_{stem}" if several else stem for number, stem in enumerate(stems)]
 
 
 def preprocess_image(image: Any, preprocess: dict[str, Any], session: dict[str, Any]) -> np.ndarray:

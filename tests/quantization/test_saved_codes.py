@@ -6,14 +6,11 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +23,7 @@ from hf_qat.quantization.kernels import cpu
 from hf_qat.quantization.saved_codes import Kept, keep_codes, keeps_codes, kept_for_backward
 from tests.benchmarks.memory import peak_bytes
 from tests.models import HUGGING_FACE
+from tests.ranks import on_two_ranks
 
 
 pytestmark = pytest.mark.usefixtures("each_form")
@@ -253,31 +251,21 @@ def test_accumulated_gradients_are_the_same_too():
     assert_same(*found)
 
 
-def under_ddp(rank: int, directory: str, form: str) -> None:
+def under_ddp(rank: int, form: str) -> list[dict[str, Tensor | None]]:
     """Gradients of one of two processes, each with its own batch: with codes and without."""
-    torch.set_num_threads(1)
     if form == "PyTorch":  # what the fixture has exchanged stays in its own process
         cpu._works = lambda: False
-    store = f"file://{directory}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     found = []
     for saving in (True, False):
         model, images = wide(saving, depth=2)
         wrapped = DistributedDataParallel(model)
         wrapped(images * (1.0 + rank)).square().mean().backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    torch.save(found, Path(directory) / f"{rank}.pt")
-    dist.barrier()  # none closes its connections while the other still reads from them
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.mark.slow
 def test_two_processes_under_ddp_get_the_same_gradients(tmp_path: Path, each_form: str):
-    processes = mp.spawn(under_ddp, args=(str(tmp_path), each_form), nprocs=2, join=False)
-    if not processes.join(timeout=90) and not processes.join(timeout=30):
-        for process in processes.processes:
-            process.kill()
-        pytest.fail("the two processes hang")
-    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    ours, theirs = on_two_ranks(partial(under_ddp, form=each_form), tmp_path)
     assert_same(*ours)
     assert_same(ours[0], theirs[0])

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from hf_qat import QATConfig, calibrate, prepare_qat
 from hf_qat.quantization.layers import QATLayer
-from hf_qat.trainer.fsdp import gathered, shard
+from hf_qat.trainer.fsdp import shard
 from tests.models import vit
+from tests.ranks import on_two_ranks
 from tests.trainer.test_fsdp import PIXELS, accelerator
 from tests.training import differing, trainer_of, values
 
@@ -69,33 +66,21 @@ def _mark(model: nn.Module) -> None:
             module.gradient_checkpointing = True
 
 
-def _one_of_two(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def _one_of_two(rank: int) -> dict[str, Tensor]:
     model = _checkpointed()
     _mark(model)
     shard(model, accelerator())
     _step(model)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
-    with gathered(model):
-        torch.save(whole, Path(directory) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
 
 
 @pytest.mark.slow
 def test_two_processes_that_share_a_model_compute_blocks_again_as_one(tmp_path):
-    processes = mp.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2, join=False)
-    if not processes.join(timeout=120) and not processes.join(timeout=60):
-        for process in processes.processes:
-            process.kill()
-        pytest.fail("the two processes hang")
+    results = on_two_ranks(_one_of_two, tmp_path)
     model = _checkpointed()
     _step(model)
-    for rank in (0, 1):
-        found: dict[str, Tensor] = torch.load(tmp_path / f"{rank}.pt")
+    for found in results:
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and name in found:
                 torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=name)

@@ -1,12 +1,9 @@
 """What processes have in common, in two real ones and in one alone."""
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from hf_qat import freeze_ranges
@@ -20,14 +17,12 @@ from hf_qat.trainer.ddp import (
     without_gradient,
 )
 from tests.models import hand_written
+from tests.ranks import on_two_ranks
 from tests.training import recipe
 
 
-def one_of_two(rank: int, directory: str) -> None:
+def one_of_two(rank: int) -> dict[str, object]:
     """Gradients: of the first parameter in both, of the second in one process, of the third in none."""
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     norm = nn.BatchNorm1d(2)
     nn.init.constant_(norm.weight, 3.0 + rank)
     norm.running_mean.fill_(5.0 + rank)
@@ -37,20 +32,12 @@ def one_of_two(rank: int, directory: str) -> None:
     if rank == 1:
         parameters[1].grad = torch.tensor([2.0, 4.0, 6.0])
     average_gradients(parameters)
-    found = {"weight": norm.weight.detach(), "mean": norm.running_mean, "gradients": [p.grad for p in parameters]}
-    torch.save(found, Path(directory) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"weight": norm.weight.detach(), "mean": norm.running_mean, "gradients": [p.grad for p in parameters]}
 
 
 @pytest.mark.slow
 def test_two_processes_get_the_weights_of_the_first_and_the_mean_of_their_gradients(tmp_path: Path):
-    processes = mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2, join=False)
-    if not processes.join(timeout=90) and not processes.join(timeout=30):
-        for process in processes.processes:
-            process.kill()
-        pytest.fail("the two processes hang")
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in on_two_ranks(one_of_two, tmp_path):
         assert found["weight"].tolist() == [3.0, 3.0] and found["mean"].tolist() == [5.0, 5.0]
         both, one, none = found["gradients"]
         assert both.tolist() == [[1.5, 1.5], [1.5, 1.5]]

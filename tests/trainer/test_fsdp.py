@@ -1,14 +1,11 @@
 """A model that two processes share; how a whole training goes on is in test_distributed.py."""
 
 import copy
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import OffloadPolicy, StateDictType
@@ -17,6 +14,7 @@ from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.trainer.fsdp import gathered, is_sharded, saved_whole, shard
 from tests.models import resnet
+from tests.ranks import on_two_ranks
 from tests.training import recipe
 
 
@@ -34,10 +32,7 @@ def prepared() -> nn.Module:
     return prepare_qat(resnet(), recipe(), PIXELS).eval()
 
 
-def one_of_two(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def one_of_two(rank: int) -> dict[str, object]:
     model = prepared()
     shard(model, accelerator())
     weight = model.classifier[1].weight
@@ -45,7 +40,7 @@ def one_of_two(rank: int, directory: str) -> None:
     with gathered(model):
         whole = model.classifier[1].weight.detach().clone()
     copied = copy.deepcopy(model)
-    found = {
+    return {
         "sharded": (is_sharded(model), is_sharded(copied)),
         "local": local,
         "gathered": whole,
@@ -53,22 +48,14 @@ def one_of_two(rank: int, directory: str) -> None:
         "logits": model(PIXELS).logits.detach(),
         "logits of the copy": copied(PIXELS).logits.detach(),
     }
-    torch.save(found, Path(directory) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_hold_a_part_each_and_compute_as_one(tmp_path: Path):
-    processes = mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2, join=False)
-    if not processes.join(timeout=120) and not processes.join(timeout=60):
-        for process in processes.processes:
-            process.kill()
-        pytest.fail("the two processes hang")
+    parts = on_two_ranks(one_of_two, tmp_path)
     model = prepared()
     with torch.no_grad():
         expected, weight = model(PIXELS).logits, model.classifier[1].weight
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert torch.equal(torch.cat([part["local"] for part in parts]), weight)
     for part in parts:
         assert part["sharded"] == (True, False)

@@ -1,14 +1,10 @@
 """Observers against numpy: exact histograms, quantiles, a brute-force search in float64, and two real processes."""
 
 import math
-from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +21,7 @@ from hf_qat.quantization.observers.histogram import Histogram
 from hf_qat.quantization.observers.mse import squared_errors
 from hf_qat.quantization.observers.percentile import quantile
 from hf_qat.quantization.spec import QuantizerSpec
+from tests.ranks import on_two_ranks
 
 
 NAMES = ["minmax", "moving_average", "percentile", "mse"]
@@ -316,10 +313,7 @@ def batches_of_rank(rank: int) -> list[torch.Tensor]:
     return [torch.randn(64, 8, generator=generator) * (1 + 7 * rank) - 50.0 * step for step in range(3 - rank)]
 
 
-def calibrate_one_of_two(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{directory}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def calibrate_one_of_two(rank: int) -> dict[str, object]:
     result: dict[str, object] = {}
     for name in NAMES:
         observer = observe(affine(name), *batches_of_rank(rank))
@@ -332,20 +326,14 @@ def calibrate_one_of_two(rank: int, directory: str) -> None:
         result[f"{name}, one rank without data"] = lonely.qparams()
         make_observer(affine(name)).synchronize()
     result["range"] = synchronized_range(torch.tensor([1.0 + rank, -3.0]), torch.tensor([5.0, -2.0 + rank]))
-    torch.save(result, Path(directory) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return result
 
 
 def test_two_ranks_see_what_one_sees_with_all_the_data(tmp_path):
-    processes = mp.spawn(calibrate_one_of_two, args=(str(tmp_path),), nprocs=2, join=False)
-    if not processes.join(timeout=90) and not processes.join(timeout=30):
-        for process in processes.processes:
-            process.kill()
-        pytest.fail("the two processes hang")
+    results = on_two_ranks(calibrate_one_of_two, tmp_path)
     first, second = batches_of_rank(0), batches_of_rank(1)
     steps = [torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]), first[2]]
-    for rank in (0, 1):
-        result = torch.load(tmp_path / f"{rank}.pt")
+    for result in results:
         for name in NAMES:
             assert result[name] == observe(affine(name), *steps).qparams(), name
             assert result[f"{name}, one rank without data"] == observe(affine(name), *first).qparams(), name

@@ -47,8 +47,8 @@ def checkpointed_blocks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
     layers = [path for path, module in modules.items() if computes_itself_again(module)]
     blocks = {path: is_marked(modules[path]) for path in layers}
     for path, module in modules.items():
-        within = [layer for layer in layers if layer.startswith(join_path(path, ""))]
-        if is_marked(module) and path not in layers and not within:
+        has_layers = any(layer.startswith(f"{path}." if path else "") for layer in layers)
+        if is_marked(module) and path not in layers and not has_layers:
             blocks |= {join_path(path, item): True for item in _items_of_lists(module)}
     return blocks if any(blocks.values()) else {}
 
@@ -88,7 +88,7 @@ def compute_checkpointed(
 
 
 def _run(owner: nn.Module, segment: Segment, arguments: Sequence[Any]) -> tuple[Any, ...]:
-    called = [owner.get_submodule(path) for path in segment.called]
+    called = [owner.get_submodule(path) for path in sorted(segment.called)]
     with running_graph(), folded_ahead([module for module in called if isinstance(module, QATLayer)]):
         found: tuple[Any, ...] = segment.run(owner, *arguments)
         return found

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_batch_norm, prepare_qat
 from hf_qat.errors import StageError
+from hf_qat.graph.checkpointing import checkpointed_blocks
 from hf_qat.quantization.layers import QATLayer, qat_layers
 from tests.models import HUGGING_FACE
 
@@ -160,6 +162,18 @@ def test_layers_that_transformers_marks_are_computed_twice(name):
     with counted(other) as counts:
         step(other, case.pixels(2, 1))
     assert set(counts.values()) == {1}
+
+
+class Layer(GradientCheckpointingLayer):
+    pass
+
+
+def test_blocks_are_layers_of_transformers_and_else_what_a_marked_module_loops_over():
+    model = nn.ModuleDict({"one": mark(Stack()), "one_more": nn.Sequential(mark(Layer()), Layer()), "other": Stack()})
+    found = checkpointed_blocks(dict(model.named_modules()))
+    assert found == {**{f"one.blocks.{k}": True for k in range(3)}, "one_more.0": True, "one_more.1": False}
+    del model["one"].gradient_checkpointing, model["one_more"][0].gradient_checkpointing
+    assert checkpointed_blocks(dict(model.named_modules())) == {}
 
 
 def test_evaluation_computes_nothing_twice():

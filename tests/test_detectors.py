@@ -11,6 +11,15 @@ from PIL import Image
 from tests.benchmarks.detection import Row, failures, main, table
 
 
+def said_by(options: list[str]) -> str:
+    """What a run ends with; nothing where int8 has reached what it should."""
+    try:
+        main(options)
+    except SystemExit as ended:
+        return str(ended)
+    return ""
+
+
 def rows(in_float: float, calibrated: float, trained: float, optimized: float | None = None) -> list[Row]:
     found = {("float", "float"): in_float, ("int8", "calibrated"): calibrated, ("int8", "QAT"): trained}
     return [
@@ -44,15 +53,15 @@ def test_less_on_onnx_runtime_fails_with_the_figures(figures, settings):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("detector", ["RT-DETR", "YOLOS"])
 def test_the_whole_way_leaves_files_figures_and_boxes(detector, tmp_path, capsys):
-    """A few steps teach nothing: no box is right, and the run says so."""
+    """A few steps teach nothing, so that chance decides whether int8 is as good; the run says how it came out."""
     options = ["--directory", str(tmp_path), "--detectors", detector, "--train_images", "32", "--test_images", "8"]
     options += ["--steps", "3", "--qat_steps", "2"]
-    with pytest.raises(SystemExit, match="has not reached what it should"):
-        main(options)
+    said = said_by(options)
     measured = [Row(**row) for row in json.loads((tmp_path / "results.json").read_text())]
     quantized = [(target, stage) for target in ("int8", "AM68A") for stage in ("calibrated", "QAT")]
     assert [(row.target, row.stage) for row in measured] == [("float", "float"), *quantized]
     assert table(measured) in capsys.readouterr().out
+    assert all(line in said for line in failures(measured)) and bool(said) == bool(failures(measured))
 
     made = tmp_path / detector
     assert Image.open(made / "boxes.png").size == (8 * 192, 3 * 192)
@@ -64,6 +73,5 @@ def test_the_whole_way_leaves_files_figures_and_boxes(detector, tmp_path, capsys
         assert config["task_type"] == "detection" and config["session"]["target_device"] == "AM68A"
 
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*.onnx")}
-    with pytest.raises(SystemExit):
-        main(options)
+    assert said_by(options) == said
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*.onnx")} == times

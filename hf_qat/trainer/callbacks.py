@@ -111,7 +111,8 @@ class ScheduleCallback(TrainerCallback, ExportableState):
         Returns:
             `qat_phase`: 0 batch norm live, 1 batch norm frozen, 2 ranges frozen.
             `qat_clipped_weights`: share of weights that lie beyond their codes.
-            `qat_oscillating_weights`: share of weights whose code has turned back since the log before.
+            `qat_oscillating_weights`: share of weights whose code has turned back since the log before, as seen since
+            this run began.
             `qat_scale_drift`, where scales are learned: mean |log2(scale / scale when this run began)|.
         """
         if self.schedule is None:

@@ -110,7 +110,8 @@ def contents(checkpoint: Path) -> dict[str, Any]:
         elif file.name == "trainer_state.json":
             found[file.name] = state = json.loads(file.read_text())
             for entry in state["log_history"]:
-                entry.pop("qat_scale_drift", None)  # counted from where a run began, by its definition
+                for counted_from_where_a_run_began in ("qat_scale_drift", "qat_oscillating_weights"):
+                    entry.pop(counted_from_where_a_run_began, None)
         elif file.name != "training_args.bin":  # holds the directory
             found[file.name] = file.read_bytes()
     return found

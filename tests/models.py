@@ -236,3 +236,11 @@ HUGGING_FACE = {
     "yolos": Case(yolos, 32, _boxes),
     "detr": Case(detr, 32, _boxes),
 }
+
+
+def checkpoint_layers(model: nn.Module, on: bool = True) -> nn.Module:
+    """The model, whose layers are marked to be computed again in backward, or no more."""
+    activation = hasattr(model, "activation_checkpointing_enable")  # the name in newer versions of transformers
+    name = f"{'activation' if activation else 'gradient'}_checkpointing_{'enable' if on else 'disable'}"
+    getattr(model, name)()
+    return model

@@ -29,6 +29,7 @@ from hf_qat.graph.checkpointing import (
     is_marked,
 )
 from hf_qat.graph.nodes import short_name
+from hf_qat.graph.user_hooks import user_hooks
 from hf_qat.quantization.class_swap import MADE_BY, forget_own_forward, swap_class
 from hf_qat.quantization.float32_arithmetic import float32_arithmetic
 from hf_qat.quantization.layers import QATLayer, folded_ahead, qat_layers
@@ -40,10 +41,6 @@ logger = logging.getLogger(__name__)
 
 #: Modules in a graph that look at their own mode.
 FOLLOW_THEIR_MODE = (nn.modules.batchnorm._BatchNorm, QATLayer, FakeQuantize)
-
-#: Where hooks come from that a graph contains or does not need; others of transformers (NEFTune, debugging) change or
-#: show what layers give, as those of a user do.
-CONTAINED_HOOKS = ("torch.nn.utils.", "transformers.utils.output_capturing", "transformers.modeling_utils", "hf_qat.")
 
 
 class CaptureCall(Protocol):
@@ -151,11 +148,11 @@ class CapturedModule(nn.Module):
 
     def _checkpointed_blocks(self, captured: CapturedGraph) -> dict[str, bool]:
         """Blocks inside, of which those that are marked are to be computed again in backward; empty without such."""
-        modules = {"": self, **{place.path: place.module for place in self.places}}
-        if not any(map(is_marked, modules.values())) or computes_itself_again(self):
+        marked = is_marked(self) or any(is_marked(place.module) for place in self.places)
+        if not marked or computes_itself_again(self):
             return {}
-        blocks = checkpointed_blocks(modules)
-        found = [segment.block for segment in captured.segments(tuple(blocks))[0]] if blocks else []
+        blocks = checkpointed_blocks({"": self, **{place.path: place.module for place in self.places}})
+        found = [segment.block for segment in captured.segments(tuple(blocks))] if blocks else []
         if any(block is not None and blocks[block] for block in found):
             return blocks
         if "checkpointing" not in self._warned_of:
@@ -303,44 +300,6 @@ def before_calibration(model: nn.Module) -> Iterator[None]:
 
 def _mode_name(training: bool) -> str:
     return "training" if training else "evaluation"
-
-
-def user_hooks(module: nn.Module) -> list[object]:
-    """The hooks on a module, other than those whose work a graph contains, or that it does not need.
-
-    Weight norm, spectral norm and pruning compute weights in hooks; transformers collects hidden states by them, and
-    lets embeddings require gradients. Ours are on what a graph calls, and are gone after a pass.
-    """
-    return [hook for kind in _hooks(module) for hook in kind.values() if _is_of_user(hook)]
-
-
-@contextmanager
-def without_user_hooks(module: nn.Module) -> Iterator[None]:
-    """Inside, they are not called: a captured module's own go on being called around its graph, which is without."""
-    kept = [(kind, dict(kind)) for kind in _hooks(module)]
-    try:
-        for kind, before in kept:
-            for key, hook in before.items():
-                if _is_of_user(hook):
-                    del kind[key]
-        yield
-    finally:
-        for kind, before in kept:
-            kind.clear()
-            kind.update(before)
-
-
-def _hooks(module: nn.Module) -> list[dict[int, Any]]:
-    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return [kind for kind in kinds if kind]
-
-
-def _is_of_user(hook: object) -> bool:
-    return not _origin(hook).startswith(CONTAINED_HOOKS)
-
-
-def _origin(hook: object) -> str:
-    return str(getattr(hook, "__module__", None) or type(hook).__module__)
 
 
 def _differs_in_options(captured: CapturedGraph, call: CallSignature) -> bool:

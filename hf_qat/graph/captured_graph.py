@@ -58,7 +58,7 @@ class CapturedGraph:
     real: list[bool] = field(init=False)
     run: Callable[..., Any] = field(init=False, repr=False)
     called: frozenset[str] = field(init=False, repr=False)
-    cuts: dict[tuple[str, ...], Any] = field(init=False, repr=False)
+    cuts: dict[tuple[str, ...], list[Segment]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for node, name in zip(self.inputs(), self.signature.tensor_names(), strict=True):
@@ -72,12 +72,11 @@ class CapturedGraph:
         self.called = frozenset(str(node.target) for node in self.graph.nodes if node.op == "call_module")
         self.cuts = {}
 
-    def segments(self, blocks: tuple[str, ...]) -> tuple[list[Segment], Callable[..., Any]]:
+    def segments(self, blocks: tuple[str, ...]) -> list[Segment]:
         """As `segments.cut`, once for the same blocks."""
         if blocks not in self.cuts:
             self.cuts[blocks] = cut(self.graph, blocks, FOLLOWED)
-        found: tuple[list[Segment], Callable[..., Any]] = self.cuts[blocks]
-        return found
+        return self.cuts[blocks]
 
     def __getstate__(self) -> dict[str, Any]:
         """What `pickle` and `copy` keep: plain data, without the function that `recompile` makes."""

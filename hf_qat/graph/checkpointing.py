@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_qat.errors import StageError
 from hf_qat.graph.captured_graph import CapturedGraph
+from hf_qat.graph.nodes import output_values
 from hf_qat.graph.plan import join_path
 from hf_qat.graph.segments import Segment
 from hf_qat.quantization.layers import QATLayer, folded_ahead
@@ -72,9 +73,8 @@ def compute_checkpointed(
         blocks: as `checkpointed_blocks` gives them, one marked at least.
         kept: what is kept of quantized tensors between the blocks.
     """
-    segments, result = captured.segments(tuple(blocks))
     values: dict[str, Any] = {node.name: tensor for node, tensor in zip(captured.inputs(), tensors, strict=True)}
-    for segment in segments:
+    for segment in captured.segments(tuple(blocks)):
         arguments = [values[name] for name in segment.reads]
         if segment.block is not None and blocks[segment.block]:
             found = checkpoint(_Block(owner, segment), *arguments, use_reentrant=False)
@@ -84,7 +84,9 @@ def compute_checkpointed(
         for name in segment.forgets:
             del values[name]
         values |= zip(segment.gives, found, strict=True)
-    return captured.rebuild(result(values))
+    return captured.rebuild(
+        values[value.name] if isinstance(value, fx.Node) else value for value in output_values(captured.graph)
+    )
 
 
 def _run(owner: nn.Module, segment: Segment, arguments: Sequence[Any]) -> tuple[Any, ...]:

@@ -34,10 +34,8 @@ class Segment:
     run: Callable[..., Any]
 
 
-def cut(
-    graph: fx.Graph, blocks: Collection[str], exchanged: Mapping[Any, Callable[..., Any]]
-) -> tuple[list[Segment], Callable[..., Any]]:
-    """The segments of a graph, and a function that makes what it returns of all values that are left.
+def cut(graph: fx.Graph, blocks: Collection[str], exchanged: Mapping[Any, Callable[..., Any]]) -> list[Segment]:
+    """The segments of a graph, in order; together they give all that it returns.
 
     A block that changes a setting for what comes after it, or writes to what it has not made, is none: it cannot be
     computed twice.
@@ -54,7 +52,7 @@ def cut(
     for k, (block, piece) in enumerate(pieces):
         later = [node for _, other in pieces[k + 1 :] for node in other] + [output]
         segments.append(_segment(block, piece, later, exchanged))
-    return segments, _returning(output)
+    return segments
 
 
 def _pieces(nodes: Sequence[fx.Node], blocks: Collection[str]) -> list[tuple[str | None, list[fx.Node]]]:
@@ -106,10 +104,3 @@ def _segment(
         frozenset(str(node.target) for node in piece if node.op == "call_module"),
         function_of(copied, exchanged),
     )
-
-
-def _returning(output: fx.Node) -> Callable[[Mapping[str, Any]], Any]:
-    def result(values: Mapping[str, Any]) -> Any:
-        return fx.node.map_arg(output.args[0], lambda node: values[node.name])
-
-    return result

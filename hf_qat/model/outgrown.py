@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import LABEL_NAMES, device_of
 from hf_qat.graph.capture.modes import buffers_kept, evaluating
-from hf_qat.graph.captured import without_user_hooks
+from hf_qat.graph.user_hooks import without_user_hooks
 from hf_qat.model.call_in_training import Call
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.model.untrained import batch_statistics

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
 from tests.benchmarks.memory import peak_bytes
+from tests.models import checkpoint_layers
 
 
 LABELS = 1000
@@ -161,14 +162,7 @@ def quantized(model: nn.Module, pixels: Tensor, mode: Mode) -> nn.Module:
     calibrate(prepared, [{"pixel_values": pixels}], bias_correction=False)
     freeze_batch_norm(prepared, mode.bn_frozen)
     freeze_ranges(prepared, mode.ranges_frozen)
-    return checkpointed(prepared) if mode.checkpointing else prepared
-
-
-def checkpointed(model: nn.Module) -> nn.Module:
-    """The model, with the layers marked that are to be computed again in backward."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
-    return model
+    return checkpoint_layers(prepared) if mode.checkpointing else prepared
 
 
 def _has_norm(model: nn.Module) -> bool:
@@ -186,7 +180,7 @@ def variants(name: str) -> list[Variant]:
     modes = {name: mode for name, mode in modes.items() if can_checkpoint or not mode.checkpointing}
     found = [Variant("float", model, pixels, labels)]
     if can_checkpoint:
-        found.append(Variant("float, blocks computed again", checkpointed(copy.deepcopy(model)), pixels, labels))
+        found.append(Variant("float, blocks computed again", checkpoint_layers(copy.deepcopy(model)), pixels, labels))
     return found + [Variant(name, quantized(model, pixels, mode), pixels, labels) for name, mode in modes.items()]
 
 

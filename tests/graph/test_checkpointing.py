@@ -16,7 +16,7 @@ from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_batch_norm,
 from hf_qat.errors import StageError
 from hf_qat.graph.checkpointing import checkpointed_blocks
 from hf_qat.quantization.layers import QATLayer, qat_layers
-from tests.models import HUGGING_FACE
+from tests.models import HUGGING_FACE, checkpoint_layers
 
 
 class Block(nn.Module):
@@ -93,13 +93,6 @@ def mark(model: nn.Module) -> nn.Module:
     return model
 
 
-def enable(model: nn.Module, on: bool = True) -> None:
-    """By the name of the version of transformers."""
-    activation = hasattr(model, "activation_checkpointing_enable")
-    name = f"{'activation' if activation else 'gradient'}_checkpointing_{'enable' if on else 'disable'}"
-    getattr(model, name)()
-
-
 RECIPES: dict[str, Callable[[], QATConfig]] = {
     "learned": QATConfig,
     "ranges that follow": lambda: QATConfig(activations={"learned": False, "observer": "moving_average"}),
@@ -152,13 +145,13 @@ def test_layers_that_transformers_marks_are_computed_twice(name):
     model = prepare_qat(case.make(), None, case.pixels(2))
     calibrate(model, [case.pixels(2)])
     other = copy.deepcopy(model)
-    enable(other)
+    checkpoint_layers(other)
     expected = step(model, case.pixels(2, 1))
     with counted(other) as counts:
         found = step(other, case.pixels(2, 1))
     assert {name for name in found if not torch.equal(found[name], expected[name])} == set()
     assert set(counts.values()) == {1, 2} and Counter(counts.values())[2] > 1
-    enable(other, False)
+    checkpoint_layers(other, False)
     with counted(other) as counts:
         step(other, case.pixels(2, 1))
     assert set(counts.values()) == {1}

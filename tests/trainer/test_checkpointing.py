@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from hf_qat import QATConfig, calibrate, prepare_qat
 from hf_qat.quantization.layers import QATLayer
 from hf_qat.trainer.fsdp import shard
-from tests.models import vit
+from tests.models import checkpoint_layers, vit
 from tests.ranks import on_two_ranks
 from tests.trainer.test_fsdp import PIXELS, accelerator
 from tests.training import differing, trainer_of, values
@@ -60,15 +60,9 @@ def _checkpointed() -> nn.Module:
     return calibrate(prepare_qat(vit(), QATConfig(), PIXELS), [PIXELS])
 
 
-def _mark(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True
-
-
 def _one_of_two(rank: int) -> dict[str, Tensor]:
     model = _checkpointed()
-    _mark(model)
+    checkpoint_layers(model)
     shard(model, accelerator())
     _step(model)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -31,9 +31,10 @@ from hf_qat.graph.capture.numbering import Numbering
 from hf_qat.graph.capture.proof import first_difference, runs
 from hf_qat.graph.capture.value_numbers import is_costly, known_equal
 from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals, stored_way
-from hf_qat.graph.captured import CapturedModule, install, user_hooks, without_user_hooks
+from hf_qat.graph.captured import CapturedModule, install
 from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.progress import progress
+from hf_qat.graph.user_hooks import user_hooks, without_user_hooks
 from hf_qat.quantization.class_swap import require_free_names
 
 

@@ -1,12 +1,13 @@
 """Which layers of a prepared model may share out a factor per channel without changing what the model computes.
 
 A layer makes a channel `s` times as large, whatever reads it divides its weights by `s`: between the two stand only
-operations that commute with a positive factor per channel (Nagel et al. 2019, §4.1).
+operations that commute with a positive factor per channel (Nagel et al. 2019, §4.1). A layer norm makes channels of
+any size by its weight and bias (Xiao et al. 2023, "SmoothQuant", §4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,27 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_qat.graph.captured import CapturedModule
-from hf_qat.graph.nodes import called_module
-from hf_qat.graph.rules import Kind, rule_of
+from hf_qat.graph.channel_axes import Channels, channels_after
+from hf_qat.graph.nodes import called_module, fetch
 from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.quantizer import FakeQuantize
 
 
 aten = torch.ops.aten
-
-#: Of feature maps, (N, C, …): each channel is computed by itself, and `f(s * x) = s * f(x)` for `s > 0`.
-_SPATIAL = frozenset(
-    overload
-    for packet in (
-        aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d,
-        aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d,
-        aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_linear1d,
-    )
-    for overload in (getattr(packet, name) for name in packet.overloads())
-)  # fmt: skip
-
-#: The same of any tensor, whichever axis channels run along.
-_ELEMENTWISE = frozenset({aten.relu.default, aten.leaky_relu.default})
 
 #: What an activation of a quantizer, or an operation, cuts its input off at.
 _CLAMPS = {"relu6": 6.0}
@@ -46,15 +33,17 @@ class ChannelGroup:
 
     Attributes:
         producers: layers whose output channels these are.
+        norms: layer norms whose output channels these are.
         consumers: layers that read them, and nothing else does.
-        quantizers: of the tensors that have these channels.
+        quantizers: of the tensors that have these channels → along which axis, counted from the end.
         ceiling: what a channel is cut off at on its way, by ReLU6; `None` for no such thing.
         clamped: the quantizers behind which it is.
     """
 
     producers: list[QATLayer] = field(default_factory=list)
+    norms: list[nn.Module] = field(default_factory=list)
     consumers: list[QATLayer] = field(default_factory=list)
-    quantizers: list[FakeQuantize] = field(default_factory=list)
+    quantizers: dict[FakeQuantize, int] = field(default_factory=dict)
     ceiling: float | None = None
     clamped: list[FakeQuantize] = field(default_factory=list)
 
@@ -98,66 +87,124 @@ def channel_groups(model: nn.Module) -> list[ChannelGroup]:
     Args:
         model: prepared.
     """
-    links, found = _Links(), _Found({}, {}, {}, {})
+    links, found = _Links(), _Found({}, {}, {}, {}, {})
     for name, captured in model.named_modules():
         if isinstance(captured, CapturedModule):
             for number, one_way in enumerate(captured.graphs):
-                _follow(captured, one_way.graph, (name, number), links, found)
+                _Walk(captured, (name, number), links, found).follow(one_way.graph)
     shared = _shared_parameters(model)
-    for layer in {*found.producers, *found.consumers}:
-        if not _may_change(layer, shared):
-            links.fix(("in", layer))
-            links.fix(("out", layer))
+    for module in {*found.producers, *found.consumers}:
+        if not _may_change(module, shared):
+            links.fix(("in", module))
+            links.fix(("out", module))
     return [group for group in _collected(links, found) if _is_consistent(group)]
 
 
 @dataclass
 class _Found:
-    """Layers and quantizers → a value of theirs; of `clamped`, one that is cut off, and at what."""
+    """Layers, norms and quantizers → a value of theirs; of quantizers, the axis of channels, and where they clamp."""
 
-    producers: dict[QATLayer, _Value]
+    producers: dict[nn.Module, _Value]
     consumers: dict[QATLayer, _Value]
     quantizers: dict[FakeQuantize, _Value]
+    axes: dict[FakeQuantize, int]
     clamped: dict[FakeQuantize, float]
 
 
-def _follow(captured: CapturedModule, graph: fx.Graph, place: _Value, links: _Links, found: _Found) -> None:
-    """Link the values of one graph."""
-    for node in graph.nodes:
-        value, module = (*place, node.name), called_module(captured, node)
-        inputs = [(*place, source.name) for source in node.all_input_nodes]
-        if isinstance(module, FakeQuantize) and module.spec.axis is None:
-            links.link(value, inputs[0])
-            found.quantizers[module] = value
-            if clamp := _CLAMPS.get(str(node.kwargs.get("activation"))):
-                found.clamped[module] = clamp
-        elif isinstance(module, QATLayer) and len(inputs) == 1 and _mixes(module):
-            links.link(inputs[0], ("in", module))
-            links.link(value, ("out", module))
-            found.consumers[module], found.producers[module] = ("in", module), ("out", module)
-        elif _commutes(node):
-            for source in inputs:
-                links.link(value, source)
-        else:
-            for each in (value, *inputs):
-                links.fix(each)
+class _Walk:
+    """Links the values of one graph."""
+
+    def __init__(self, captured: CapturedModule, place: _Value, links: _Links, found: _Found) -> None:
+        self.captured, self.place, self.links, self.found = captured, place, links, found
+        self.channels: dict[fx.Node, Channels] = {}
+
+    def follow(self, graph: fx.Graph) -> None:
+        """Go through all nodes."""
+        for node in graph.nodes:
+            module = called_module(self.captured, node)
+            if node.op == "get_attr":
+                self.links.link(self._value(node), ("tensor", id(fetch(self.captured, str(node.target)))))
+            elif isinstance(module, FakeQuantize) and module.spec.axis is None:
+                self._quantizer(node, module)
+            elif isinstance(module, QATLayer) and len(node.all_input_nodes) == 1 and _mixes(module):
+                self._layer(node, module)
+            elif (norm := _norm(self.captured, node)) is not None:
+                self._norm(node, norm)
+            else:
+                self._operation(node)
+
+    def _value(self, node: fx.Node) -> _Value:
+        return (*self.place, node.name)
+
+    def _fix(self, *nodes: fx.Node) -> None:
+        for node in nodes:
+            self.links.fix(self._value(node))
+
+    def _quantizer(self, node: fx.Node, module: FakeQuantize) -> None:
+        source = node.all_input_nodes[0]
+        if (channels := self.channels.get(source)) is None:
+            self._fix(node, source)
+            return
+        self.channels[node] = channels
+        self.links.link(self._value(node), self._value(source))
+        self.links.link(self._value(node), ("quantizer", module))
+        if self.found.axes.setdefault(module, channels.axis) != channels.axis:
+            self._fix(node)
+        self.found.quantizers[module] = self._value(node)
+        if clamp := _CLAMPS.get(str(node.kwargs.get("activation"))):
+            self.found.clamped[module] = clamp
+
+    def _layer(self, node: fx.Node, layer: QATLayer) -> None:
+        axis, source = 1 - layer.weight.dim(), node.all_input_nodes[0]
+        if (channels := self.channels.get(source)) is None or channels.axis != axis:
+            self._fix(source)
+        self.links.link(self._value(source), ("in", layer))
+        self.links.link(self._value(node), ("out", layer))
+        self.found.consumers[layer], self.found.producers[layer] = ("in", layer), ("out", layer)
+        self.channels[node] = Channels(int(layer.weight.shape[0]), axis)
+
+    def _norm(self, node: fx.Node, norm: nn.Module) -> None:
+        """Its weight and its bias go along with its output."""
+        read, *parameters = node.all_input_nodes
+        self._fix(read)
+        for each in (node, *parameters):
+            self.links.link(self._value(each), ("out", norm))
+        self.found.producers[norm] = ("out", norm)
+        weight: Any = norm.weight
+        self.channels[node] = Channels(len(weight), -1)
+
+    def _operation(self, node: fx.Node) -> None:
+        dropout = isinstance(called_module(self.captured, node), nn.modules.dropout._DropoutNd)
+        read = [self.channels.get(source) for source in node.all_input_nodes]
+        if (channels := read[0] if dropout else channels_after(node, read)) is None:
+            self._fix(node, *node.all_input_nodes)
+            return
+        self.channels[node] = channels
+        for source in node.all_input_nodes:
+            self.links.link(self._value(node), self._value(source))
+
+
+def _norm(captured: CapturedModule, node: fx.Node) -> nn.Module | None:
+    """The layer norm over the last axis that a node computes for, with a weight of its own; `None` if it is none."""
+    if node.target is not aten.layer_norm.default or len(node.args) < 3:
+        return None
+    _, shape, weight, bias = (*node.args[:4], None)[:4]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(shape) != 1:  # type: ignore[arg-type]
+        return None
+    module: nn.Module = captured.get_submodule(str(weight.target).rpartition(".")[0])
+    own = {name: getattr(module, name, None) for name in ("weight", "bias")}
+    given = {"weight": weight, "bias": bias}
+    same = all(
+        own[name] is (fetch(captured, str(value.target)) if isinstance(value, fx.Node) else None)
+        for name, value in given.items()
+    )
+    return module if same and all(value is None or isinstance(value, nn.Parameter) for value in own.values()) else None
 
 
 def _mixes(layer: QATLayer) -> bool:
     """Whether it is a convolution or a linear layer: a batch norm on its own is a layer, too."""
     weight: Tensor | None = layer.weight
     return weight is not None and weight.dim() > 1
-
-
-def _commutes(node: fx.Node) -> bool:
-    """Whether an operation hands a positive factor per channel on."""
-    if node.op != "call_function":
-        return False
-    if node.target is aten.pad.default:
-        return rule_of(node).kind is Kind.PASS  # other constants than 0 would have to be scaled, too
-    if node.target is aten.add.Tensor:  # of a number, or of a parameter, it does not
-        return all(isinstance(term, fx.Node) for term in node.args[:2])
-    return node.target in _SPATIAL or node.target in _ELEMENTWISE
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
@@ -169,37 +216,42 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     return {key for key, count in owners.items() if count > 1}
 
 
-def _may_change(layer: QATLayer, shared: set[int]) -> bool:
-    norm = layer.batch_norm
-    parameters = [*layer.parameters(recurse=False), *(() if norm is None else norm.parameters(recurse=False))]
+def _may_change(module: nn.Module, shared: set[int]) -> bool:
+    layer, norm = (module, module.batch_norm) if isinstance(module, QATLayer) else (None, module)
+    parameters = [*module.parameters(recurse=False), *(() if norm is None else norm.parameters(recurse=False))]
     own = all(parameter.requires_grad and id(parameter) not in shared for parameter in parameters)
+    if layer is None:
+        return own
     affine = norm is None or getattr(norm, "weight", None) is not None and getattr(norm, "bias", None) is not None
     return own and affine and layer.channel_axis == 0 and not layer.weight_quantizer.frozen
 
 
 def _collected(links: _Links, found: _Found) -> Iterator[ChannelGroup]:
     fixed, groups = links.fixed_roots(), dict[_Value, ChannelGroup]()
-    for layer, value in found.producers.items():
+    for module, value in found.producers.items():
         if (root := links.root(value)) not in fixed:
-            groups.setdefault(root, ChannelGroup()).producers.append(layer)
+            group = groups.setdefault(root, ChannelGroup())
+            if isinstance(module, QATLayer):
+                group.producers.append(module)
+            else:
+                group.norms.append(module)
     for layer, value in found.consumers.items():
         if (root := links.root(value)) in groups:
             groups[root].consumers.append(layer)
     for quantizer, value in found.quantizers.items():
-        if (group := groups.get(links.root(value))) is not None:
-            group.quantizers.append(quantizer)
+        if (of_value := groups.get(links.root(value))) is not None:
+            of_value.quantizers[quantizer] = found.axes[quantizer]
             if quantizer in found.clamped:
-                group.ceiling = found.clamped[quantizer]
-                group.clamped.append(quantizer)
+                of_value.ceiling = found.clamped[quantizer]
+                of_value.clamped.append(quantizer)
     yield from groups.values()
 
 
 def _is_consistent(group: ChannelGroup) -> bool:
-    """Whether all its layers mean the same channels, which run along the same axis."""
-    layers: Sequence[QATLayer] = [*group.producers, *group.consumers]
-    of_maps = {layer.weight.dim() > 2 for layer in layers}
-    counts = {layer.weight.shape[0] for layer in group.producers} | {channels_read(c) for c in group.consumers}
-    return bool(group.consumers) and bool(group.quantizers) and len(of_maps) == 1 and len(counts) == 1
+    """Whether all its layers mean the same channels."""
+    made = {len(module.weight) for module in (*group.producers, *group.norms)}  # type: ignore[arg-type]
+    read = {channels_read(layer) for layer in group.consumers}
+    return bool(group.consumers) and bool(group.quantizers) and len(made | read) == 1
 
 
 def channels_read(layer: QATLayer) -> int:

@@ -97,6 +97,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     **_rows(Kind.ACTIVATION, aten.hardtanh),
     **_rows(Kind.JOIN, aten.cat, aten.concat, aten.stack, non_negative=None),
     **_rows(Kind.PASS, aten.view, aten.reshape, aten.flatten, aten.permute, aten.transpose, aten.unflatten),
+    **_rows(Kind.PASS, aten._unsafe_view, aten.repeat_interleave, aten.dropout, aten.feature_dropout),
     **_rows(Kind.PASS, aten.reshape_as, aten.index, aten.gather, aten.amax, aten.amin, aten.nan_to_num),
     **_rows(Kind.PASS, aten.squeeze, aten.unsqueeze, aten.expand, aten.contiguous, aten.clone, aten.repeat, aten.t),
     **_rows(Kind.PASS, aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.roll),
@@ -118,7 +119,7 @@ FLOAT_REASONS = {
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "rounding its state would add up over the steps"),
     **dict.fromkeys(("topk", "sort"), "data-dependent selection"),
     "bilinear": "a product of three factors",
-    "to": "makes numbers of integers",
+    **dict.fromkeys(("to", "type_as"), "makes numbers of integers"),
     "prod": "its range is too wide for 8 bits",
     "add_": "writes into a part of a tensor",
     "copy_": "writes into a part of a tensor",
@@ -205,7 +206,7 @@ ARGUMENT_RULES: dict[Callable[..., Any], Callable[[fx.Node], Rule]] = {
     **dict.fromkeys(_overloads(aten.hardtanh, aten.clamp, aten.clamp_min), _clamp_rule),
     **dict.fromkeys(_overloads(aten.clamp_max), lambda node: Rule(Kind.ACTIVATION, "clamp")),
     **dict.fromkeys(_overloads(aten.pad, aten.constant_pad_nd), _pad_rule),
-    **dict.fromkeys(_overloads(aten.to, aten._to_copy), _cast_rule),
+    **dict.fromkeys(_overloads(aten.to, aten._to_copy, aten.type_as), _cast_rule),
 }
 
 

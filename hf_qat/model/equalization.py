@@ -117,24 +117,22 @@ def _measure(
 ) -> dict[FakeQuantize, ChannelStatistics]:
     """What passes the quantizers of all groups, in float."""
     found: dict[FakeQuantize, list[ChannelStatistics]] = {}
-    producers = {quantizer: group.producers[0] for group in groups for quantizer in group.quantizers}
-    with fake_quant_disabled(model), _watching(producers, found):
+    axes = {quantizer: axis for group in groups for quantizer, axis in group.quantizers.items()}
+    with fake_quant_disabled(model), _watching(axes, found):
         for _ in run_batches(model, batches[: min_over_ranks(len(batches))]):
             pass
     return {quantizer: _merged(parts) for quantizer, parts in found.items()}
 
 
 @contextmanager
-def _watching(
-    producers: dict[FakeQuantize, QATLayer], found: dict[FakeQuantize, list[ChannelStatistics]]
-) -> Iterator[None]:
+def _watching(axes: dict[FakeQuantize, int], found: dict[FakeQuantize, list[ChannelStatistics]]) -> Iterator[None]:
     def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, FakeQuantize)
-        rows = output.float().movedim(producers[module].channel_dim(output), 0).flatten(1)
+        rows = output.float().movedim(axes[module], 0).flatten(1)
         low, high = rows.amin(1).clamp_max(0.0), rows.amax(1).clamp_min(0.0)
         found.setdefault(module, []).append(ChannelStatistics(low, high, rows.square().mean(1)))
 
-    handles = [quantizer.register_forward_hook(watch) for quantizer in producers]
+    handles = [quantizer.register_forward_hook(watch) for quantizer in axes]
     try:
         yield
     finally:
@@ -256,9 +254,9 @@ class _Reader:
 @torch.no_grad()
 def _scale(group: ChannelGroup, factors: Tensor) -> None:
     """Multiply what producers put out, divide what consumers read."""
-    for layer in group.producers:
-        norm: Any = layer.batch_norm
-        for parameter in (layer.weight, layer.bias) if norm is None else (norm.weight, norm.bias):
+    makers: list[Any] = [*group.norms, *(layer.batch_norm or layer for layer in group.producers)]
+    for maker in makers:
+        for parameter in (maker.weight, maker.bias):
             if parameter is not None:
                 parameter.mul_(factors.to(parameter).view(-1, *[1] * (parameter.dim() - 1)))
     for layer in group.consumers:

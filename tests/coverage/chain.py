@@ -38,6 +38,9 @@ from tests.coverage.case import Case
 #: Relative size of the perturbation that an unstable net is measured by.
 PERTURBATION = 1e-5
 
+#: Relative size of the last digit of a float.
+PRECISION = 1e-7
+
 OPSET = 17
 
 #: ONNX Runtime's optimizations off.
@@ -67,7 +70,8 @@ class Row:
         float_children: children that stay float.
         unloaded: keys of the float model that its state dict did not fill again in the prepared one.
         capture_difference, loss_difference: captured against float, largest absolute difference.
-        prepared_difference: prepared with quantizers off, relative to the largest output.
+        prepared_difference: prepared with quantizers off, relative to the largest output; `precision`: what a change of
+            the input in the last digit does to the float model.
         losses: of the QAT steps.
         missing_gradients: parameters to which float gives a gradient and QAT none.
         batch_norms: modules that are still called after `convert()`.
@@ -89,6 +93,7 @@ class Row:
     capture_difference: float = float("nan")
     loss_difference: float = float("nan")
     prepared_difference: float = float("nan")
+    precision: float = float("nan")
     losses: list[float] = field(default_factory=list)
     missing_gradients: list[str] = field(default_factory=list)
     batch_norms: list[str] = field(default_factory=list)
@@ -123,7 +128,9 @@ def run(case: Case, exported: bool = True, row: Row | None = None) -> Row:
     _describe(row, model)
     row.unloaded = _reload(model, reference)
     with fake_quant_disabled(model):
-        row.prepared_difference = relative_maximum(outputs(model, case.batch(3)), outputs(reference, case.batch(3)))
+        expected = outputs(reference, case.batch(3))
+        row.prepared_difference = relative_maximum(outputs(model, case.batch(3)), expected)
+        row.precision = relative_maximum(outputs(reference, _perturbed(case.batch(3), PRECISION)), expected)
     calibrate(model, [case.batch(8, seed=1), case.batch(8, seed=2)], bias_correction=False)
     _train(row, case, model, reference)
     convert(model)
@@ -293,13 +300,13 @@ def _images(batch: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _perturbed(batch: dict[str, Any]) -> dict[str, Any]:
+def _perturbed(batch: dict[str, Any], size: float = PERTURBATION) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(7)
 
     def disturb(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        return leaf * (1 + PERTURBATION * torch.randn(leaf.shape, generator=generator))
+        return leaf * (1 + size * torch.randn(leaf.shape, generator=generator))
 
     return pytree.tree_map(disturb, batch)
 

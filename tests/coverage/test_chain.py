@@ -8,15 +8,16 @@ from tests.coverage.chain import OPSET, Row, run
 from tests.coverage.models import CASES
 
 
-#: Parity of the prepared model with its quantizers off: batch norms are folded, which changes the order of sums.
-PREPARED = 1e-4
+#: Parity of the prepared model with its quantizers off: batch norms are folded, which changes the order of sums. Where
+#: the last digit of the input changes the float model's outputs (detectors select), so often as much.
+PREPARED, DIGITS = 1e-4, 10
 
 #: Relative RMS between ONNX Runtime and the converted model.
 RMS = 0.05
 
 
 #: Models whose weights the graph computes (standardises), so that they are quantized like activations.
-STANDARDIZED = "Backbone: Bit"
+STANDARDIZED = ": Bit"
 
 
 #: Families that are convolutions throughout: there, nothing between input and logits may stay float.
@@ -49,10 +50,10 @@ def test_a_model_goes_from_float_to_int8_and_computes_there_what_it_learned(titl
     row = row_of(title)
     assert not row.refusal
     assert row.captured and row.quantizers
-    assert row.layers or title.startswith(STANDARDIZED)
+    assert row.layers or STANDARDIZED in title
     assert row.capture_difference == 0.0 and row.loss_difference == 0.0
     assert not row.unloaded
-    assert row.prepared_difference <= PREPARED
+    assert row.prepared_difference <= max(PREPARED, DIGITS * row.precision)
     assert len(row.losses) == 2 and all(map(math.isfinite, row.losses))
     assert not row.missing_gradients
     assert not row.batch_norms

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, prepare_qat
 from hf_qat.graph.channel_groups import channel_groups
-from hf_qat.quantization.layers import qat_layers
 
 
 class Chain(nn.Module):
@@ -53,9 +54,9 @@ class Summed(Chain):
 def named(model: nn.Module, x: Tensor) -> list[tuple[set[str], set[str]]]:
     """Producers and consumers of each group, by name."""
     prepared = prepare_qat(model, QATConfig(), x)
-    names = {layer: name for name, layer in qat_layers(prepared).items()}
+    names = {module: name for name, module in prepared.named_modules()}
     return [
-        ({names[layer] for layer in group.producers}, {names[layer] for layer in group.consumers})
+        ({names[each] for each in (*group.producers, *group.norms)}, {names[layer] for layer in group.consumers})
         for group in channel_groups(prepared)
     ]
 
@@ -119,3 +120,93 @@ def test_a_batch_norm_without_weights_cannot_take_a_factor():
 def test_linear_layers_count_by_their_last_axis():
     model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
     assert named(model, torch.zeros(2, 5, 6)) == [({"0"}, {"2"})]
+
+
+def test_pooling_along_the_channels_of_a_linear_layer_mixes_them():
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.MaxPool1d(3, 1, 1), nn.Linear(4, 2))
+    assert named(model, torch.zeros(2, 5, 6)) == []
+
+
+class Normed(nn.Module):
+    """Linear layers that read what a layer norm makes, with something in between."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] | None = None, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.between = between or (lambda y: y)
+        self.query, self.last = nn.Linear(4, 3), last or nn.Linear(4, 8, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(x)
+        return self.query(y), self.last(self.between(y))
+
+
+ROWS = torch.zeros(2, 9, 4)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        None,
+        lambda y: y.reshape(-1, 3, 3, 4).roll((1, 1), (1, 2)),
+        lambda y: torch.nn.functional.pad(y.view(-1, 3, 3, 4), (0, 0, 0, 1, 0, 1)),
+        lambda y: y.view(-1, 3, 3, 4)[:, 1:, :2],
+        lambda y: y.transpose(-2, -1).transpose(-1, -2),
+        nn.Dropout(0.5),
+    ],
+    ids=["nothing", "roll", "pad", "slice", "transpose", "dropout"],
+)
+def test_a_layer_norm_takes_a_factor_for_the_linear_layers_behind_it(between: Callable[[Tensor], Tensor] | None):
+    assert named(Normed(between), ROWS) == [({"norm"}, {"query", "last"})]
+
+
+def test_convolutions_read_the_channels_of_a_layer_norm_where_they_are_moved():
+    def to_maps(y: Tensor) -> Tensor:
+        return y.view(-1, 3, 3, 4).permute(0, 3, 1, 2)
+
+    assert named(Normed(to_maps, nn.Conv2d(4, 8, 2)), ROWS) == [({"norm"}, {"query", "last"})]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda y: y.flip(-1),
+        lambda y: y.roll(1, -1),
+        lambda y: y.roll(1),
+        lambda y: torch.nn.functional.pad(y, (1, -1)),
+        lambda y: y.reshape(-1, 6, 6)[:, :, :4],
+        lambda y: y[:, :4].transpose(1, 2),
+        lambda y: y + 1.0,
+        lambda y: torch.nn.functional.gelu(y),
+    ],
+)
+def test_not_where_channels_are_moved_among_themselves(between: Callable[[Tensor], Tensor]):
+    assert named(Normed(between), ROWS) == []
+
+
+def test_a_layer_norm_that_something_else_uses_keeps_its_weight():
+    class Residual(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            return y + self.last(torch.relu(self.query(y)))
+
+    class WeightRead(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(x)) * self.norm.weight.sum()
+
+    class Twice(Normed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(x)), self.norm(2.0 * x)
+
+    residual = Residual(last=nn.Linear(3, 4))
+    assert named(residual, ROWS) == [({"query"}, {"last"})]
+    assert named(WeightRead(), ROWS) == named(Twice(), ROWS) == []
+
+
+def test_a_layer_norm_without_a_weight_or_with_a_frozen_one_takes_none():
+    plain, frozen, shared = Normed(), Normed(), Normed()
+    plain.norm = nn.LayerNorm(4, elementwise_affine=False)
+    frozen.norm.bias.requires_grad_(False)
+    shared.extra = nn.LayerNorm(4)
+    shared.extra.weight = shared.norm.weight
+    assert named(plain, ROWS) == named(frozen, ROWS) == named(shared, ROWS) == []

@@ -117,6 +117,10 @@ CALLS = {
     "_upsample_nearest_exact2d": ((IMAGE,), lambda x: aten._upsample_nearest_exact2d(x, [9, 9])),
     "_upsample_nearest_exact3d": ((IMAGE[None],), lambda x: aten._upsample_nearest_exact3d(x, [5, 9, 9])),
     "detach": ((IMAGE,), aten.detach),
+    "_unsafe_view": ((IMAGE,), lambda x: aten._unsafe_view(x, [2, 144])),
+    "repeat_interleave": ((IMAGE,), lambda x: aten.repeat_interleave(x, 2, 0)),
+    "dropout": ((IMAGE,), lambda x: aten.dropout(x, 0.5, False)),
+    "feature_dropout": ((IMAGE,), lambda x: aten.feature_dropout(x, 0.5, False)),
     "pixel_shuffle": ((IMAGE,), lambda x: aten.pixel_shuffle(x, 2)),
     "pixel_unshuffle": ((IMAGE,), lambda x: aten.pixel_unshuffle(x, 2)),
     "channel_shuffle": ((IMAGE,), lambda x: aten.channel_shuffle(x, 2)),
@@ -263,6 +267,7 @@ def test_padding_passes_where_it_adds_no_value_but_0(function, arguments, kind):
 
 def test_a_cast_passes_only_between_real_numbers():
     assert rule_of(node_of(aten.to.dtype, torch.float32)).kind is Kind.PASS
+    assert rule_of(node_of(aten.type_as.default, IMAGE)).kind is Kind.PASS
     node = node_of(aten.to.dtype, torch.int64)
     node.meta["val"] = IMAGE.long()
     assert rule_of(node).kind is Kind.FLOAT

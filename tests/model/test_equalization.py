@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_ranges, prepare_qat
 from hf_qat.model import equalization, reconstruction
 from hf_qat.model.equalization import equalize, equalize_if_nearer
-from tests.models import detr, mobilenet_v2, regnet, resnet, spread, yolos
+from tests.models import detr, mobilenet_v2, regnet, resnet, spread, swin, vit, yolos
 
 
 class Uneven(nn.Module):
@@ -88,6 +88,62 @@ def test_uneven_channels_lose_less(depthwise: bool, target: str):
         with torch.no_grad():
             errors.append(float((prepared(x) - expected).square().mean()))
     assert errors[1] < 0.6 * errors[0]
+
+
+class UnevenNorm(nn.Module):
+    """What a layer norm makes has channels whose sizes are 64 times apart, as in vision transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.query, self.last = nn.Linear(16, 8), nn.Linear(16, 8, bias=False)
+        spread(self)
+        sizes = torch.logspace(-3, 3, 16, base=2)
+        with torch.no_grad():
+            self.norm.weight.copy_(sizes)
+            self.norm.bias.copy_(0.3 * sizes)
+            for layer in (self.query, self.last):
+                layer.weight.div_(sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.norm(self.embed(x).flatten(2).transpose(1, 2))
+        return torch.cat([self.query(rows), self.last(rows)], -1)
+
+
+@pytest.mark.parametrize("target", ["w4a4", "w4a8", "int8", "TDA4VM"])
+def test_uneven_channels_of_a_layer_norm_lose_less(target: str):
+    batches, x = images(64), images(8, seed=1)[0]
+    model = UnevenNorm().eval()
+    with torch.no_grad():
+        expected = model(x)
+    errors = []
+    for equalized in (False, True):
+        prepared = prepare_qat(copy.deepcopy(model), QATConfig(target), x).eval()
+        if equalized:
+            assert equalize(prepared, batches) > 8
+            with torch.no_grad(), fake_quant_disabled(prepared):
+                torch.testing.assert_close(prepared(x), expected, rtol=1e-5, atol=1e-5)
+        calibrate(prepared, batches)
+        with torch.no_grad():
+            errors.append(float((prepared(x) - expected).square().mean()))
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("make", [vit, swin])
+def test_transformers_compute_what_they_did(make):
+    batches = images(16, 32)
+    model = make().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.copy_(torch.randn(module.weight.shape).mul(1.5).exp())
+        expected = answers(model, batches[0])
+    prepared = prepare_qat(copy.deepcopy(model), QATConfig(), batches[0]).eval()
+    assert equalize(prepared, batches) > 0
+    norms = {name: parameter for name, parameter in model.named_parameters() if "norm" in name}
+    assert any(not torch.equal(parameter, prepared.get_parameter(name)) for name, parameter in norms.items())
+    with torch.no_grad(), fake_quant_disabled(prepared):
+        torch.testing.assert_close(answers(prepared, batches[0]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_channel_that_relu6_cuts_off_stays_and_the_others_stay_below_it():

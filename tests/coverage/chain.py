@@ -70,8 +70,8 @@ class Row:
         float_children: children that stay float.
         unloaded: keys of the float model that its state dict did not fill again in the prepared one.
         capture_difference, loss_difference: captured against float, largest absolute difference.
-        prepared_difference: prepared with quantizers off, relative to the largest output; `precision`: what a change of
-            the input in the last digit does to the float model.
+        prepared_difference: prepared with quantizers off, relative to the largest output.
+        precision: what a change of the input in the last digit does to the float model, relative likewise.
         losses: of the QAT steps.
         missing_gradients: parameters to which float gives a gradient and QAT none.
         batch_norms: modules that are still called after `convert()`.

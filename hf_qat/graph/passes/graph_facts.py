@@ -5,12 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from hf_qat.graph.captured import CapturedModule
-from hf_qat.graph.nodes import called_module, is_floating, module_path, operation_name, output_values
+from hf_qat.graph.nodes import called_module, fetch, is_floating, module_path, operation_name, output_values
+from hf_qat.graph.passes.decoded_boxes import decoded_boxes
 from hf_qat.graph.passes.fuse import is_transposed
-from hf_qat.graph.passes.joined_scores import joined_scores
 from hf_qat.graph.passes.softmax import find_preludes, long_results, masks_alone
 from hf_qat.graph.passes.weights import Weight, find_weights
 from hf_qat.graph.plan import ModulePlan, Plan, join_path
@@ -73,8 +73,9 @@ class GraphFacts:
         self._after_logarithm = self._after_logarithm_nodes()
         self.rules |= dict.fromkeys(self._after_logarithm, FLOAT)
         handed_on = {node for k, node in enumerate(self.outputs()) if node is not None and k in outputs_read}
-        self._joined_scores = joined_scores(self.nodes, self.rules, self.source, self.static, handed_on)
-        self.rules |= dict.fromkeys(self._joined_scores, FLOAT)
+        trained = self._trained_nodes()
+        self._decoded = decoded_boxes(self.nodes, self.rules, self.source, self.static, trained, handed_on)
+        self.rules |= dict.fromkeys(self._decoded, FLOAT)
         self.prelude = find_preludes(self.nodes, self.rules, self.static)
         self._returned = long_results(self.nodes, self.rules)
         self._masks = masks_alone(self.nodes, self.prelude, self.rules, self.static)
@@ -183,8 +184,8 @@ class GraphFacts:
             return "keeps a divisor away from 0"
         if node in self._after_logarithm:
             return "belongs to the logarithm before it"
-        if node in self._joined_scores:
-            return "boxes and scores in one tensor"
+        if node in self._decoded:
+            return "decodes boxes behind the last layer"
         plan = self._owner_plan(node)
         return plan.why if plan.excluded else FLOAT_REASONS.get(operation_name(node), "no rule")
 
@@ -211,6 +212,16 @@ class GraphFacts:
             if constant or (node.op == "call_function" and all(n in static for n in node.all_input_nodes)):
                 static.add(node)
         return static
+
+    def _trained_nodes(self) -> set[fx.Node]:
+        """Of the static nodes, those that depend on parameters."""
+        trained: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "get_attr" and isinstance(fetch(self.captured, str(node.target)), nn.Parameter):
+                trained.add(node)
+            elif node in self.static and not trained.isdisjoint(node.all_input_nodes):
+                trained.add(node)
+        return trained
 
     def _error_amplifying_nodes(self) -> set[fx.Node]:
         """Nodes that feed nothing but logarithms, roots, powers and sampling grids, through simple arithmetic."""

@@ -80,6 +80,26 @@ class Logits(Detector):
         return torch.cat((boxes, objectness, classes), -1)
 
 
+class Apart(Detector):
+    """Boxes and scores are outputs of their own."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, objectness, classes = self.heads(x)
+        middle, size = (boxes[..., :2] + self.grid) * STRIDE, boxes[..., 2:].exp() * STRIDE
+        return torch.cat((middle - size / 2, middle + size / 2), -1), torch.cat((objectness, classes), -1)
+
+
+class LearnedOffset(nn.Module):
+    """What is added after the last layer is trained, and no grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.offset = nn.Conv2d(3, 4, 1), nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x) + self.offset
+
+
 class Masked(nn.Module):
     """Joins a mask with features."""
 
@@ -132,6 +152,23 @@ def test_the_file_has_these_scores_too(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert (torch.from_numpy(found) - float_model(x))[..., 4:].abs().max() < SCORE_ERROR
+
+
+@pytest.mark.parametrize("target", ["int8", "TDA4VM", "AM68A"])
+@torch.no_grad()
+def test_boxes_apart_from_scores_are_decoded_in_float(target):
+    torch.manual_seed(0)
+    float_model = Apart().eval()
+    model, x = calibrated(float_model, target), images(4, seed=9)
+    (boxes, scores), (expected, wanted) = model(x), float_model(x)
+    assert expected.max() > 600
+    assert (boxes - expected).square().mean().sqrt() < PIXEL_ERROR
+    assert (scores - wanted).abs().max() < SCORE_ERROR * wanted.abs().max()
+
+
+def test_a_trained_summand_after_the_last_layer_is_quantized():
+    (part,) = captured_modules(calibrated(LearnedOffset(), "int8")).values()
+    assert not part.float_operations
 
 
 MODELS = {"one graph": lambda: nn.Sequential(Masked(), nn.Conv2d(5, 2, 1)), "two parts": InParts}

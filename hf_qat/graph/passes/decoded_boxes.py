@@ -1,4 +1,7 @@
-"""Where detectors put boxes and scores into one tensor: one scale for pixels and for [0, 1] rounds all scores to 0."""
+"""What detectors make of what their last layers say: boxes of grids, anchors and strides, joined with scores or not.
+
+One scale for pixels and for [0, 1] would round all scores to 0, and a box on 640 pixels would have 256 places.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,15 @@ Rules = Mapping[fx.Node, Rule]
 TRANSPARENT = (Kind.PASS, Kind.JOIN, Kind.FLOAT)
 
 
-def joined_scores(
+def decoded_boxes(
     nodes: Sequence[fx.Node],
     rules: Rules,
     source: Callable[[fx.Node], fx.Node],
     static: Collection[fx.Node],
+    trained: Collection[fx.Node],
     handed_on: Collection[fx.Node],
 ) -> set[fx.Node]:
-    """Concatenations of scores and boxes that the model returns, and the arithmetic that leads there or comes after.
+    """Arithmetic with a grid or anchors after the last layers, concatenations of scores and boxes, and what is around.
 
     Layers, sigmoids and softmaxes before it stay quantized, each with a range of its own. The arithmetic would leave a
     box on 640 pixels no more than 256 places, 2.5 pixels apart, after each of its steps.
@@ -32,14 +36,18 @@ def joined_scores(
         rules: of each of them.
         source: a value → where it comes from, back through whatever hands it on.
         static: the nodes that depend on no data.
+        trained: those of them that depend on parameters: no grid does.
         handed_on: what later parts of the model read.
     """
+    grids = set(static).difference(trained)
     tail = _tail(nodes, rules, handed_on)
     sorts = _sorts(nodes, rules, source, static)
     stack = []
     for node in nodes:
         parts = [source(part) for part in node.all_input_nodes if part not in static]
-        if node in tail and rules[node].kind is Kind.JOIN and len({sorts.get(part) for part in parts}) > 1:
+        joins = rules[node].kind is Kind.JOIN and len({sorts.get(part) for part in parts}) > 1
+        decodes = sorts.get(node) == "place" and _reads_constants(node, grids)
+        if node in tail and (joins or decodes):
             stack.append(node)
     found: set[fx.Node] = set()
     while stack:

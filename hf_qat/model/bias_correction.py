@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -38,12 +39,13 @@ def bias_shifts(model: nn.Module, batches: list[Inputs]) -> dict[QATLayer, Tenso
 
     One pass in float records the mean of every call; then every batch runs quantized, and each layer is corrected on
     the way, so that the next one sees corrected inputs. A layer that is called several times is shifted by the mean of
-    what its calls need. Layers without a bias or a batch norm stay as they are, and so do those whose bias is a
-    parameter that does not require gradients; which ones these are is logged.
+    what its calls need. Layers without a bias, of their own or of a batch norm, stay as they are, and so do those
+    whose bias is another layer's as well, or a parameter that does not require gradients, which are logged: what they
+    are off by, the layers after them make up for.
 
     Collective: all ranks correct by the means over all of them, on as many batches as the one that has fewest.
     """
-    layers = _without_frozen_biases(qat_layers(model))
+    layers = _with_free_biases(qat_layers(model))
     batches = batches[: min_over_ranks(len(batches))]
     means: dict[str, list[Tensor]] = {path: [] for path in layers}
 
@@ -62,7 +64,7 @@ def bias_shifts(model: nn.Module, batches: list[Inputs]) -> dict[QATLayer, Tenso
 
     with _hooked(layers, correct):
         _run(model, batches, "Correcting biases: quantized")
-    return {layers[path]: shift for path, shift in shifts.items() if layers[path].shifted_bias() is not None}
+    return {layers[path]: shift for path, shift in shifts.items()}
 
 
 def _run(model: nn.Module, batches: list[Inputs], what: str) -> None:
@@ -71,21 +73,18 @@ def _run(model: nn.Module, batches: list[Inputs], what: str) -> None:
             bar.update()
 
 
-def _without_frozen_biases(layers: dict[str, QATLayer]) -> dict[str, QATLayer]:
-    kept = {path: layer for path, layer in layers.items() if not _has_frozen_bias(layer)}
-    frozen = [path for path in layers if path not in kept]
+def _with_free_biases(layers: dict[str, QATLayer]) -> dict[str, QATLayer]:
+    """Those whose bias can be shifted; layers after the others are to see what these put out in the end, too."""
+    biases = {path: bias for path, layer in layers.items() if (bias := layer.shifted_bias()) is not None}
+    owners = Counter(map(id, biases.values()))
+    frozen = [path for path, bias in biases.items() if isinstance(bias, nn.Parameter) and not bias.requires_grad]
     if frozen:
         logger.info(
             "Bias correction leaves %d layers alone, whose biases do not require gradients: %s.",
             len(frozen),
             listed(frozen),
         )
-    return kept
-
-
-def _has_frozen_bias(layer: QATLayer) -> bool:
-    bias = layer.shifted_bias()
-    return isinstance(bias, nn.Parameter) and not bias.requires_grad
+    return {path: layers[path] for path, bias in biases.items() if path not in frozen and owners[id(bias)] == 1}
 
 
 def _hooked(

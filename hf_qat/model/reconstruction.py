@@ -11,6 +11,7 @@ precise as for feature maps full of rounding noise.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -108,7 +109,8 @@ class _Student:
         self.layers = [layer for layer in layers if layer.weight_quantizer.enabled]
         # A batch norm's weight is a factor, one number a channel: its bias is made of it, and would move along.
         convolving = [layer for layer in self.layers if not isinstance(layer, QATStandaloneBatchNorm)]
-        rounded = [layer for layer in convolving if layer.weight.requires_grad]
+        owners = Counter(id(layer.weight) for layer in convolving)  # one weight has one set of codes
+        rounded = [layer for layer in convolving if layer.weight.requires_grad and owners[id(layer.weight)] == 1]
         self.rounding = LearnedRounding(rounded) if rounded else None
         self.shifts = {
             layer: torch.zeros_like(shifts[layer], requires_grad=True)

@@ -60,6 +60,66 @@ def test_bias_correction_leaves_a_layer_without_a_bias_alone():
     assert model.linear.bias is None and torch.equal(model.linear.weight, weight)
 
 
+@pytest.mark.parametrize("normalize", [False, True], ids=["no bias", "batch norm without one"])
+def test_the_layer_after_one_without_a_bias_makes_up_for_it(normalize):
+    torch.manual_seed(2)
+    x, norm = 2 + torch.randn(256, 12), nn.BatchNorm1d(16, affine=False) if normalize else nn.Identity()
+    float_model = nn.Sequential(nn.Linear(12, 16, bias=False), norm, nn.ReLU(), nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        expected = float_model(x).mean(0)
+        errors = []
+        for correction in (False, True):
+            model = prepare_qat(copy.deepcopy(float_model), QATConfig(weights={"bits": 3}), x)
+            errors.append((calibrate(model, [x], bias_correction=correction)(x).mean(0) - expected).abs().max())
+    assert errors[0] > 0.05 and errors[1] < 0.05 * errors[0]
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x))
+
+
+class Parts(nn.Module):
+    """Two parts that are captured one by one, with a parameter in common."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.first, self.second = Part(), Part()
+        setattr(self.second.linear, name, getattr(self.first.linear, name))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.second(self.first(x))
+
+
+class OneNorm(nn.Module):
+    """Two layers before one batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.second(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("make", [lambda: Parts("bias"), OneNorm], ids=["one bias", "one batch norm"])
+def test_a_bias_of_two_layers_does_not_get_what_each_of_them_needs(make):
+    torch.manual_seed(0)
+    x, float_model = 2 + torch.randn(256, 12), make().eval()
+    expected, errors = float_model(x), []
+    for correction in (False, True):
+        model = prepare_qat(copy.deepcopy(float_model), QATConfig(weights={"bits": 3}), {"x": x})
+        calibrate(model, [{"x": x}], bias_correction=correction)
+        with torch.no_grad():
+            errors.append(float((model(x) - expected).norm() / expected.norm()))
+    assert errors[1] <= errors[0]
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_bias_correction_brings_the_mean_output_of_every_block_to_the_float_blocks(name):
     block = BLOCKS[name]

@@ -58,7 +58,9 @@ def bias_shifts(model: nn.Module, batches: list[Inputs]) -> dict[QATLayer, Tenso
     shifts: dict[str, Tensor] = {}
 
     def correct(path: str, layer: QATLayer, output: Tensor) -> Tensor:
-        shift = mean_over_ranks(next(expected[path]) - channel_mean(output, layer))  # as of one batch of all ranks
+        difference = next(expected[path]) - channel_mean(output, layer)
+        difference = torch.where(difference.isnan(), 0.0, difference)  # the mean of nothing: no query, no box selected
+        shift = mean_over_ranks(difference)  # as of one batch of all ranks
         shifts[path] = shifts.get(path, torch.zeros_like(shift)) + shift / len(means[path])
         return output + _along_output(shift, output, layer)
 

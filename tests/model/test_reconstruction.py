@@ -148,6 +148,34 @@ def test_a_weight_of_two_layers_is_not_learned_by_each_of_them():
     assert not torch.equal(model.first[0].bias, bias)
 
 
+class Branch(nn.Module):
+    """A branch that begins as zeros, as in ControlNet or with a scale per layer of 0."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.stem, self.branch, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.branch.weight.mul_(weight)
+            self.branch.bias.mul_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(x + self.branch(x))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-20])
+def test_a_tensor_that_is_zero_in_float_is_no_divergence(weight):
+    torch.manual_seed(0)
+    float_model, errors = Branch(weight).eval(), []
+    x, new = images(64, seed=1), images(64, seed=2)
+    for effort in ("fast", "best"):
+        model = prepare_qat(copy.deepcopy(float_model), QATConfig(weights={"bits": 4}), x[:2])
+        calibrate(model, x.split(8), effort=effort)
+        with torch.no_grad():
+            errors.append(float((model(new) - float_model(new)).norm()))
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_if_nothing_is_gained_all_stays(monkeypatch):
     monkeypatch.setattr(reconstruction, "ROUNDING_RATE", 30.0)  # codes by chance
     monkeypatch.setattr(reconstruction, "STEPS", 1)

@@ -73,7 +73,7 @@ def analyze(
         found, best = sensitivities(model, sites, ask), math.inf if metric is None else in_float_of(model, metric)
     return Analysis(
         layers=tuple(_layer(model, in_float, site, measured.sites[site.path], found.get(site.path)) for site in sites),
-        output_sqnr=sqnr(measured.outputs.signal, measured.outputs.noise),
+        output_sqnr=measured.outputs.ratio,
         float_operations=tuple(float_operations(model)),
         metric="output SQNR, dB" if metric is None else getattr(metric, "__name__", "metric"),
         in_float=best,
@@ -112,7 +112,7 @@ def _layer(
     layer = LayerAnalysis(
         path=site.path,
         operation=site.operation,
-        sqnr=sqnr(noise.signal, noise.noise),
+        sqnr=noise.ratio,
         minimum=noise.minimum,
         maximum=noise.maximum,
         bulk=noise.bulk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.plan import join_path
 from hf_qat.graph.progress import progress
-from hf_qat.model.analysis.noise import energy, run, sqnr
+from hf_qat.model.analysis.noise import comparable, energy, run, sqnr
 from hf_qat.model.analysis.sites import Site
 from hf_qat.model.switches import only_quantizers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
@@ -68,12 +69,11 @@ def output_sqnr(batches: Sequence[Inputs], expected: Sequence[Sequence[Tensor]])
         expected: for each batch what the float model returns.
     """
 
-    signal = sum(energy(wanted) for outputs in expected for wanted in outputs)
-
     def metric(model: nn.Module) -> float:
-        noise = 0.0
-        for batch, outputs in zip(batches, expected, strict=True):
-            noise += sum(energy(x - wanted) for wanted, x in zip(outputs, run(model, batch), strict=True))
-        return sqnr(signal, noise)
+        found = [comparable(run(model, batch), wanted) for batch, wanted in zip(batches, expected, strict=True)]
+        pairs = [pair for of_batch in found for pair in of_batch]
+        if not pairs:
+            return -math.inf
+        return sqnr(sum(energy(want) for _, want in pairs), sum(energy(got - want) for got, want in pairs))
 
     return metric

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_qat.errors import listed
 from hf_qat.graph.capture.inputs import Inputs
@@ -18,7 +19,7 @@ from hf_qat.model.batches import run_batches
 from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks, min_over_ranks
-from hf_qat.quantization.layers import QATLayer, qat_layers
+from hf_qat.quantization.layers import CORRECTED, QATLayer, qat_layers
 
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,59 @@ BIAS_CORRECTION_BATCHES = 4
 
 def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
     """Shift biases, in place, by `bias_shifts`."""
-    for layer, shift in bias_shifts(model, batches).items():
+    shift_biases(bias_shifts(model, batches))
+
+
+def shift_biases(shifts: Mapping[QATLayer, Tensor]) -> None:
+    """Add (C,) to the bias of each layer, in place; `corrections_taken_back` undoes it."""
+    for layer, shift in shifts.items():
+        before = _copy(layer.shifted_bias())
         layer.shift_bias(shift)
+        layer.__dict__[CORRECTED] = before, _copy(layer.shifted_bias())
+
+
+@contextmanager
+def corrections_taken_back(model: nn.Module) -> Iterator[None]:
+    """Take back what an earlier calibration has added to biases, where nothing has changed them since.
+
+    Else the model in float, which the next correction goes by, would be off by just that. An error inside, and all is
+    as it was.
+    """
+    taken = {}
+    for layer in qat_layers(model).values():
+        bias, known = layer.shifted_bias(), layer.__dict__.pop(CORRECTED, None)
+        if bias is not None and known is not None and not _is_frozen(bias) and _is(bias, known[1]):
+            taken[layer] = known
+            _write(bias, known[0])
+    try:
+        yield
+    except BaseException:
+        for layer, known in taken.items():
+            bias = layer.shifted_bias()
+            if bias is not None and _is(bias, known[0]):
+                _write(bias, known[1])
+                layer.__dict__[CORRECTED] = known
+        raise
+
+
+def _is_frozen(bias: Tensor) -> bool:
+    return isinstance(bias, nn.Parameter) and not bias.requires_grad
+
+
+def _copy(bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return bias.detach().clone()
+
+
+def _is(bias: Tensor, value: Tensor) -> bool:
+    return not isinstance(bias, DTensor) and torch.equal(
+        bias.detach(), value.to(bias)
+    )  # one that FSDP2 has split stays
+
+
+@torch.no_grad()
+def _write(bias: Tensor, value: Tensor) -> None:
+    bias.copy_(value)
 
 
 @torch.no_grad()
@@ -79,7 +131,7 @@ def _with_free_biases(layers: dict[str, QATLayer]) -> dict[str, QATLayer]:
     """Those whose bias can be shifted; layers after the others are to see what these put out in the end, too."""
     biases = {path: bias for path, layer in layers.items() if (bias := layer.shifted_bias()) is not None}
     owners = Counter(map(id, biases.values()))
-    frozen = [path for path, bias in biases.items() if isinstance(bias, nn.Parameter) and not bias.requires_grad]
+    frozen = [path for path, bias in biases.items() if _is_frozen(bias)]
     if frozen:
         logger.info(
             "Bias correction leaves %d layers alone, whose biases do not require gradients: %s.",

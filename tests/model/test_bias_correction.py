@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, prepare_qat
+from hf_qat.errors import CalibrationError
 from hf_qat.model.bias_correction import channel_mean, correct_biases
 from hf_qat.quantization.quantizer import fake_quantizers
 from tests.blocks import BLOCKS
@@ -221,3 +222,55 @@ def test_a_bias_that_requires_no_gradient_is_left_alone_and_named_and_the_others
     assert torch.equal(model.state_dict()["0.linear.bias"], before["0.linear.bias"])
     assert not torch.equal(model.state_dict()["2.bias"], before["2.bias"])
     assert "leaves 1 layers alone, whose biases do not require gradients: 0.linear" in caplog.text
+
+
+@pytest.fixture
+def chain() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Chain().eval(), 2 + torch.randn(32, 3, 4, 4)
+
+
+def prepared(chain: tuple[nn.Module, Tensor]) -> nn.Module:
+    return prepare_qat(copy.deepcopy(chain[0]), QATConfig(weights={"bits": 3}), chain[1])
+
+
+def test_a_second_calibration_corrects_against_the_float_model_and_not_against_the_first_correction(chain):
+    model, x = prepared(chain), chain[1]
+    calibrate(model, [10 * x])
+    calibrate(copy.deepcopy(calibrate(model, [x])), [10 * x])  # a copy has its own
+    once, twice = calibrate(prepared(chain), [x]).state_dict(), calibrate(model, [x]).state_dict()
+    assert all(torch.equal(value, once[key]) for key, value in twice.items())
+    with torch.no_grad():
+        wanted = chain[0](x)
+        assert float((model(x) - wanted).mean((0, 2, 3)).abs().max()) < 0.02 * float(wanted.std())
+
+
+def test_a_calibration_without_correction_leaves_the_correction_of_the_one_before(chain):
+    model, x = calibrate(prepared(chain), [chain[1]]), chain[1]
+    once = copy.deepcopy(model.state_dict())
+    calibrate(model, [x], bias_correction=False)
+    assert torch.equal(model.first.bias, once["first.bias"]) and not torch.equal(model.first.bias, chain[0].first.bias)
+    twice = calibrate(model, [x]).state_dict()
+    assert all(torch.equal(value, once[key]) for key, value in twice.items())
+
+
+def test_biases_that_were_trained_or_loaded_since_are_what_the_next_correction_begins_with(chain):
+    model, other = calibrate(prepared(chain), [chain[1]]), prepared(chain)
+    with torch.no_grad():
+        for layer in (model.first, other.first):
+            layer.bias.fill_(3.0)
+        other.second.bias.copy_(chain[0].second.bias)
+    model.load_state_dict({"second.bias": chain[0].second.bias}, strict=False)
+    for of in (model, other):
+        calibrate(of, [chain[1]])
+    assert torch.equal(model.first.bias, other.first.bias) and torch.equal(model.second.bias, other.second.bias)
+
+
+def test_a_calibration_that_fails_leaves_the_corrections_of_the_one_before(chain):
+    model, x = calibrate(prepared(chain), [chain[1]]), chain[1]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError):
+        calibrate(model, [])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    twice = calibrate(model, [x]).state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in twice.items())

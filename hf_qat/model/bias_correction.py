@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -48,24 +48,44 @@ def corrections_taken_back(model: nn.Module) -> Iterator[None]:
     Else the model in float, which the next correction goes by, would be off by just that. An error inside, and all is
     as it was.
     """
-    taken = {}
-    for layer in qat_layers(model).values():
-        bias, known = layer.shifted_bias(), layer.__dict__.pop(CORRECTED, None)
-        if bias is not None and known is not None and not _is_frozen(bias) and _is(bias, known[1]):
-            taken[layer] = known
-            _write(bias, known[0])
+    taken = _take_back(layer for layer in qat_layers(model).values() if not _is_frozen(layer.shifted_bias()))
     try:
         yield
     except BaseException:
-        for layer, known in taken.items():
-            bias = layer.shifted_bias()
-            if bias is not None and _is(bias, known[0]):
-                _write(bias, known[1])
-                layer.__dict__[CORRECTED] = known
+        _put_back(taken)
         raise
 
 
-def _is_frozen(bias: Tensor) -> bool:
+@contextmanager
+def uncorrected(model: nn.Module) -> Iterator[None]:
+    """Inside, biases are those of the float model: as before calibration, where nothing has changed them since."""
+    taken = _take_back(qat_layers(model).values())
+    try:
+        yield
+    finally:
+        _put_back(taken)
+
+
+def _take_back(layers: Iterable[QATLayer]) -> dict[QATLayer, tuple[Tensor, Tensor]]:
+    """Undo `shift_biases`; returns what was known of the biases."""
+    taken = {}
+    for layer in layers:
+        bias, known = layer.shifted_bias(), layer.__dict__.pop(CORRECTED, None)
+        if bias is not None and known is not None and _is(bias, known[1]):
+            taken[layer] = known
+            _write(bias, known[0])
+    return taken
+
+
+def _put_back(taken: Mapping[QATLayer, tuple[Tensor, Tensor]]) -> None:
+    for layer, known in taken.items():
+        bias = layer.shifted_bias()
+        if bias is not None and _is(bias, known[0]):
+            _write(bias, known[1])
+            layer.__dict__[CORRECTED] = known
+
+
+def _is_frozen(bias: Tensor | None) -> bool:
     return isinstance(bias, nn.Parameter) and not bias.requires_grad
 
 

@@ -46,7 +46,8 @@ def analyze(
         model: prepared and calibrated or trained, or converted. It is left as it was.
         batches: as those of `calibrate`: tensors, tuples or dicts, without labels.
         reference: the float model to compare with. A prepared model needs none: it is compared with itself, its
-            quantizers off.
+            quantizers off and its biases as before their correction. Give it one after `calibrate(effort="best")`,
+            which changes weights, and for biases of a model that was saved and loaded since.
         num_batches: of `batches`, how many to use.
         metric: says of the model how good it is, higher is better, such as accuracy on a few hundred labelled images.
             If left out, the signal to noise ratio in dB of the model's outputs, which needs no labels.

@@ -15,6 +15,7 @@ from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.model.analysis.histogram import count
 from hf_qat.model.analysis.sites import Site
 from hf_qat.model.batches import run_batches
+from hf_qat.model.bias_correction import uncorrected
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks
 from hf_qat.quantization.quantizer import ACTIVATIONS
@@ -197,7 +198,11 @@ def _float_values(model: nn.Module, sites: Sequence[Site], batch: Inputs) -> tup
     def keep(path: str) -> Callable[..., None]:
         return lambda module, args, kwargs, output: values[path].append(output.float())
 
-    with fake_quant_disabled(model), _hooked(model, {site.output: keep(site.path) for site in sites}):
+    with (
+        uncorrected(model),
+        fake_quant_disabled(model),
+        _hooked(model, {site.output: keep(site.path) for site in sites}),
+    ):
         return values, run(model, batch)
 
 

@@ -69,7 +69,7 @@ def analyze_onnx(
     wiring = Wiring(model.graph)
     return Analysis(
         layers=tuple(_layer(layer, noises[layer.path], wiring) for layer in layers),
-        output_sqnr=sqnr(outputs.signal, outputs.noise),
+        output_sqnr=outputs.ratio,
         float_operations=tuple(
             FloatOperation(name.rpartition("/")[0], operator, REASON)
             for operator, names in float_operators(onnx.shape_inference.infer_shapes(model)).items()
@@ -159,7 +159,7 @@ def _layer(layer: OnnxLayer, noise: Noise, wiring: Wiring) -> LayerAnalysis:
         LayerAnalysis(
             path=layer.path,
             operation=layer.operation,
-            sqnr=sqnr(noise.signal, noise.noise),
+            sqnr=noise.ratio,
             own_sqnr=sqnr(noise.own_signal, noise.own_noise),
             weight_bits=None if codes is None else _bits(codes),
             activation_bits=8 * layer.zero_point.dtype.itemsize,

@@ -14,7 +14,7 @@ def layer_calls(captured: CapturedModule, graph: fx.Graph) -> dict[fx.Node, str]
     """The nodes that compute with a layer's own weight and bias, in order → the layer's path below the child.
 
     A weight that the graph computes (a standardised or sliced one), or that something else computes with, too (a tied
-    one), is no layer's own; see `hf_qat.graph.passes.weights`.
+    one), is no layer's own, and neither is one whose bias is tied; see `hf_qat.graph.passes.weights`.
 
     Args:
         captured: the child that has the layers.
@@ -27,13 +27,12 @@ def layer_calls(captured: CapturedModule, graph: fx.Graph) -> dict[fx.Node, str]
             calls[node] = path
     read = [node for node in graph.nodes if node.op == "get_attr"]
     tied = {node.target for node in read if not node.users.keys() <= calls.keys()}
-    return {node: path for node, path in calls.items() if _weight(node).target not in tied}
+    return {node: path for node, path in calls.items() if tied.isdisjoint(_parameters(node))}
 
 
-def _weight(node: fx.Node) -> fx.Node:
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
-    return weight
+def _parameters(node: fx.Node) -> set[Any]:
+    """Paths of what a layer's call computes with beside its input."""
+    return {parameter.target for parameter in node.all_input_nodes[1:]}
 
 
 def _layer_path(captured: CapturedModule, node: fx.Node) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_qat.errors import listed
 from hf_qat.graph.capture.inputs import Inputs
@@ -17,7 +19,7 @@ from hf_qat.model.batches import run_batches
 from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks, min_over_ranks
-from hf_qat.quantization.layers import QATLayer, qat_layers
+from hf_qat.quantization.layers import CORRECTED, QATLayer, qat_layers
 
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,79 @@ BIAS_CORRECTION_BATCHES = 4
 
 def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
     """Shift biases, in place, by `bias_shifts`."""
-    for layer, shift in bias_shifts(model, batches).items():
+    shift_biases(bias_shifts(model, batches))
+
+
+def shift_biases(shifts: Mapping[QATLayer, Tensor]) -> None:
+    """Add (C,) to the bias of each layer, in place; `corrections_taken_back` undoes it."""
+    for layer, shift in shifts.items():
+        before = _copy(layer.shifted_bias())
         layer.shift_bias(shift)
+        layer.__dict__[CORRECTED] = before, _copy(layer.shifted_bias())
+
+
+@contextmanager
+def corrections_taken_back(model: nn.Module) -> Iterator[None]:
+    """Take back what an earlier calibration has added to biases, where nothing has changed them since.
+
+    Else the model in float, which the next correction goes by, would be off by just that. An error inside, and all is
+    as it was.
+    """
+    taken = _take_back(layer for layer in qat_layers(model).values() if not _is_frozen(layer.shifted_bias()))
+    try:
+        yield
+    except BaseException:
+        _put_back(taken)
+        raise
+
+
+@contextmanager
+def uncorrected(model: nn.Module) -> Iterator[None]:
+    """Inside, biases are those of the float model: as before calibration, where nothing has changed them since."""
+    taken = _take_back(qat_layers(model).values())
+    try:
+        yield
+    finally:
+        _put_back(taken)
+
+
+def _take_back(layers: Iterable[QATLayer]) -> dict[QATLayer, tuple[Tensor, Tensor]]:
+    """Undo `shift_biases`; returns what was known of the biases."""
+    taken = {}
+    for layer in layers:
+        bias, known = layer.shifted_bias(), layer.__dict__.pop(CORRECTED, None)
+        if bias is not None and known is not None and _is(bias, known[1]):
+            taken[layer] = known
+            _write(bias, known[0])
+    return taken
+
+
+def _put_back(taken: Mapping[QATLayer, tuple[Tensor, Tensor]]) -> None:
+    for layer, known in taken.items():
+        bias = layer.shifted_bias()
+        if bias is not None and _is(bias, known[0]):
+            _write(bias, known[1])
+            layer.__dict__[CORRECTED] = known
+
+
+def _is_frozen(bias: Tensor | None) -> bool:
+    return isinstance(bias, nn.Parameter) and not bias.requires_grad
+
+
+def _copy(bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return bias.detach().clone()
+
+
+def _is(bias: Tensor, value: Tensor) -> bool:
+    return not isinstance(bias, DTensor) and torch.equal(
+        bias.detach(), value.to(bias)
+    )  # one that FSDP2 has split stays
+
+
+@torch.no_grad()
+def _write(bias: Tensor, value: Tensor) -> None:
+    bias.copy_(value)
 
 
 @torch.no_grad()
@@ -38,12 +111,13 @@ def bias_shifts(model: nn.Module, batches: list[Inputs]) -> dict[QATLayer, Tenso
 
     One pass in float records the mean of every call; then every batch runs quantized, and each layer is corrected on
     the way, so that the next one sees corrected inputs. A layer that is called several times is shifted by the mean of
-    what its calls need. Layers without a bias or a batch norm stay as they are, and so do those whose bias is a
-    parameter that does not require gradients; which ones these are is logged.
+    what its calls need. Layers without a bias, of their own or of a batch norm, stay as they are, and so do those
+    whose bias is another layer's as well, or a parameter that does not require gradients, which are logged: what they
+    are off by, the layers after them make up for.
 
     Collective: all ranks correct by the means over all of them, on as many batches as the one that has fewest.
     """
-    layers = _without_frozen_biases(qat_layers(model))
+    layers = _with_free_biases(qat_layers(model))
     batches = batches[: min_over_ranks(len(batches))]
     means: dict[str, list[Tensor]] = {path: [] for path in layers}
 
@@ -56,13 +130,15 @@ def bias_shifts(model: nn.Module, batches: list[Inputs]) -> dict[QATLayer, Tenso
     shifts: dict[str, Tensor] = {}
 
     def correct(path: str, layer: QATLayer, output: Tensor) -> Tensor:
-        shift = mean_over_ranks(next(expected[path]) - channel_mean(output, layer))  # as of one batch of all ranks
+        difference = next(expected[path]) - channel_mean(output, layer)
+        difference = torch.where(difference.isnan(), 0.0, difference)  # the mean of nothing: no query, no box selected
+        shift = mean_over_ranks(difference)  # as of one batch of all ranks
         shifts[path] = shifts.get(path, torch.zeros_like(shift)) + shift / len(means[path])
         return output + _along_output(shift, output, layer)
 
     with _hooked(layers, correct):
         _run(model, batches, "Correcting biases: quantized")
-    return {layers[path]: shift for path, shift in shifts.items() if layers[path].shifted_bias() is not None}
+    return {layers[path]: shift for path, shift in shifts.items()}
 
 
 def _run(model: nn.Module, batches: list[Inputs], what: str) -> None:
@@ -71,21 +147,18 @@ def _run(model: nn.Module, batches: list[Inputs], what: str) -> None:
             bar.update()
 
 
-def _without_frozen_biases(layers: dict[str, QATLayer]) -> dict[str, QATLayer]:
-    kept = {path: layer for path, layer in layers.items() if not _has_frozen_bias(layer)}
-    frozen = [path for path in layers if path not in kept]
+def _with_free_biases(layers: dict[str, QATLayer]) -> dict[str, QATLayer]:
+    """Those whose bias can be shifted; layers after the others are to see what these put out in the end, too."""
+    biases = {path: bias for path, layer in layers.items() if (bias := layer.shifted_bias()) is not None}
+    owners = Counter(map(id, biases.values()))
+    frozen = [path for path, bias in biases.items() if _is_frozen(bias)]
     if frozen:
         logger.info(
             "Bias correction leaves %d layers alone, whose biases do not require gradients: %s.",
             len(frozen),
             listed(frozen),
         )
-    return kept
-
-
-def _has_frozen_bias(layer: QATLayer) -> bool:
-    bias = layer.shifted_bias()
-    return isinstance(bias, nn.Parameter) and not bias.requires_grad
+    return {path: layers[path] for path, bias in biases.items() if path not in frozen and owners[id(bias)] == 1}
 
 
 def _hooked(

@@ -6,6 +6,7 @@ The first resort before training. Bias correction: Nagel et al. 2019, §4.2 (the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import TypeVar
 
@@ -19,7 +20,12 @@ from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.progress import Bar, length_of, progress
 from hf_qat.model.batches import run_batches
-from hf_qat.model.bias_correction import BIAS_CORRECTION_BATCHES, bias_shifts
+from hf_qat.model.bias_correction import (
+    BIAS_CORRECTION_BATCHES,
+    bias_shifts,
+    corrections_taken_back,
+    shift_biases,
+)
 from hf_qat.model.equal_rows import warn_of_equal_rows
 from hf_qat.model.equalization import equalize_if_nearer
 from hf_qat.model.range_choice import choose_ranges, observe_in_several_ways
@@ -64,6 +70,7 @@ def calibrate(
         num_batches: use at most so many.
         bias_correction: shift biases so that every layer's mean output is that of the float model, or learn them with
             the rest; those that do not require gradients stay as they are. As the model's config says, if left out.
+            What an earlier one has added is taken back before, unless biases were trained or loaded since.
         live_batch_norms: batch norms that normalise by each batch meanwhile, as they are about to in training from
             scratch, where their own statistics are of nothing yet. Biases and weights then stay as they are.
         effort: `"fast"`, one pass over the batches; or `"best"`. As the model's config says, if left out.
@@ -80,20 +87,31 @@ def calibrate(
     bias_correction = config.bias_correction if bias_correction is None else bias_correction
     effort = config.calibration_effort if effort is None else one_of("effort", effort, EFFORTS)
     best = effort == "best" and not live_batch_norms
+    corrects = bias_correction and not live_batch_norms
+    with corrections_taken_back(model) if corrects else nullcontext():
+        _calibrate(model, batches, num_batches, corrects, live_batch_norms, best)
+    return model
+
+
+def _calibrate(
+    model: nn.Module,
+    batches: Iterable[Inputs],
+    num_batches: int | None,
+    corrects_biases: bool,
+    live_batch_norms: Sequence[nn.Module],
+    best: bool,
+) -> None:
     with progress("Calibrating", length_of(batches, num_batches), "batch") as bar:
         kept = _observe(model, islice(batches, num_batches), live_batch_norms, bar, best)
     if best:
         with progress("Calibrating after equalization", len(kept), "batch") as bar:
             equalize_if_nearer(model, kept, lambda: _observe(model, kept, live_batch_norms, bar, best))
     shifts = {}
-    if bias_correction and not live_batch_norms:
+    if corrects_biases:
         shifts = bias_shifts(model, kept[:BIAS_CORRECTION_BATCHES])
-    learned = reconstruct(model, kept, shifts) if best else shifts
-    for layer, shift in learned.items():
-        layer.shift_bias(shift)
+    shift_biases(reconstruct(model, kept, shifts) if best else shifts)
     if not live_batch_norms:
         warn_of_equal_rows(model, kept[:1])
-    return model
 
 
 def _observe(

@@ -62,6 +62,9 @@ CLIP_BELOW_BITS = 8
 #: So many at least: of twenty logits, two are beyond a range by chance.
 FEWEST_SATURATED = 16
 
+#: Least divisor, of a range or of a power that may be 0.
+TINY = 1e-30
+
 #: How much wider than what is seen a range becomes that was outgrown: most go on growing.
 HEADROOM = 1.5
 
@@ -72,20 +75,27 @@ class _Watch(Observer):
     Args:
         quantizer: that is observed.
         spec: what the range is chosen for.
+
+    Attributes:
+        saturated: share of the values of all calls that lie beyond; 0 if there are few.
+        cut_off: share of their power that lies there.
     """
 
     def __init__(self, quantizer: FakeQuantize, spec: QuantizerSpec) -> None:
         super().__init__(spec)
         self.low, self.high = _bounds(quantizer, quantizer.scale, quantizer.zero_point)
         self.saturated = self.cut_off = 0.0
+        self._sums = torch.zeros(4, dtype=torch.float64)  # how many lie beyond, of how many; power beyond, of all
         self._observer = make_observer(spec)
 
     def _update(self, values: Tensor, low: float, high: float) -> None:
-        beyond = (values < self.low) | (values > self.high)
-        count = int(beyond.sum())
-        self.saturated = count / beyond.numel() if count >= FEWEST_SATURATED else 0.0
-        power = values.double().square().sum()
-        self.cut_off = float((values - values.clamp(self.low, self.high)).double().square().sum() / power.clamp(1e-30))
+        exact = values.double()  # a range that diverges ends beyond float32
+        beyond = exact - exact.clamp(self.low, self.high)
+        powers = [beyond.square().sum().item(), exact.square().sum().item()]
+        self._sums += torch.tensor([int(beyond.count_nonzero()), values.numel(), *powers], dtype=torch.float64)
+        outside, count, cut_off, power = self._sums.tolist()
+        self.saturated = outside / count if outside >= FEWEST_SATURATED else 0.0
+        self.cut_off = cut_off / max(power, TINY)
         self._observer.observe(values)
 
     def _range(self) -> tuple[float, float]:
@@ -218,7 +228,8 @@ def _renew(quantizer: FakeQuantize, watch: _Watch, cut_off: float) -> bool:
         low, high = _bounds(quantizer, *watch.qparams())
     except CalibrationError:  # this call did not come here
         return False
-    further = max(watch.low - low, high - watch.high) / (watch.high - watch.low)
+    width = max(watch.high - watch.low, TINY)  # a scale that diverges can become 0
+    further = max(watch.low - low, high - watch.high) / width
     outgrown = (further > OUTGROWN and watch.cut_off >= cut_off) or (
         further > REACHES_FURTHER and watch.saturated > SATURATED
     )

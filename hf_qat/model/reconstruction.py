@@ -11,6 +11,7 @@ precise as for feature maps full of rounding noise.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,10 @@ JUDGEMENTS = 6
 
 #: Least relative error that counts, 60 dB below the signal: finer than anything of 8 bits.
 LEAST_ERROR = 1e-6
+
+#: Least variance that an error is divided by: of a tensor that is constant in float, such as zeros. The gradient of an
+#: error of 0 is at most 1 / (LEAST_ERROR * LEAST_POWER) times 0, and must not be infinity times 0.
+LEAST_POWER = 1e-30
 
 
 def reconstruct(
@@ -108,7 +113,8 @@ class _Student:
         self.layers = [layer for layer in layers if layer.weight_quantizer.enabled]
         # A batch norm's weight is a factor, one number a channel: its bias is made of it, and would move along.
         convolving = [layer for layer in self.layers if not isinstance(layer, QATStandaloneBatchNorm)]
-        rounded = [layer for layer in convolving if layer.weight.requires_grad]
+        owners = Counter(id(layer.weight) for layer in convolving)  # one weight has one set of codes
+        rounded = [layer for layer in convolving if layer.weight.requires_grad and owners[id(layer.weight)] == 1]
         self.rounding = LearnedRounding(rounded) if rounded else None
         self.shifts = {
             layer: torch.zeros_like(shifts[layer], requires_grad=True)
@@ -154,7 +160,8 @@ class _Student:
         def change(layer: QATLayer, original: Compute) -> Compute:
             def compute(x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
                 output = original(x, arguments)
-                self.units[layer] = mean_over_ranks(output.std(correction=0))
+                if output.numel():
+                    self.units[layer] = mean_over_ranks(output.std(correction=0))
                 return output
 
             return compute
@@ -169,7 +176,8 @@ class _Student:
         with computing_by(self.layers, self._change()):
             found = self._run(batch)
         # A detector that selects other boxes may go other ways from there on.
-        pairs = [(got, want) for got, want in zip(found, wanted, strict=False) if got.shape == want.shape]
+        every = zip(found, wanted, strict=False)
+        pairs = [(got, want) for got, want in every if got.shape == want.shape and got.numel()]
         return torch.stack([_noise_to_signal(got, want) for got, want in pairs]).mean()
 
     def judge(self, batches: Sequence[Inputs]) -> Callable[[], float]:
@@ -228,7 +236,7 @@ def _learns(tensor: Tensor | None) -> bool:
 
 def _noise_to_signal(got: Tensor, want: Tensor) -> Tensor:
     """Squared error relative to the variance of `want`, in decibels."""
-    power = (want - want.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    power = (want - want.mean()).square().mean().clamp_min(LEAST_POWER)
     return 10 * torch.log10((got - want).square().mean() / power + LEAST_ERROR)
 
 

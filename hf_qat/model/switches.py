@@ -18,6 +18,8 @@ from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 def fake_quant_disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the prepared model computes in float, batch norm folded: to compare, or to debug.
 
+    Weights and biases are as they are: those that calibration has corrected, or that were trained.
+
     Raises:
         StageError: the model is not a prepared one.
     """

@@ -17,7 +17,7 @@ from hf_qat.errors import StageError
 from hf_qat.quantization.bias import bias_scale, quantize_bias
 from hf_qat.quantization.class_swap import swap_class
 from hf_qat.quantization.fake_quantize import along, dequantize, fake_quantize
-from hf_qat.quantization.layers import QATLayer
+from hf_qat.quantization.layers import CORRECTED, QATLayer
 from hf_qat.quantization.onnx_ops import dequantize_codes, exporting_to_onnx, quantize_dequantize
 from hf_qat.quantization.packing import code_dtype
 from hf_qat.quantization.quantizer import ACTIVATIONS, FakeQuantize
@@ -179,6 +179,7 @@ def convert_layer(layer: QATLayer) -> QuantizedLayer:
     del layer._modules["weight_quantizer"]
     for name in ("_batch_norm", "_input_quantizer", "batch_norm_frozen"):
         del layer.__dict__[name]
+    layer.__dict__.pop(CORRECTED, None)
     forward = type(layer).__dict__.get("forward")
     layer.restore_class()
     converted = swap_class(layer, QuantizedLayer, forward)

@@ -36,6 +36,9 @@ from hf_qat.quantization.weight_scale import weight_scale
 #: Attribute of a layer: weight and bias that its next call uses, which `folded_ahead` has computed.
 AHEAD = "_ahead"
 
+#: Attribute of a layer whose bias calibration has corrected: what it was before, and what it became.
+CORRECTED = "_corrected_bias"
+
 register()  # a layer holds the operation that it computes
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, prepare_qat
+from hf_qat.errors import CalibrationError
 from hf_qat.model.bias_correction import channel_mean, correct_biases
 from hf_qat.quantization.quantizer import fake_quantizers
 from tests.blocks import BLOCKS
@@ -58,6 +59,66 @@ def test_bias_correction_leaves_a_layer_without_a_bias_alone():
     weight = model.linear.weight.detach().clone()
     calibrate(model, [x])
     assert model.linear.bias is None and torch.equal(model.linear.weight, weight)
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["no bias", "batch norm without one"])
+def test_the_layer_after_one_without_a_bias_makes_up_for_it(normalize):
+    torch.manual_seed(2)
+    x, norm = 2 + torch.randn(256, 12), nn.BatchNorm1d(16, affine=False) if normalize else nn.Identity()
+    float_model = nn.Sequential(nn.Linear(12, 16, bias=False), norm, nn.ReLU(), nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        expected = float_model(x).mean(0)
+        errors = []
+        for correction in (False, True):
+            model = prepare_qat(copy.deepcopy(float_model), QATConfig(weights={"bits": 3}), x)
+            errors.append((calibrate(model, [x], bias_correction=correction)(x).mean(0) - expected).abs().max())
+    assert errors[0] > 0.05 and errors[1] < 0.05 * errors[0]
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x))
+
+
+class Parts(nn.Module):
+    """Two parts that are captured one by one, with a parameter in common."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.first, self.second = Part(), Part()
+        setattr(self.second.linear, name, getattr(self.first.linear, name))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.second(self.first(x))
+
+
+class OneNorm(nn.Module):
+    """Two layers before one batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12, bias=False), nn.Linear(12, 12, bias=False)
+        self.norm = nn.BatchNorm1d(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.second(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("make", [lambda: Parts("bias"), OneNorm], ids=["one bias", "one batch norm"])
+def test_a_bias_of_two_layers_does_not_get_what_each_of_them_needs(make):
+    torch.manual_seed(0)
+    x, float_model = 2 + torch.randn(256, 12), make().eval()
+    expected, errors = float_model(x), []
+    for correction in (False, True):
+        model = prepare_qat(copy.deepcopy(float_model), QATConfig(weights={"bits": 3}), {"x": x})
+        calibrate(model, [{"x": x}], bias_correction=correction)
+        with torch.no_grad():
+            errors.append(float((model(x) - expected).norm() / expected.norm()))
+    assert errors[1] <= errors[0]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -161,3 +222,55 @@ def test_a_bias_that_requires_no_gradient_is_left_alone_and_named_and_the_others
     assert torch.equal(model.state_dict()["0.linear.bias"], before["0.linear.bias"])
     assert not torch.equal(model.state_dict()["2.bias"], before["2.bias"])
     assert "leaves 1 layers alone, whose biases do not require gradients: 0.linear" in caplog.text
+
+
+@pytest.fixture
+def chain() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Chain().eval(), 2 + torch.randn(32, 3, 4, 4)
+
+
+def prepared(chain: tuple[nn.Module, Tensor]) -> nn.Module:
+    return prepare_qat(copy.deepcopy(chain[0]), QATConfig(weights={"bits": 3}), chain[1])
+
+
+def test_a_second_calibration_corrects_against_the_float_model_and_not_against_the_first_correction(chain):
+    model, x = prepared(chain), chain[1]
+    calibrate(model, [10 * x])
+    calibrate(copy.deepcopy(calibrate(model, [x])), [10 * x])  # a copy has its own
+    once, twice = calibrate(prepared(chain), [x]).state_dict(), calibrate(model, [x]).state_dict()
+    assert all(torch.equal(value, once[key]) for key, value in twice.items())
+    with torch.no_grad():
+        wanted = chain[0](x)
+        assert float((model(x) - wanted).mean((0, 2, 3)).abs().max()) < 0.02 * float(wanted.std())
+
+
+def test_a_calibration_without_correction_leaves_the_correction_of_the_one_before(chain):
+    model, x = calibrate(prepared(chain), [chain[1]]), chain[1]
+    once = copy.deepcopy(model.state_dict())
+    calibrate(model, [x], bias_correction=False)
+    assert torch.equal(model.first.bias, once["first.bias"]) and not torch.equal(model.first.bias, chain[0].first.bias)
+    twice = calibrate(model, [x]).state_dict()
+    assert all(torch.equal(value, once[key]) for key, value in twice.items())
+
+
+def test_biases_that_were_trained_or_loaded_since_are_what_the_next_correction_begins_with(chain):
+    model, other = calibrate(prepared(chain), [chain[1]]), prepared(chain)
+    with torch.no_grad():
+        for layer in (model.first, other.first):
+            layer.bias.fill_(3.0)
+        other.second.bias.copy_(chain[0].second.bias)
+    model.load_state_dict({"second.bias": chain[0].second.bias}, strict=False)
+    for of in (model, other):
+        calibrate(of, [chain[1]])
+    assert torch.equal(model.first.bias, other.first.bias) and torch.equal(model.second.bias, other.second.bias)
+
+
+def test_a_calibration_that_fails_leaves_the_corrections_of_the_one_before(chain):
+    model, x = calibrate(prepared(chain), [chain[1]]), chain[1]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError):
+        calibrate(model, [])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    twice = calibrate(model, [x]).state_dict()
+    assert all(torch.equal(value, before[key]) for key, value in twice.items())

@@ -85,6 +85,34 @@ def test_a_training_that_has_diverged_keeps_its_ranges():
     assert all(torch.equal(before[path], scale) for path, scale in scales(model).items())
 
 
+@pytest.mark.parametrize("exponent", [-200.0, 127.4, 200.0])
+def test_a_scale_that_has_diverged_is_no_error_of_its_own(exponent: float):
+    """In training the quantizer itself says so, with what to do, where float32 has no such number."""
+    model = prepared()
+    with torch.no_grad():
+        model.head.activation_quantizer.log2_scale.fill_(exponent)
+    expected = ["head.activation_quantizer"] if exponent < 0 else []
+    assert renew_outgrown_ranges(model, ((X,), {})) == expected
+
+
+class Levels(nn.Module):
+    """A head that Python code calls for each of two levels, of which the second has small values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> list[torch.Tensor]:
+        return [self.head(factor * x) for factor in (1.0, 0.01)]
+
+
+def test_what_is_cut_off_in_any_call_of_a_quantizer_counts():
+    model = calibrate(prepare_qat(Levels().eval(), QATConfig(), {"x": X}), [{"x": X}]).train()
+    with torch.no_grad():
+        model.head[0].weight *= 8
+    assert "head.0.activation_quantizer" in renew_outgrown_ranges(model, ((), {"x": X}), trained=True)
+
+
 @pytest.mark.parametrize("change", ["frozen", "requires_grad"])
 def test_ranges_that_are_not_to_change_do_not(change: str):
     model = prepared()

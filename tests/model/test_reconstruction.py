@@ -127,6 +127,55 @@ def test_biases_stay_where_they_are_not_to_be_corrected():
     assert not torch.equal(best["body.weight"], fast["body.weight"])
 
 
+class Parts(nn.Module):
+    """Two parts that are captured one by one, with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU()) for _ in range(2))
+        self.second[0].weight = self.first[0].weight
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_a_weight_of_two_layers_is_not_learned_by_each_of_them():
+    torch.manual_seed(0)
+    model = prepare_qat(Parts().eval(), QATConfig("w4a4"), {"x": torch.zeros(2, 3, 32, 32)})
+    weight, bias = model.first[0].weight.clone(), model.first[0].bias.clone()
+    calibrate(model, [{"x": x} for x in images(64, seed=1).split(16)], effort="best")
+    assert model.second[0].weight is model.first[0].weight and torch.equal(model.first[0].weight, weight)
+    assert not torch.equal(model.first[0].bias, bias)
+
+
+class Branch(nn.Module):
+    """A branch that begins as zeros, as in ControlNet or with a scale per layer of 0."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.stem, self.branch, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.branch.weight.mul_(weight)
+            self.branch.bias.mul_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(x + self.branch(x))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-20])
+def test_a_tensor_that_is_zero_in_float_is_no_divergence(weight):
+    torch.manual_seed(0)
+    float_model, errors = Branch(weight).eval(), []
+    x, new = images(64, seed=1), images(64, seed=2)
+    for effort in ("fast", "best"):
+        model = prepare_qat(copy.deepcopy(float_model), QATConfig(weights={"bits": 4}), x[:2])
+        calibrate(model, x.split(8), effort=effort)
+        with torch.no_grad():
+            errors.append(float((model(new) - float_model(new)).norm()))
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_if_nothing_is_gained_all_stays(monkeypatch):
     monkeypatch.setattr(reconstruction, "ROUNDING_RATE", 30.0)  # codes by chance
     monkeypatch.setattr(reconstruction, "STEPS", 1)

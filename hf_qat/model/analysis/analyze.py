@@ -46,7 +46,8 @@ def analyze(
         model: prepared and calibrated or trained, or converted. It is left as it was.
         batches: as those of `calibrate`: tensors, tuples or dicts, without labels.
         reference: the float model to compare with. A prepared model needs none: it is compared with itself, its
-            quantizers off.
+            quantizers off and its biases as before their correction. Give it one after `calibrate(effort="best")`,
+            which changes weights, and for biases of a model that was saved and loaded since.
         num_batches: of `batches`, how many to use.
         metric: says of the model how good it is, higher is better, such as accuracy on a few hundred labelled images.
             If left out, the signal to noise ratio in dB of the model's outputs, which needs no labels.
@@ -73,7 +74,7 @@ def analyze(
         found, best = sensitivities(model, sites, ask), math.inf if metric is None else in_float_of(model, metric)
     return Analysis(
         layers=tuple(_layer(model, in_float, site, measured.sites[site.path], found.get(site.path)) for site in sites),
-        output_sqnr=sqnr(measured.outputs.signal, measured.outputs.noise),
+        output_sqnr=measured.outputs.ratio,
         float_operations=tuple(float_operations(model)),
         metric="output SQNR, dB" if metric is None else getattr(metric, "__name__", "metric"),
         in_float=best,
@@ -112,7 +113,7 @@ def _layer(
     layer = LayerAnalysis(
         path=site.path,
         operation=site.operation,
-        sqnr=sqnr(noise.signal, noise.noise),
+        sqnr=noise.ratio,
         minimum=noise.minimum,
         maximum=noise.maximum,
         bulk=noise.bulk,

@@ -15,6 +15,7 @@ from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.model.analysis.histogram import count
 from hf_qat.model.analysis.sites import Site
 from hf_qat.model.batches import run_batches
+from hf_qat.model.bias_correction import uncorrected
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks
 from hf_qat.quantization.quantizer import ACTIVATIONS
@@ -25,6 +26,9 @@ BULK = 0.999
 
 #: So many numbers of a tensor are sorted to find its bulk.
 SORTED = 2**18
+
+#: From here on a number says that there is none: detectors and masks put out infinity, or the largest float there is.
+NO_VALUE = 2.0**100
 
 #: Site → the values that it returned in one batch, in the order of its calls.
 Values = dict[str, list[Tensor]]
@@ -40,6 +44,19 @@ def sqnr(signal: float, noise: float) -> float:
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
+def comparable(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What was found and what is wanted, in pairs, where both are numbers.
+
+    A detector that selects other boxes returns another shape; what says that there is no value is left out.
+    """
+    pairs = []
+    for got, want in zip(found, wanted, strict=False):
+        if got.shape == want.shape:
+            numbers = (want.abs() < NO_VALUE) & ~(got.abs() >= NO_VALUE)
+            pairs.append((got, want) if bool(numbers.all()) else (got[numbers], want[numbers]))
+    return [(got, want) for got, want in pairs if got.numel()]
+
+
 @dataclass
 class Noise:
     """Sums over the batches, for one site.
@@ -47,6 +64,7 @@ class Noise:
     Attributes:
         signal, noise: squares of the float values, and of their distance to the quantized ones, which what was
             quantized before them has changed, too.
+        compared: whether any could be compared.
         own_signal, own_noise: squares of what the quantizer was given, and of what its rounding changed.
         minimum, maximum: of the float values.
         bulk: largest magnitude of all but 0.1 % of the float values (the largest of the batches).
@@ -57,6 +75,7 @@ class Noise:
 
     signal: float = 0.0
     noise: float = 0.0
+    compared: bool = False
     own_signal: float = 0.0
     own_noise: float = 0.0
     minimum: float = math.inf
@@ -68,13 +87,20 @@ class Noise:
     channel_minimum: Tensor | None = None
     channel_maximum: Tensor | None = None
 
+    @property
+    def ratio(self) -> float:
+        """`sqnr` against the float model; minus infinity where nothing could be compared with it."""
+        return sqnr(self.signal, self.noise) if self.compared else -math.inf
+
     def compare(self, expected: Tensor, actual: Tensor) -> None:
-        """Add a value of the float model and that of the quantized one."""
-        self.signal += energy(expected)
-        self.noise += energy(actual - expected)
-        low, high = expected.aminmax()
-        self.minimum, self.maximum = min(self.minimum, float(low)), max(self.maximum, float(high))
-        self.bulk = max(self.bulk, _bulk(expected))
+        """Add a value of the float model and that of the quantized one, if they are `comparable`."""
+        for got, want in comparable([actual], [expected]):
+            self.compared = True
+            self.signal += energy(want)
+            self.noise += energy(got - want)
+            low, high = want.aminmax()
+            self.minimum, self.maximum = min(self.minimum, float(low)), max(self.maximum, float(high))
+            self.bulk = max(self.bulk, _bulk(want))
 
     def add_rounding(self, given: Tensor, returned: Tensor, bounds: tuple[float, float]) -> None:
         """Add what a quantizer, whose codes reach from and to `bounds`, was given and returned."""
@@ -123,7 +149,7 @@ def measure(model: nn.Module, in_float: nn.Module, sites: Sequence[Site], batche
         found.expected.append(outputs)
         with _comparing(model, sites, values, found.sites):
             actual = run(model, batch)
-        for expected, value in zip(outputs, actual, strict=True):
+        for expected, value in zip(outputs, actual, strict=False):
             found.outputs.compare(expected, value)
     return found
 
@@ -153,13 +179,13 @@ def outputs_sqnr(model: nn.Module, batches: Sequence[Inputs]) -> float:
 
 
 def sqnr_over_ranks(batches: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]], device: torch.device) -> float:
-    """`sqnr` of all pairs of outputs, what was found and what is wanted, that have one shape; the mean over all ranks.
+    """`sqnr` of all outputs, what was found and what is wanted, that are `comparable`; the mean over all ranks.
 
     The signal is what is wanted, less its mean.
     """
     signal = noise = 0.0
     for found, wanted in batches:
-        pairs = [(got, want) for got, want in zip(found, wanted, strict=True) if got.shape == want.shape]
+        pairs = comparable(found, wanted)
         signal += sum(energy(want - want.mean()) for _, want in pairs)
         noise += sum(energy(got - want) for got, want in pairs)
     return float(mean_over_ranks(torch.tensor(sqnr(signal, noise), dtype=torch.float32, device=device)))
@@ -172,7 +198,11 @@ def _float_values(model: nn.Module, sites: Sequence[Site], batch: Inputs) -> tup
     def keep(path: str) -> Callable[..., None]:
         return lambda module, args, kwargs, output: values[path].append(output.float())
 
-    with fake_quant_disabled(model), _hooked(model, {site.output: keep(site.path) for site in sites}):
+    with (
+        uncorrected(model),
+        fake_quant_disabled(model),
+        _hooked(model, {site.output: keep(site.path) for site in sites}),
+    ):
         return values, run(model, batch)
 
 
@@ -191,7 +221,9 @@ def _comparison(model: nn.Module, site: Site, values: Iterable[Tensor], noise: N
 
     def compare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         value = output.float()
-        noise.compare(next(expected), value)
+        noise.compare(next(expected, value.new_empty(0)), value)
+        if value.numel() == 0:
+            return
         if site.quantizer is not None:
             activation = kwargs.get("activation")
             given = args[0].float() if activation is None else ACTIVATIONS[activation](args[0].float())

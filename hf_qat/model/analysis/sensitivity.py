@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.plan import join_path
 from hf_qat.graph.progress import progress
-from hf_qat.model.analysis.noise import energy, run, sqnr
+from hf_qat.model.analysis.noise import comparable, energy, run, sqnr
 from hf_qat.model.analysis.sites import Site
+from hf_qat.model.bias_correction import uncorrected
 from hf_qat.model.switches import only_quantizers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 
@@ -31,6 +33,8 @@ class Sensitivity:
 def sensitivities(model: nn.Module, sites: Sequence[Site], metric: Metric) -> dict[str, Sensitivity]:
     """Two evaluations of `metric` for each site of a prepared model.
 
+    Biases are corrected for what all sites lose together; with one alone quantized, they are those of the float model.
+
     Returns:
         By path of the site; where a quantizer is shared by several sites, they are switched together.
     """
@@ -38,7 +42,7 @@ def sensitivities(model: nn.Module, sites: Sequence[Site], metric: Metric) -> di
     with progress("Sensitivity", len(sites), "layer") as bar:
         for site in sites:
             own = own_quantizers(model, site)
-            with only_quantizers(model, own):
+            with uncorrected(model), only_quantizers(model, own):
                 only_quantized = float(metric(model))
             with only_quantizers(model, {*fake_quantizers(model).values()} - own):
                 only_float = float(metric(model))
@@ -49,7 +53,7 @@ def sensitivities(model: nn.Module, sites: Sequence[Site], metric: Metric) -> di
 
 def in_float_of(model: nn.Module, metric: Metric) -> float:
     """The metric of a prepared model with nothing quantized."""
-    with only_quantizers(model, ()):
+    with uncorrected(model), only_quantizers(model, ()):
         return float(metric(model))
 
 
@@ -68,12 +72,11 @@ def output_sqnr(batches: Sequence[Inputs], expected: Sequence[Sequence[Tensor]])
         expected: for each batch what the float model returns.
     """
 
-    signal = sum(energy(wanted) for outputs in expected for wanted in outputs)
-
     def metric(model: nn.Module) -> float:
-        noise = 0.0
-        for batch, outputs in zip(batches, expected, strict=True):
-            noise += sum(energy(x - wanted) for wanted, x in zip(outputs, run(model, batch), strict=True))
-        return sqnr(signal, noise)
+        found = [comparable(run(model, batch), wanted) for batch, wanted in zip(batches, expected, strict=True)]
+        pairs = [pair for of_batch in found for pair in of_batch]
+        if not pairs:
+            return -math.inf
+        return sqnr(sum(energy(want) for _, want in pairs), sum(energy(got - want) for got, want in pairs))
 
     return metric

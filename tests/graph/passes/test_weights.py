@@ -75,6 +75,18 @@ class Tied(nn.Module):
         return functional.linear(x + self.embedding(ids), self.embedding.weight)
 
 
+class TiedBias(nn.Module):
+    """Two layers have weights of their own, and one bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
+
+
 class RowBias(nn.Module):
     """A linear layer by hand, with a bias of (1, N)."""
 
@@ -132,6 +144,7 @@ CASES = {
     "x @ W": (Product, ROWS, "weight_quantizer", 1),
     "linear with W.t()": (Transposed, ROWS, "weight_quantizer", 1),
     "tied": (Tied, ROWS, "embedding.weight_quantizer", 0),
+    "tied bias": (TiedBias, ROWS, "first.weight_quantizer", 0),
     "bias of (1, N)": (RowBias, ROWS, "weight_quantizer", 0),
     "no bias": (NoBias, ROWS, "weight_quantizer", 0),
     "attention": (Attention, drawn(4, 5, 6), "attention.in_proj_weight_quantizer", 0),

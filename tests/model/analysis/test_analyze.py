@@ -36,6 +36,23 @@ class TestFigures:
         assert found.layers[-1].path == "head"
         assert found.layers[-1].sqnr == pytest.approx(found.output_sqnr, abs=0.01)
 
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_biases_that_calibration_has_corrected_are_no_part_of_the_model_in_float(self, float_model, images, bits):
+        model = prepare_qat(copy.deepcopy(float_model), QATConfig(weights={"bits": bits}), images[0])
+        calibrate(model, images)
+        before = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            exact = np.concatenate([float_model(x).numpy() for x in images])
+            rounded = np.concatenate([model(x).numpy() for x in images])
+        found, told = analyze(model, images), analyze(model, images, reference=float_model)
+        uncorrected = analyze(calibrated(float_model, images, weights={"bits": bits}), images)
+        assert found.output_sqnr == pytest.approx(decibels(exact, rounded), abs=0.01)
+        for ours, theirs, alone in zip(found.layers, told.layers, uncorrected.layers, strict=True):
+            assert (ours.sqnr, ours.only_float) == pytest.approx((theirs.sqnr, theirs.only_float), abs=0.1)
+            assert ours.only_quantized == pytest.approx(theirs.only_quantized, abs=0.1)
+            assert ours.only_quantized == pytest.approx(alone.only_quantized, abs=0.1)  # with nothing to correct
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
     def test_sqnr_of_a_layer_is_that_of_a_float_model_with_its_codes(self, float_model, images):
         """Input and first layer alone, computed with numpy from scales and the float weight."""
         model = calibrated(float_model, images)

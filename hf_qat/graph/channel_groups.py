@@ -7,6 +7,7 @@ any size by its weight and bias (Xiao et al. 2023, "SmoothQuant", §4).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -208,12 +209,12 @@ def _mixes(layer: QATLayer) -> bool:
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    """Of which more than one module has them."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {key for key, count in owners.items() if count > 1}
+    """Of which more than one module has them, or whose batch norm is folded into more than one layer."""
+    modules = list(model.modules())
+    norms = Counter(module.batch_norm for module in modules if isinstance(module, QATLayer) and module.batch_norm)
+    owners = [*modules, *(norm for norm, layers in norms.items() if layers > 1)]
+    counts = Counter(id(parameter) for owner in owners for parameter in owner.parameters(recurse=False))
+    return {key for key, count in counts.items() if count > 1}
 
 
 def _may_change(module: nn.Module, shared: set[int]) -> bool:

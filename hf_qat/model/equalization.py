@@ -128,6 +128,8 @@ def _measure(
 def _watching(axes: dict[FakeQuantize, int], found: dict[FakeQuantize, list[ChannelStatistics]]) -> Iterator[None]:
     def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, FakeQuantize)
+        if not output.numel():
+            return
         rows = output.float().movedim(axes[module], 0).flatten(1)
         low, high = rows.amin(1).clamp_max(0.0), rows.amax(1).clamp_min(0.0)
         found.setdefault(module, []).append(ChannelStatistics(low, high, rows.square().mean(1)))
@@ -163,6 +165,8 @@ class _Noise:
         least = torch.where(self.most == 0.0, self.most.new_zeros(()), -math.log2(LARGEST_FACTOR))
         exponents = torch.zeros_like(self.power, requires_grad=True)
         best, found = float(self(torch.ones_like(self.power))), torch.zeros_like(self.power)
+        if best == 0.0:
+            return torch.exp2(found)
         optimizer = torch.optim.Adam([exponents], RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):

@@ -94,6 +94,22 @@ def test_what_does_not_keeps_its_channels(between: nn.Module):
     assert named(Chain(between), IMAGES) == []
 
 
+class OneNorm(Chain):
+    """One batch norm after two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.third = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, other = self.norm(self.first(x)), self.norm(self.other(x))
+        return self.second(self.between(first)), self.third(self.between(other))
+
+
+def test_a_batch_norm_of_two_layers_keeps_its_weight():
+    assert named(OneNorm().eval(), IMAGES) == []
+
+
 def test_all_that_is_added_has_one_factor():
     assert named(Residual(), IMAGES) == [({"first", "inner"}, {"inner", "second"})]
 

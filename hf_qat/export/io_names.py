@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
-from hf_qat.errors import ExportError
+from hf_qat.errors import CaptureError, ExportError
 from hf_qat.graph.capture.inputs import Inputs, guess_inputs, with_batch
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.model.state import captured_children
@@ -143,8 +143,19 @@ def _random_inputs(module: CapturedModule) -> list[Tensor]:
 
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """The call with its arguments by name."""
-    return inspect.signature(model.forward).bind(*args, **kwargs)
+    """The call with its arguments by name.
+
+    Raises:
+        CaptureError: the model takes other ones.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give what you would pass to "
+            "the model, without labels: (images for images, labels in loader)."
+        ) from error
 
 
 def input_names(bound: inspect.BoundArguments) -> list[str]:

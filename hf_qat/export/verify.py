@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -55,6 +55,8 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
     """
     require_stage(model, Stage.CONVERTED, "verify")
     require_onnxruntime()
+    if isinstance(batches, (torch.Tensor, Mapping)):
+        raise ExportError("`batches` is one batch: give an iterable of batches, such as a data loader or [batch].")
     path = Path(path)
     file = _load(path)
     sessions = [Session(path, optimized=False), Session(path, optimized=True)]
@@ -65,6 +67,8 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
         first = batch if first is None else first
         inputs, expected = _run_torch(model, batch)
         rows = _rows_in(inputs)
+        if not rows:
+            continue
         samples += rows
         for session, comparison in zip(sessions, comparisons, strict=True):
             results = session.run(inputs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat, verify_onnx
-from hf_qat.errors import ExportError, StageError
+from hf_qat.errors import CaptureError, ExportError, StageError
 from hf_qat.export.comparison import Comparison
 from hf_qat.export.float_operators import output_steps
 from hf_qat.export.report import Agreement, ExportReport
@@ -86,8 +86,19 @@ def test_top1_of_a_segmentation_model_counts_pixels(exported):
 
 
 def test_nothing_to_compare_is_an_error(own_file):
-    with pytest.raises(ExportError, match="`batches` is empty"):
-        verify_onnx(*own_file, [])
+    for nothing in ([], [torch.randn(0, 3, 16, 16)]):
+        with pytest.raises(ExportError, match="`batches` is empty"):
+            verify_onnx(*own_file, nothing)
+    assert verify_onnx(*own_file, [torch.randn(0, 3, 16, 16), torch.randn(2, 3, 16, 16)]).samples == 2
+
+
+def test_one_batch_is_not_taken_for_several_and_labels_not_for_an_input(own_file):
+    x = torch.randn(2, 3, 16, 16)
+    for batch in (x, {"x": x}):
+        with pytest.raises(ExportError, match="one batch"):
+            verify_onnx(*own_file, batch)
+    with pytest.raises(CaptureError, match=r"do not fit HandWritten\.forward.*without labels"):
+        verify_onnx(*own_file, [(x, torch.tensor([0, 1]))])
 
 
 def test_another_number_of_inputs_is_an_error(own_file):

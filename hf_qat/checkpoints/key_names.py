@@ -20,19 +20,30 @@ from transformers.core_model_loading import (
 )
 
 
-#: What DataParallel, DistributedDataParallel and `QATFxModule` put before every key.
-WRAPPER_PREFIX = "module."
+#: What DataParallel, DistributedDataParallel and `QATFxModule` put before every key, and what `torch.compile` does.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def without_wrapper(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Strip `module.` where every key of `state` has it, and not every one of `names`, which are the model's."""
+    """`state` with the prefixes of the wrappers that the model of these `names` is in, and of no others.
 
-    def wrapped(keys: Collection[str]) -> bool:
-        return len(keys) > 0 and all(key.startswith(WRAPPER_PREFIX) for key in keys)
-
-    if not wrapped(state.keys()) or wrapped(names):
+    What every key has counts as a wrapper's, unless the model has one of the keys as it is.
+    """
+    if any(key in names for key in state):
         return dict(state)
-    return {key.removeprefix(WRAPPER_PREFIX): value for key, value in state.items()}
+    theirs, own = _wrappers(state), _wrappers(names)
+    return {own + key.removeprefix(theirs): value for key, value in state.items()}
+
+
+def _wrappers(keys: Collection[str]) -> str:
+    """The prefixes of wrappers that every one of the keys begins with, one after the other."""
+    found = ""
+    while keys:
+        prefix = next((p for p in WRAPPER_PREFIXES if all(key.startswith(found + p) for key in keys)), None)
+        if prefix is None:
+            break
+        found += prefix
+    return found
 
 
 def native_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -74,8 +74,9 @@ def _counted(names: Sequence[str]) -> str:
 def load_weights(model: nn.Module, source: Source, strict: bool = False, verbose: bool = True) -> WeightsReport:
     """Load weights into `model`, in place, and say what fitted; if anything is refused, nothing is loaded at all.
 
-    A `module.` before every key, from DataParallel, is stripped; the older names under which transformers saves are
-    translated. Into a prepared model, a float checkpoint leaves the ranges of activations to be calibrated anew.
+    A wrapper's prefix before every key (`module.` of DataParallel, `_orig_mod.` of `torch.compile`) becomes that of
+    the model, or none; the older names under which transformers saves are translated. Into a prepared model, a float
+    checkpoint leaves the ranges of activations to be calibrated anew.
 
     Args:
         model: float, prepared or converted. A converted one takes the state dict of a converted one.

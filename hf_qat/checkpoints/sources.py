@@ -29,7 +29,7 @@ FILE_NAMES = (
 )
 
 #: Training scripts save the state dict beside the optimizer's, under one of these keys.
-CONTAINERS = ("state_dict", "model")
+CONTAINERS = ("state_dict", "model_state_dict", "model")
 
 #: A source that ends so is a file and not the name of a Hub repository.
 SHARD_SUFFIXES = (".safetensors", ".bin")
@@ -38,7 +38,7 @@ FILE_SUFFIXES = (".safetensors", ".json", ".pt", ".pth", ".bin")
 
 def name_of(source: Source) -> str:
     """What to call `source` in a report."""
-    return "a state dict" if isinstance(source, Mapping) else os.fspath(source)
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else "a state dict"
 
 
 def read_weights(source: Source) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def read_weights(source: Source) -> dict[str, Tensor]:
     Raises:
         WeightsError: there is no such source, it cannot be read, or it holds something other than named tensors.
     """
-    if isinstance(source, Mapping):
+    if not isinstance(source, (str, os.PathLike)):
         return _named_tensors(source, name_of(source))
     path = Path(source).expanduser()
     if path.is_file():
@@ -127,7 +127,7 @@ def _named_tensors(content: object, name: str) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{name} holds {type(content).__name__}, not a state dict: save model.state_dict().")
+        raise WeightsError(f"{name} is or holds {type(content).__name__}, not a state dict: save model.state_dict().")
     for key, value in content.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise WeightsError(f"{name} is no state dict: {key!r} is {type(value).__name__}, not a named tensor.")

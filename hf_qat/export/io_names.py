@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
-from hf_qat.errors import ExportError
+from hf_qat.errors import CaptureError, ExportError
 from hf_qat.graph.capture.inputs import Inputs, guess_inputs, with_batch
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.model.state import captured_children
@@ -62,12 +63,13 @@ def export_call(model: nn.Module, inputs: Inputs, dynamic: bool) -> ExportCall:
     )
 
 
-def output_names(model: nn.Module, program: ExportedProgram) -> list[str]:
-    """A name for each tensor that comes out, in order, as `named_outputs` gives it.
+def output_names(model: nn.Module, program: ExportedProgram, inputs: Sequence[str]) -> list[str]:
+    """A name for each tensor that comes out, in order, as `named_outputs` gives it, and none of the inputs'.
 
     Args:
         model: for the error.
         program: of the model.
+        inputs: names of what goes in.
 
     Raises:
         ExportError: something else than tensors comes out.
@@ -78,7 +80,20 @@ def output_names(model: nn.Module, program: ExportedProgram) -> list[str]:
     values = [leaf.meta["val"] if isinstance(leaf, fx.Node) else leaf for leaf in own]
     result = pytree.tree_unflatten(values, program.call_spec.out_spec)
     _require_tensors(type(model).__name__, result)
-    return [name for name, _ in named_outputs(result)]
+    return distinct((name for name, _ in named_outputs(result)), inputs)
+
+
+def set_names(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give an `onnx_ir.Graph` its names in place; what else in it has one of these gets another."""
+    made = [value for node in graph for value in node.outputs]
+    own = {*graph.inputs, *graph.outputs}
+    others = [value for value in (*made, *graph.initializers.values()) if value not in own]
+    taken = {*inputs, *outputs, *(value.name for value in others)}
+    for value in [value for value in others if value.name in (*inputs, *outputs)]:
+        (value.name,) = distinct([value.name], taken)
+        taken.add(value.name)
+    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        value.name = name
 
 
 @torch.no_grad()
@@ -128,23 +143,52 @@ def _random_inputs(module: CapturedModule) -> list[Tensor]:
 
 
 def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """The call with its arguments by name."""
-    return inspect.signature(model.forward).bind(*args, **kwargs)
+    """The call with its arguments by name.
+
+    Raises:
+        CaptureError: the model takes other ones.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            f"the inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give what you would pass to "
+            "the model, without labels: (images for images, labels in loader)."
+        ) from error
 
 
 def input_names(bound: inspect.BoundArguments) -> list[str]:
     """A name for each tensor that goes in, in order: its argument's, numbered where an argument holds several."""
-    return [name for name, _ in _named(dict(bound.arguments))]
+    return distinct(name for name, _ in _named(_by_name(bound)))
 
 
 def input_tensors(bound: inspect.BoundArguments) -> list[Tensor]:
     """Each tensor that goes in, in the order of `input_names`."""
-    return [tensor for _, tensor in _named(dict(bound.arguments))]
+    return [tensor for _, tensor in _named(_by_name(bound))]
+
+
+def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments by name; those among `**kwargs` by their own."""
+    parameters = bound.signature.parameters
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        named.update(value if parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+    return named
 
 
 def named_outputs(result: Any) -> list[tuple[str, Tensor]]:
     """Each tensor that comes out, by its name in a `ModelOutput` or a dict; `output` or `output_<k>` elsewhere."""
     return list(_named(result if isinstance(result, Mapping) else {"output": result}))
+
+
+def distinct(names: Iterable[str], taken: Collection[str] = ()) -> list[str]:
+    """Each name, with a number where it is `taken` or was there already: `logits`, `logits_1`."""
+    found: list[str] = []
+    for name in names:
+        tries = chain([name], (f"{name}_{number}" for number in count(1)))
+        found.append(next(free for free in tries if free not in taken and free not in found))
+    return found
 
 
 def dynamic_batch(bound: inspect.BoundArguments) -> dict[str, Any]:
@@ -167,9 +211,9 @@ def _named(tree: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     Where several have that name, those that are nested get the names around it, too: `decoder_output_hidden_state`.
     """
     found = list(_paths(tree))
-    count = Counter(path[-1] for path, _ in found)
+    of_name = Counter(path[-1] for path, _ in found)
     for path, tensor in found:
-        yield path[-1] if count[path[-1]] == 1 else "_".join(path), tensor
+        yield path[-1] if of_name[path[-1]] == 1 else "_".join(path), tensor
 
 
 def _paths(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Tensor]]:

@@ -23,7 +23,7 @@ from hf_qat.errors import CaptureError, ExportError, FixedBatchError, StageError
 from hf_qat.export.cleanup import clean_up, set_metadata
 from hf_qat.export.decomposing import decomposing_in_place
 from hf_qat.export.float_operators import count_quantize_nodes
-from hf_qat.export.io_names import ExportCall, example_of, export_call, output_names, require_tensors
+from hf_qat.export.io_names import ExportCall, example_of, export_call, output_names, require_tensors, set_names
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.opset import SUPPORTED_OPSETS, lower_opset
 from hf_qat.export.refusals import require_expressible
@@ -142,8 +142,8 @@ def _to_proto(model: nn.Module, call: ExportCall, config: QATConfig, opset_versi
         require_tensors(model, call)
         kind = ExportError if call.dynamic_shapes is None else FixedBatchError
         raise kind(f"PyTorch cannot export {type(model).__name__} to ONNX: {_reason(cause)}") from error
-    for value, name in zip(program.model.graph.outputs, output_names(model, program.exported_program), strict=True):
-        value.name = name
+    outputs = output_names(model, program.exported_program, call.input_names)
+    set_names(program.model.graph, call.input_names, outputs)
     _register_constants(program)
     file = clean_up(lower_opset(program.model_proto, opset_version))
     _require_pairs(model, file, call.dynamic_shapes is not None)

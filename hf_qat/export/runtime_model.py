@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hf_qat.errors import ExportError
-from hf_qat.export.io_names import bind, input_names, input_tensors, named_outputs
+from hf_qat.export.io_names import bind, distinct, input_names, input_tensors, named_outputs
 from hf_qat.export.verify import Session
 
 
@@ -58,7 +58,7 @@ class RuntimeModel(nn.Module):
             )
         computed = self._session.run([given[name].cpu().numpy() for name in self._session.inputs])
         by_name = dict(zip(self._session.outputs, computed, strict=True))
-        names = iter([name for name, _ in named_outputs(outputs)])
+        names = iter(distinct((name for name, _ in named_outputs(outputs)), self._session.inputs))
         leaves, structure = pytree.tree_flatten(outputs)
         exchanged = [_exchange(leaf, next(names), by_name) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if by_name:

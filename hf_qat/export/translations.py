@@ -80,14 +80,15 @@ def _average_images(op: Any, x: Any, size: list[int], grid: list[int], weights: 
 
 
 def _largest(x: Any, grid: list[int]) -> Any:
-    """(N, C, H, W) → (N, C, *grid), and indices."""
+    """(N, C, H, W) → (N, C, *grid), and the places of these in the plane; ONNX counts them from the first image on."""
     from onnxscript import opset18 as op
 
     size = _size(x)
     windows = _windows(size, grid)
     if windows is None:
         raise ExportError(f"adaptive max pooling of {size} to {grid} has bins that no pool of ONNX has")
-    return op.MaxPool(x, kernel_shape=windows[0], strides=windows[1])
+    values, places = op.MaxPool(x, kernel_shape=windows[0], strides=windows[1])
+    return values, op.Mod(places, _integers(op, size[0] * size[1]))
 
 
 def _sort(x: Any, axis: int, descending: bool) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
     """
     require_stage(model, Stage.CONVERTED, "verify")
     require_onnxruntime()
+    if isinstance(batches, (torch.Tensor, Mapping)):
+        raise ExportError("`batches` is one batch: give an iterable of batches, such as a data loader or [batch].")
     path = Path(path)
     file = _load(path)
     sessions = [Session(path, optimized=False), Session(path, optimized=True)]
@@ -63,10 +66,13 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
     for batch in batches:
         first = batch if first is None else first
         inputs, expected = _run_torch(model, batch)
-        samples += len(inputs[0])
+        rows = _rows_in(inputs)
+        if not rows:
+            continue
+        samples += rows
         for session, comparison in zip(sessions, comparisons, strict=True):
             results = session.run(inputs)
-            if session.batch_size is None or _is_row_by_row(expected, results, len(inputs[0])):
+            if session.batch_size is None or _is_row_by_row(expected, results, rows):
                 comparison.add(expected, results)
                 continue
             for part in _parts(batch, session.batch_size):
@@ -113,10 +119,11 @@ def sensitivity(model: nn.Module, batch: Inputs, steps: Sequence[float | None]) 
         return x * (1 + PERTURBATION * noise).to(x.dtype) if x.is_floating_point() else x
 
     _, expected = _run_torch(model, batch)
+    args, kwargs = as_call(batch)
     errors = []
     for _ in range(CHANGES):
         comparison = Comparison(list(steps))
-        _, found = _run_torch(model, torch.utils._pytree.tree_map_only(torch.Tensor, changed, batch))
+        _, found = _run_torch(model, torch.utils._pytree.tree_map_only(torch.Tensor, changed, kwargs or args))
         comparison.add(expected, [values for _, values in found])
         errors.append(comparison.result().relative_error)
     return max(filter(math.isfinite, errors), default=0.0)
@@ -165,12 +172,20 @@ def _is_row_by_row(expected: Sequence[tuple[str, np.ndarray]], results: Sequence
 def _parts(batch: Inputs, size: int) -> Iterator[Inputs]:
     """The batch, `size` rows at a time; at the end the last one is repeated."""
     args, kwargs = as_call(batch)
-    rows = max(len(x) for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    rows = max(len(x) for x in tensors if x.dim())
+
+    def part(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, index.to(x.device)) if x.dim() else x
+
     for start in range(0, rows, size):
         index = torch.arange(start, start + size).clamp(max=rows - 1)
-        yield torch.utils._pytree.tree_map_only(
-            torch.Tensor, lambda x, index=index: x.index_select(0, index.to(x.device)), kwargs or args
-        )
+        yield torch.utils._pytree.tree_map_only(torch.Tensor, partial(part, index=index), kwargs or args)
+
+
+def _rows_in(inputs: Sequence[np.ndarray]) -> int:
+    """The batch of some inputs, of which a single number has none; 1 if none has."""
+    return next((len(x) for x in inputs if x.ndim), 1)
 
 
 class Session:
@@ -212,17 +227,18 @@ class Session:
         Raises:
             ExportError: the inputs do not fit the file, or ONNX Runtime fails to compute it.
         """
-        size = self.batch_size
-        if size is None or all(len(x) == size for x in inputs):
+        size, rows = self.batch_size, _rows_in(inputs)
+        counts = [len(x) for x in inputs if x.ndim]
+        if size is None or all(count == size for count in counts):
             return self._run(inputs)
-        if len({len(x) for x in inputs}) > 1:
+        if len(set(counts)) > 1:
             raise ExportError(
-                f"inputs of {', '.join(str(len(x)) for x in inputs)} rows do not fit a file for a batch of {size}: "
+                f"inputs of {', '.join(map(str, counts))} rows do not fit a file for a batch of {size}: "
                 "the first axis of each is taken for the batch. export_onnx(..., verify=False) writes it unverified."
             )
-        starts = range(0, len(inputs[0]), size)
-        parts = [self._run([_rows(x, start, size) for x in inputs]) for start in starts]
-        return [_joined(outputs, len(inputs[0])) for outputs in zip(*parts, strict=True)]
+        starts = range(0, rows, size)
+        parts = [self._run([_rows(x, start, size) if x.ndim else x for x in inputs]) for start in starts]
+        return [_joined(outputs, rows) for outputs in zip(*parts, strict=True)]
 
     def _run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         names = self.inputs
@@ -236,8 +252,8 @@ class Session:
 
     @property
     def batch_size(self) -> int | None:
-        """The batch that the file is for; `None` if it takes any."""
-        size = self._session.get_inputs()[0].shape[0]
+        """The batch that the file is for; `None` if it takes any, or numbers alone."""
+        size = next((value.shape[0] for value in self._session.get_inputs() if value.shape), None)
         return size if isinstance(size, int) else None
 
 

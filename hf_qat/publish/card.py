@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
@@ -34,15 +35,24 @@ from hf_qat.version import __version__
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
-#: What the name of a Hugging Face class ends in → the Hub's name of its task, and the class that loads it.
+#: What the name of a Hugging Face class ends in → the Hub's name of its task, and the auto class that loads it; `None`
+#: where not every version of transformers has one.
 TASKS = {
     "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+    "ForImageClassificationWithTeacher": ("image-classification", None),
     "ForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
+    "ForInstanceSegmentation": ("image-segmentation", None),
+    "ForUniversalSegmentation": ("image-segmentation", None),
+    "DetrForSegmentation": ("image-segmentation", None),
     "ForObjectDetection": ("object-detection", "AutoModelForObjectDetection"),
     "ForDepthEstimation": ("depth-estimation", "AutoModelForDepthEstimation"),
+    "ForKeypointDetection": ("keypoint-detection", None),
+    "ForPoseEstimation": ("keypoint-detection", None),
+    "ForImageSuperResolution": ("image-to-image", None),
+    "ForVideoClassification": ("video-classification", None),
     "Backbone": ("image-feature-extraction", "AutoBackbone"),
 }
-OTHER_TASK = ("image-feature-extraction", "AutoModel")
+OTHER_TASK = ("image-feature-extraction", None)
 
 #: Packages whose versions a card names.
 PACKAGES = ("transformers", "torch", "onnx", "onnxruntime")
@@ -133,9 +143,10 @@ def render(facts: CardFacts, options: CardOptions) -> ModelCard:
 
 
 def task_of(model: nn.Module) -> tuple[str, str]:
-    """The Hub's name of a model's task, and the class of transformers that loads it."""
+    """The Hub's name of a model's task, and the class that loads it: its own, where no auto class is sure to."""
     name = type(model).__name__
-    return next((row for ending, row in TASKS.items() if name.endswith(ending)), OTHER_TASK)
+    task, auto_class = next((row for ending, row in TASKS.items() if name.endswith(ending)), OTHER_TASK)
+    return task, auto_class or (name if hasattr(transformers, name) else "AutoModel")
 
 
 def _metadata(facts: CardFacts, options: CardOptions, task: str) -> ModelCardData:

@@ -43,6 +43,7 @@ class Contents:
         processor: whether an image processor is there.
         real_inputs: whether the comparison was on real inputs; else on random ones.
         plot: whether there is a figure of the accuracy by stage.
+        any_batch: whether the ONNX file takes batches of any size; else one image at a time.
     """
 
     onnx: ExportReport
@@ -51,6 +52,7 @@ class Contents:
     processor: bool
     real_inputs: bool
     plot: bool = False
+    any_batch: bool = True
 
 
 def save_model(model: nn.Module, directory: Path, processor: Any | None) -> None:
@@ -90,16 +92,18 @@ def write_contents(
     save_model(model, directory, processor)
     path = directory / ONNX
     example = dict(batches[0]) if batches else None
+    any_batch = True
     try:
         report = export_onnx(model, path, example, dynamic_batch=True, verify=not batches)
     except FixedBatchError as error:
         logger.warning("%s takes one image at a time: %s", ONNX, error)
+        any_batch = False
         report = export_onnx(model, path, example, verify=not batches)
     if batches:
         report = verify_onnx(model, path, [dict(batch) for batch in batches])
         require_agreement(report)
     tidl, why_not = _write_tidl(model, directory / TIDL, processor, batches)
-    return Contents(report, tidl, why_not, processor is not None, bool(batches))
+    return Contents(report, tidl, why_not, processor is not None, bool(batches), any_batch=any_batch)
 
 
 def _write_tidl(

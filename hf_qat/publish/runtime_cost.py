@@ -50,16 +50,16 @@ def runtime_cost(
     floating = in_float(onnx.load(path)).SerializeToString()
     sessions = [_session(source, session_options) for source in (floating, str(path))]
     wanted = sessions[1].get_inputs()
-    if any(value.name not in inputs or value.shape[0] not in (1, *_any_size(value.shape)) for value in wanted):
+    if any(value.name not in inputs or not _takes_one(value.shape) for value in wanted):
         return None
     given = {value.name: inputs[value.name] for value in wanted}
     before, after = _medians([partial(session.run, None, given) for session in sessions])
     return RuntimeCost(len(floating), path.stat().st_size, before, after)
 
 
-def _any_size(shape: list[int | str]) -> tuple[str, ...]:
-    """The name of a batch of any size."""
-    return (shape[0],) if isinstance(shape[0], str) else ()
+def _takes_one(shape: list[int | str]) -> bool:
+    """Whether an input of this shape is that of one image: of a batch of 1 or of any size, or a single number."""
+    return not shape or shape[0] == 1 or isinstance(shape[0], str)
 
 
 def in_float(model: ModelProto) -> ModelProto:

@@ -33,7 +33,7 @@ from hf_qat.tidl.check import check_tidl
 from hf_qat.tidl.clip import clips_for_quantizers
 from hf_qat.tidl.config_yaml import Described, Task, config, dataset, task_of
 from hf_qat.tidl.devices import Device, find_device
-from hf_qat.tidl.frames import Frame, as_batch, frames_of, write_frames
+from hf_qat.tidl.frames import Frames, frames_of, write_frames
 from hf_qat.tidl.preprocess import Recipe, check_size, recipe_of
 from hf_qat.tidl.readme import Readme, readme
 from hf_qat.tidl.report import TidlReport
@@ -58,13 +58,13 @@ class _Content:
     ranges: Ranges
     task: Task | None
     labels: dict[int, str]
-    frames: list[Frame]
+    frames: Frames
     metrics: dict[str, float]
     recipe: Recipe | None
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
-            check_size(self.recipe.preprocess, next(iter(self.frames[0].values())).shape)
+            check_size(self.recipe.preprocess, next(iter(self.frames.frames[0].values())).shape)
 
 
 def export_tidl(
@@ -105,7 +105,7 @@ def export_tidl(
         StageError: the model is not converted.
         ConfigError: no such device, no such form of ranges on it, `name` is no file name, or `labels` are not those of
             the model's classes.
-        CalibrationError: no frames, or NaN in one.
+        CalibrationError: no frames, NaN in one, or frames of several sizes.
         ExportError: TIDL would refuse the model; the processor cannot be expressed; the directory holds something
             else; the artifacts are of another model.
     """
@@ -118,7 +118,7 @@ def export_tidl(
         task=task_of(model),
         labels=_labels(model, labels),
         frames=frames_of(model, calibration_data, frames),
-        metrics=dict(metrics or {}),
+        metrics={key: float(value) for key, value in (metrics or {}).items()},
         recipe=None if processor is None else recipe_of(processor),
     )
     with whole_directory(Path(directory), ARTIFACTS) as made:
@@ -149,6 +149,11 @@ def _labels(model: nn.Module, labels: Mapping[int, str] | Sequence[str] | None) 
     own = getattr(getattr(model, "config", None), "id2label", None) or {}
     given = own if labels is None else labels
     named = given if isinstance(given, Mapping) else dict(enumerate(given))
+    if not all(str(number).isdecimal() for number in named):
+        raise ConfigError(
+            f"labels has {listed([repr(number) for number in named])} in the place of numbers: give number → name "
+            "(id2label, not label2id), or the names in order."
+        )
     if own and {int(number) for number in named} != {int(number) for number in own}:
         raise ConfigError(
             f"labels names {len(named)} classes ({listed([str(number) for number in named])}), and the model tells "
@@ -160,7 +165,7 @@ def _labels(model: nn.Module, labels: Mapping[int, str] | Sequence[str] | None) 
 def _write_model(model: nn.Module, made: Path, content: _Content) -> None:
     """The ONNX file first; all else describes it."""
     path = made / "model" / f"{content.name}.onnx"
-    export_onnx(model, path, as_batch(content.frames), opset_version=OPSET, verify=False)
+    export_onnx(model, path, content.frames.as_batch(), opset_version=OPSET, verify=False)
     file = adapt(onnx.load(path))
     if content.ranges == "clip":
         file = clips_for_quantizers(file)
@@ -175,15 +180,15 @@ def _write_model(model: nn.Module, made: Path, content: _Content) -> None:
             f"TIDL refuses this model on {content.device.name}: {' '.join([worst.operator, worst.layer, '']).lstrip()}"
             f"{worst.why}. Do this: {worst.remedy}. check_tidl on the file of export_onnx lists everything."
         )
-    verified = verify_onnx(model, path, [as_batch(content.frames)])
+    verified = verify_onnx(model, path, [content.frames.as_batch()])
     require_agreement(verified)
     _write_files(made, file, content, check, verified)
 
 
 def _write_files(made: Path, file: ModelProto, content: _Content, check: TidlReport, verified: ExportReport) -> None:
     path = f"model/{content.name}.onnx"
-    write_frames(content.frames, made / "calibration")
-    options = runtime_options(content.device, len(content.frames), content.ranges)
+    write_frames(content.frames.frames, made / "calibration")
+    options = runtime_options(content.device, len(content.frames.frames), content.ranges)
     _write_json(made / SETTINGS, _settings(file, path, content, options))
     _write_json(made / "check.json", {**check.to_dict(), "onnxruntime": _agreement(verified)})
     why_not = _write_config(made, file, content, options, digest(made / path))
@@ -198,7 +203,7 @@ def _write_files(made: Path, file: ModelProto, content: _Content, check: TidlRep
         task=content.task,
         file=file,
         check=check,
-        frames=len(content.frames),
+        frames=len(content.frames.frames),
         why_no_config=why_not,
     )
     (made / "README.md").write_text(readme(described, _template("README.md")), encoding="utf-8")

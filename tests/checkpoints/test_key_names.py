@@ -24,14 +24,27 @@ A, B = torch.zeros(1), torch.ones(1)
         (["module.a"], ["a"], ["a"]),
         (["module.a", "b"], ["a", "b"], ["module.a", "b"]),
         (["module.a"], ["module.a"], ["module.a"]),
-        (["module.module.a"], ["module.a"], ["module.module.a"]),
+        (["module.module.a"], ["module.a"], ["module.a"]),
+        (["a", "b"], ["module.a", "module.b"], ["module.a", "module.b"]),
+        (["module._orig_mod.a", "module._orig_mod.b"], ["a", "b"], ["a", "b"]),
+        (["_orig_mod.a"], ["module.a"], ["module.a"]),
+        (["module.a"], ["module.a", "head.b"], ["module.a"]),
         ([], ["a"], []),
     ],
-    ids=["of a wrapper", "of a wrapper of one", "one of two", "of the model", "of both", "none"],
+    ids=[
+        "of a wrapper",
+        "of a wrapper of one",
+        "one of two",
+        "of the model",
+        "of both",
+        "of the model alone",
+        "of two wrappers",
+        "of another wrapper",
+        "of a part of the model",
+        "none",
+    ],
 )
-def test_the_prefix_of_a_wrapper_goes_if_all_keys_have_it_and_the_model_does_not(
-    keys: list[str], model: list[str], expected: list[str]
-):
+def test_the_prefix_of_wrappers_becomes_the_models(keys: list[str], model: list[str], expected: list[str]):
     assert list(without_wrapper(dict.fromkeys(keys, A), model)) == expected
 
 

@@ -142,6 +142,31 @@ def test_the_prefix_stays_where_the_model_has_it_too(donor: nn.Module) -> None:
     assert unchanged(wrapper["module"], donor.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method")  # of PyTorch's own, as torch.compile is imported
+def test_the_prefixes_of_compile_and_of_the_models_own_wrapper_are_no_difference(donor: nn.Module) -> None:
+    compiled = torch.compile(donor)
+    assert all(key.startswith("_orig_mod.") for key in compiled.state_dict())
+    model = hand_written()
+    load_weights(model, compiled.state_dict(), strict=True)
+    assert unchanged(model, donor.state_dict())
+    for source in (donor.state_dict(), nn.ModuleDict({"module": nn.ModuleDict({"module": donor})}).state_dict()):
+        wrapper = nn.ModuleDict({"module": hand_written()})
+        load_weights(wrapper, source, strict=True)
+        assert unchanged(wrapper["module"], donor.state_dict())
+
+
+def test_a_part_of_a_model_may_be_called_as_a_wrapper_is(donor: nn.Module) -> None:
+    model = nn.ModuleDict({"module": hand_written(), "head": nn.Linear(2, 2)})
+    report = load_weights(model, nn.ModuleDict({"module": donor}).state_dict())
+    assert report.missing == ("head.weight", "head.bias") and not report.unexpected
+    assert unchanged(model["module"], donor.state_dict())
+
+
+def test_a_model_is_no_source() -> None:
+    with pytest.raises(WeightsError, match=r"HandWritten, not a state dict: save model\.state_dict"):
+        load_weights(hand_written(), hand_written())
+
+
 def test_a_tensor_under_two_names_may_be_stored_under_one() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False)})
     model["b"] = model["a"]
@@ -168,6 +193,12 @@ def as_training_script(state: dict[str, Tensor], folder: Path) -> Path:
     return folder / "checkpoint.pt"
 
 
+def as_in_pytorchs_tutorial(state: dict[str, Tensor], folder: Path) -> Path:
+    content = {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}, "loss": torch.tensor(0.5)}
+    torch.save(content, folder / "checkpoint.tar")
+    return folder / "checkpoint.tar"
+
+
 def as_directory(state: dict[str, Tensor], folder: Path) -> Path:
     save_file(state, folder / "model.safetensors")
     return folder
@@ -189,7 +220,16 @@ def as_shards(state: dict[str, Tensor], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "write", [as_safetensors, as_torch_file, as_training_script, as_directory, as_old_directory, as_shards]
+    "write",
+    [
+        as_safetensors,
+        as_torch_file,
+        as_training_script,
+        as_in_pytorchs_tutorial,
+        as_directory,
+        as_old_directory,
+        as_shards,
+    ],
 )
 @pytest.mark.parametrize("path_type", [str, Path])
 def test_every_kind_of_file_is_read(

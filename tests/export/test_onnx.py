@@ -281,3 +281,71 @@ def test_a_batch_that_cannot_be_left_free_is_refused_and_one_image_at_a_time_is_
     export_onnx(model, tmp_path / "one.onnx", x)
     operators = [node.op_type for node in onnx.load(tmp_path / "one.onnx").graph.node]
     assert operators.count("QuantizeLinear") == 2 and not (tmp_path / "free.onnx").exists()
+
+
+class Returning(nn.Module):
+    """A convolution, its activation and scores of it, in the form that `give` brings them into."""
+
+    def __init__(self, give) -> None:
+        super().__init__()
+        self.conv, self.head, self.give = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), give
+
+    def forward(self, x: Tensor, relu: Tensor) -> object:
+        conv = self.conv(x)
+        pooled = conv.relu().mean((2, 3))
+        return self.give(conv, pooled, self.head(pooled) + relu, relu)
+
+
+#: What a model returns, and the names of the outputs in its file, where those that it has itself are taken.
+NAMED = {
+    "as inputs are": (lambda conv, pooled, y, relu: {"x": y, "relu": conv}, ["x_1", "relu_1"]),
+    "as operations are": (lambda conv, pooled, y, relu: {"conv2d": y, "mean": conv, "add": 2 * y}, None),
+    "as weights are": (lambda conv, pooled, y, relu: {"conv.weight": y, "head.bias": pooled}, None),
+    "as others in a tuple": (
+        lambda conv, pooled, y, relu: {"a": (y, conv), "a_0": pooled},
+        ["a_0", "a_1", "a_0_1"],
+    ),
+    "an input itself": (lambda conv, pooled, y, relu: (y, relu), ["output_0", "output_1"]),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_names_in_the_file_are_those_of_the_model_and_each_is_there_once(case, run_onnx, tmp_path):
+    torch.manual_seed(0)
+    give, names = NAMED[case]
+    inputs = torch.randn(3, 3, 8, 8), torch.randn(3, 2)
+    model = convert(calibrate(prepare_qat(Returning(give).eval(), QATConfig(), inputs), [inputs]))
+    result = model(*inputs)
+    report = export_onnx(model, tmp_path / "model.onnx", inputs, dynamic_batch=True)
+    file = onnx.load(report.path)
+    assert [value.name for value in file.graph.input] == ["x", "relu"]
+    assert [value.name for value in file.graph.output] == (names or list(result))
+    expected = result.values() if isinstance(result, dict) else result
+    leaves = [leaf for value in expected for leaf in (value if isinstance(value, tuple) else [value])]
+    for wanted, got in zip(leaves, run_onnx(file, *(x.numpy() for x in inputs)), strict=True):
+        np.testing.assert_allclose(got, wanted.detach().numpy(), atol=1e-5)
+
+
+class Scaled(nn.Module):
+    """Scores times a number, which is the first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, factor: Tensor, x: Tensor, **others: Tensor) -> Tensor:
+        return self.head(x) * factor + others["shift"]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_single_number_is_an_input_without_a_batch_and_keywords_keep_their_names(batch, run_onnx, tmp_path):
+    inputs = {"factor": torch.tensor(0.5), "x": torch.randn(batch, 4), "shift": torch.randn(batch, 2)}
+    model = convert(calibrate(prepare_qat(Scaled().eval(), QATConfig(), inputs), [inputs]))
+    report = export_onnx(model, tmp_path / "model.onnx", inputs)
+    file = onnx.load(report.path)
+    shapes = {v.name: [size.dim_value for size in v.type.tensor_type.shape.dim] for v in file.graph.input}
+    assert shapes == {"factor": [], "x": [1, 4], "shift": [1, 2]}
+    assert report.samples == batch and report.plain.max_abs_diff < 1e-5
+    one = {name: value[:1] if value.dim() else value for name, value in inputs.items()}
+    got = run_onnx(file, *(value.numpy() for value in one.values()))[0]
+    np.testing.assert_allclose(got, model(**one).detach().numpy(), atol=1e-5)

@@ -57,6 +57,17 @@ def test_outputs_that_the_file_has_are_onnx_runtimes_and_the_others_the_models(w
     assert model(pixel_values=x).loss is None
 
 
+def test_an_output_of_the_name_of_an_input_is_told_from_it(written):
+    class Same(nn.Module):
+        def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+            return {"pixel_values": 2 * pixel_values}
+
+    text = "g (float[N, 2] pixel_values) => (float[N, 2] pixel_values_1) "
+    model = RuntimeModel(Same(), written(text + "{ pixel_values_1 = Neg(pixel_values) }"))
+    x = torch.randn(3, 2)
+    torch.testing.assert_close(model(pixel_values=x)["pixel_values"], -x)
+
+
 def test_it_is_called_and_asked_as_the_model_is(written):
     model, x = RuntimeModel(Doubling(), written()).eval(), torch.randn(3, 2)
     torch.testing.assert_close(model(x, torch.zeros(3, 2)).logits, 2 * x + 1)

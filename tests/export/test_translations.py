@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given
@@ -84,3 +85,29 @@ def test_the_largest_of_bins_of_two_sizes_is_refused_with_both(tmp_path: Path):
     with pytest.raises(ExportError, match=r"adaptive max pooling of \[8, 8\] to \[3, 3\] has bins"):
         export_onnx(model, tmp_path / "model.onnx", x)
     assert not list(tmp_path.iterdir())
+
+
+class Places(nn.Module):
+    """The largest of each bin of a convolution's result, with or without its place in the plane."""
+
+    def __init__(self, places: bool) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 1), nn.AdaptiveMaxPool2d(4, return_indices=places)
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.pool(self.conv(x))
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_places_of_the_largest_are_counted_in_each_plane_and_left_out_where_nobody_asks(places: bool, tmp_path: Path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 8, 12)
+    model = convert(calibrate(prepare_qat(Places(places).eval(), QATConfig(), x), [x]))
+    export_onnx(model, tmp_path / "model.onnx", x, dynamic_batch=True)
+    file = onnx.load(tmp_path / "model.onnx")
+    (pool,) = [node for node in file.graph.node if node.op_type == "MaxPool"]
+    assert len(pool.output) == (2 if places else 1)
+    session = onnxruntime.InferenceSession(file.SerializeToString(), providers=["CPUExecutionProvider"])
+    results, expected = session.run(None, {"x": x.numpy()}), model(x)
+    for got, wanted in zip(results, expected if places else [expected], strict=True):
+        np.testing.assert_allclose(got, wanted.detach().numpy(), atol=1e-6)

@@ -11,13 +11,15 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
+from transformers import BatchFeature
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat, verify_onnx
-from hf_qat.errors import ExportError, StageError
+from hf_qat.errors import CaptureError, ExportError, StageError
 from hf_qat.export.comparison import Comparison
 from hf_qat.export.float_operators import output_steps
 from hf_qat.export.report import Agreement, ExportReport
 from hf_qat.export.verify import SIGNED_CODES_BUG, require_agreement
+from hf_qat.graph.capture.inputs import as_call
 from tests.models import HUGGING_FACE, HandWritten, hand_written
 
 
@@ -84,8 +86,19 @@ def test_top1_of_a_segmentation_model_counts_pixels(exported):
 
 
 def test_nothing_to_compare_is_an_error(own_file):
-    with pytest.raises(ExportError, match="`batches` is empty"):
-        verify_onnx(*own_file, [])
+    for nothing in ([], [torch.randn(0, 3, 16, 16)]):
+        with pytest.raises(ExportError, match="`batches` is empty"):
+            verify_onnx(*own_file, nothing)
+    assert verify_onnx(*own_file, [torch.randn(0, 3, 16, 16), torch.randn(2, 3, 16, 16)]).samples == 2
+
+
+def test_one_batch_is_not_taken_for_several_and_labels_not_for_an_input(own_file):
+    x = torch.randn(2, 3, 16, 16)
+    for batch in (x, {"x": x}):
+        with pytest.raises(ExportError, match="one batch"):
+            verify_onnx(*own_file, batch)
+    with pytest.raises(CaptureError, match=r"do not fit HandWritten\.forward.*without labels"):
+        verify_onnx(*own_file, [(x, torch.tensor([0, 1]))])
 
 
 def test_another_number_of_inputs_is_an_error(own_file):
@@ -202,10 +215,17 @@ class Picks(nn.Module):
 def test_a_model_that_does_so_by_itself_may_differ_from_its_file_and_another_may_not(monkeypatch):
     from hf_qat.export import verify
 
-    monkeypatch.setattr(verify, "_run_torch", lambda model, x: ([x.numpy()], [("y", model(x).numpy())]))
+    def run(model, batch):
+        args, kwargs = as_call(batch)
+        (x,) = (*args, *kwargs.values())
+        return [x.numpy()], [("y", model(x).numpy())]
+
+    monkeypatch.setattr(verify, "_run_torch", run)
     near, far = torch.tensor([[1.0, 1.0 + 1e-7]]), torch.tensor([[1.0, 2.0]])
     assert verify.sensitivity(Picks(), near, [None]) == pytest.approx(math.sqrt(2.0))
     assert verify.sensitivity(Picks(), far, [None]) == 0.0
+    of_processor = BatchFeature({"x": near})
+    assert verify.sensitivity(Picks(), of_processor, [None]) == pytest.approx(math.sqrt(2.0))
 
     swapped = figures(np.array([[0.0, 1.0]], np.float32), np.array([[1.0, 0.0]], np.float32))
     require_agreement(replace(report_of(swapped), sensitivity=verify.sensitivity(Picks(), near, [None])))

@@ -1,14 +1,24 @@
 """The model card: what the Hub reads of it, and what a reader is told."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import transformers
 from huggingface_hub import ModelCard
 from PIL import Image
+from torch import nn
 
+from hf_qat import calibrate, convert, prepare_qat
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.publish.card import CardFacts, CardOptions, render
+from hf_qat.publish.card import CardFacts, CardOptions, render, task_of
+from hf_qat.publish.directory import ONNX, write_contents
+from hf_qat.publish.summary import summarize
 from tests.exported import BASE, Exported, tiny_resnet
+from tests.models import spread
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +152,71 @@ def test_nothing_is_said_of_what_was_not_measured():
     text = described().text
     assert "Not measured" in text and "It was not trained." in text
     assert "Verification" not in text and "onnxruntime" not in text.split("## Versions")[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "loader"),
+    [
+        ("ResNetForImageClassification", "image-classification", "AutoModelForImageClassification"),
+        ("LevitForImageClassificationWithTeacher", "image-classification", "LevitForImageClassificationWithTeacher"),
+        ("Mask2FormerForUniversalSegmentation", "image-segmentation", "Mask2FormerForUniversalSegmentation"),
+        ("Swin2SRForImageSuperResolution", "image-to-image", "Swin2SRForImageSuperResolution"),
+        ("VideoMAEForVideoClassification", "video-classification", "VideoMAEForVideoClassification"),
+        ("ViTModel", "image-feature-extraction", "ViTModel"),
+        ("OfSomebody", "image-feature-extraction", "AutoModel"),
+    ],
+)
+def test_a_model_is_loaded_by_a_class_that_has_all_its_layers(name: str, task: str, loader: str):
+    assert task_of(type(name, (nn.Module,), {})()) == (task, loader)
+    assert hasattr(transformers, loader)
+
+
+def test_the_usage_of_a_model_without_an_auto_class_of_the_table_loads_it(tmp_path: Path):
+    size = {"image_size": 32, "patch_size": 8, "encoder_stride": 8}
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **size
+    )
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    model = prepare_qat(spread(transformers.ViTForMaskedImageModeling(config)), QATConfig(), batch)
+    convert(calibrate(model, [batch])).save_pretrained(tmp_path)
+    facts = CardFacts(model, str(tmp_path), QATConfig(), {}, "calibrated", {}, 0, None)
+    (code,) = re.findall(r"```python\n(.*?)```", str(render(facts, CardOptions())), re.DOTALL)
+    names: dict[str, nn.Module] = {}
+    exec(code, names)
+    assert torch.equal(names["model"](**batch).reconstruction, model(**batch).reconstruction)
+
+
+class Masked(transformers.PreTrainedModel):
+    """Takes a mask beside the pixels, and goes through the images one by one in Python."""
+
+    config_class = transformers.PretrainedConfig
+
+    def __init__(self, config: transformers.PretrainedConfig) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(3, 2)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        pooled = (pixel_values * pixel_mask[:, None]).mean((2, 3))
+        return {"logits": torch.cat([self.head(image[None]) for image in pooled])}
+
+
+def test_the_code_for_onnx_runtime_gives_the_file_all_its_inputs_and_the_batch_is_that_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8), "pixel_mask": torch.ones(2, 8, 8)}
+    model = prepare_qat(Masked(transformers.PretrainedConfig()).eval(), QATConfig(), batch)
+    convert(calibrate(model, [batch]))
+    contents = replace(write_contents(model, tmp_path, None, [batch]), processor=True)
+    summary = summarize(model, contents.onnx.float_ops)
+    facts = CardFacts(model, "me/masked", QATConfig(), {}, "calibrated", {}, 0, None, summary, contents)
+    text = str(render(facts, CardOptions()))
+    assert "MB; one image at a time |" in text
+
+    one = {name: tensor[:1].numpy() for name, tensor in batch.items()}
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(tmp_path / ONNX))
+    monkeypatch.setattr("transformers.image_utils.load_image", lambda name: None)
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name: lambda *_, **__: one)
+    names: dict[str, list[np.ndarray]] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    np.testing.assert_allclose(names["outputs"][0], model(**batch)["logits"][:1].detach().numpy(), atol=1e-5)

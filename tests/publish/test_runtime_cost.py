@@ -89,3 +89,15 @@ def test_a_file_is_measured_where_one_image_is_what_it_takes(batch, name, known,
     onnx.save(gemm(batch), tmp_path / "gemm.onnx")
     cost = runtime_cost(tmp_path / "gemm.onnx", {name: np.zeros((1, 2), np.float32)}, {})
     assert (cost is not None) == known
+
+
+def test_a_file_that_takes_a_single_number_beside_the_image_is_measured(tmp_path):
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * factor
+
+    inputs = torch.randn(2, 4), torch.tensor(0.5)
+    model = convert(calibrate(prepare_qat(Scaled(4, 2).eval(), QATConfig(), inputs), [inputs]))
+    export_onnx(model, tmp_path / "model.onnx", inputs)
+    given = {"x": np.zeros((1, 4), np.float32), "factor": np.array(0.5, np.float32)}
+    assert runtime_cost(tmp_path / "model.onnx", given, {}) is not None

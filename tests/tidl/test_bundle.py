@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from transformers import SegformerImageProcessorPil, ViTImageProcessorPil
+from torch import Tensor, nn
+from transformers import BatchFeature, SegformerImageProcessorPil, ViTImageProcessorPil
 
 from hf_qat import QATConfig, calibrate, convert, export_tidl, prepare_qat
 from hf_qat.errors import CalibrationError, ConfigError, ExportError, StageError
@@ -245,12 +246,24 @@ class TestRefusals:
             ([], "empty"),
             ([torch.full((1, 3, 32, 32), torch.nan)], "NaN"),
             (torch.zeros(1, 3, 32, 32), "one batch"),
+            (BatchFeature({"pixel_values": torch.zeros(1, 3, 32, 32)}), "one batch"),
+            ([torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 40, 32)], r"frame 1 holds .*40, 32\).* one size"),
+            ([{"pixel_values": np.zeros((1, 3, 32, 32), np.float32)}], "give torch tensors"),
         ],
-        ids=["empty", "nan", "a tensor"],
+        ids=["empty", "nan", "a tensor", "a batch of the processor", "two sizes", "arrays"],
     )
     def test_bad_calibration_data(self, data, message, converted, tmp_path):
         with pytest.raises(CalibrationError, match=message):
             export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "AM68A", data)
+
+    def test_no_frames_at_all(self, converted, tmp_path):
+        with pytest.raises(CalibrationError, match="frames=0"):
+            export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "AM68A", [torch.ones(1, 3, 32, 32)], frames=0)
+
+    def test_labels_by_name(self, converted, tmp_path):
+        with pytest.raises(ConfigError, match="id2label, not label2id"):
+            batch, numbers = [HUGGING_FACE["resnet"].pixels(2)], {f"class {k}": k for k in range(LABELS)}
+            export_tidl(converted("resnet", "AM68A"), tmp_path / "b", "AM68A", batch, labels=numbers)
 
     def test_a_directory_that_holds_something_else(self, converted, exported_once, tmp_path):
         (tmp_path / "thesis.tex").write_text("years of work")
@@ -316,3 +329,55 @@ def test_a_plain_network_gets_a_bundle_without_config(tmp_path):
 def test_the_palette_is_that_of_pascal_voc():
     colours = dataset("net", dict.fromkeys(range(6), "x"), colours=True)["color_map"]
     assert colours == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [128, 0, 128]]
+
+
+class Shifted(nn.Module):
+    """A net whose call is more than one tensor by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(
+        self,
+        image: Tensor | list[Tensor],
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        *,
+        factor: Tensor | None = None,
+        twice: bool = False,
+    ) -> Tensor:
+        """(N, 3, H, W), or a list of it and of (N, 4) to be added, → (N, 4)."""
+        image, *more = image if isinstance(image, list) else [image]
+        y = self.head(self.conv(image).relu().mean((2, 3)))
+        for number in (scale, factor):
+            y = y if number is None else y * number
+        return sum([*more, *([] if shift is None else [shift])], 2 * y if twice else y)
+
+
+PIXELS, OTHERS = torch.randn(4, 3, 8, 8), torch.randn(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "names"),
+    [
+        ({"shift": OTHERS, "image": PIXELS}, ["image", "shift"]),
+        ({"image": [PIXELS, OTHERS]}, ["image_0", "image_1"]),
+        (([PIXELS, OTHERS], None, OTHERS), ["image_0", "image_1", "shift"]),
+        ({"image": PIXELS, "twice": True}, ["image"]),
+        ({"image": PIXELS, "factor": torch.tensor(0.5)}, ["image", "factor"]),
+    ],
+    ids=["one left out", "a list", "a list and by position", "an option", "a single number"],
+)
+def test_a_bundle_of_a_model_that_is_called_with_more_than_tensors_in_a_row(batch, names, tmp_path):
+    torch.manual_seed(0)
+    model = convert(calibrate(prepare_qat(Shifted().eval(), QATConfig("AM68A"), batch), [batch]))
+    directory = export_tidl(model, tmp_path / "bundle", "AM68A", [batch], frames=3)
+    expected = model(**batch) if isinstance(batch, dict) else model(*batch)
+    session = onnxruntime.InferenceSession(directory / "model" / "shifted.onnx")
+    assert [value.name for value in session.get_inputs()] == names
+    frames = sorted((directory / "calibration").iterdir())
+    assert len(frames) == 3
+    for frame, wanted in zip(frames, expected, strict=False):
+        (got,) = session.run(None, dict(np.load(frame)))
+        np.testing.assert_allclose(got[0], wanted.detach().numpy(), atol=0.02 * float(expected.abs().max()))

@@ -51,6 +51,9 @@ def recipe_of(processor: BaseImageProcessor) -> Recipe:
         ExportError: the processor does something that the schema has no words for; its result and the recipe's differ.
     """
     processor = getattr(processor, "image_processor", processor)  # of a composite of image processor and tokenizer
+    if not hasattr(processor, "to_dict"):
+        given = f"{type(processor).__name__} {processor!r}" if isinstance(processor, str) else type(processor).__name__
+        raise ExportError(f"processor is to be an image processor, as AutoImageProcessor loads one, not {given}.")
     settings = processor.to_dict()
     resize, crop = _sizes(settings, type(processor).__name__)
     resample = int(settings.get("resample", BILINEAR))

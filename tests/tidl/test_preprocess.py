@@ -190,6 +190,12 @@ class Sharpening(transformers.ViTImageProcessorPil):
         return super().normalize(image, *arguments, **options) ** 2
 
 
+@pytest.mark.parametrize("given", ["microsoft/resnet-50", Path("processor"), 3])
+def test_what_is_no_processor_is_said_to_be_none(given: object):
+    with pytest.raises(ExportError, match=f"AutoImageProcessor loads one, not {type(given).__name__}"):
+        recipe_of(given)
+
+
 def test_a_processor_that_the_schema_cannot_express_is_refused():
     with pytest.raises(ExportError, match="Sharpening .* differ by .* steps"):
         recipe_of(Sharpening())

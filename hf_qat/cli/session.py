@@ -127,10 +127,13 @@ def load_processor(model: ModelArguments) -> Any:
     """The image processor of a model.
 
     Raises:
-        ConfigError: it has none, or there is no such model.
+        ConfigError: it has none, there is no such model, or a library is missing that the processor needs.
     """
     try:
         return transformers.AutoImageProcessor.from_pretrained(model.model_name_or_path, revision=model.revision)
+    except ImportError as error:  # transformers before 5.24 has some processors for torchvision alone
+        needed = " ".join(str(error).split())
+        raise ConfigError(f"the image processor of {model.model_name_or_path} cannot be loaded: {needed}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no image processor in {model.model_name_or_path}: {_first_line(error)} Save the one that the model was "

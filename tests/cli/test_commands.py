@@ -198,3 +198,14 @@ def test_a_mistake_is_one_line_that_says_what_to_do(command, changed, words, fol
     assert len(lines) == 1
     assert lines[0].startswith(f"hf-qat {command}: error: ") and words in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_library_that_the_processor_needs_is_named_in_one_line(folder, monkeypatch, capsys):
+    def missing(*args: object, **options: object) -> None:
+        raise ImportError("\nAutoImageProcessor requires the Torchvision library\nbut it was not found.\n")
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", missing)
+    argv = ["--model_name_or_path", str(folder / "float"), "--dataset_name", str(folder / "photos")]
+    assert main(["evaluate", *argv]) == 2
+    said = capsys.readouterr().err
+    assert "cannot be loaded: AutoImageProcessor requires the Torchvision library but it was not found." in said

@@ -77,7 +77,9 @@ class Distillation:
             args, kwargs = pytree.tree_map_only(Tensor, partial(Tensor.to, device=device_of(model)), as_call(inputs))
             with evaluating(model), before_calibration(model):
                 outputs = model(*args, **kwargs)
-            answers[role] = {name: tuple(outputs[name].shape) for name in answer_of(outputs, role, model, problem).names}
+            answers[role] = {
+                name: tuple(outputs[name].shape) for name in answer_of(outputs, role, model, problem).names
+            }
         if answers["teacher"] != answers["student"]:
             raise ConfigError(
                 f"the teacher answers with {answers['teacher']} and the student with {answers['student']}: a teacher "

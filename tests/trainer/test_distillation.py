@@ -105,7 +105,7 @@ def test_a_model_without_anything_to_compare_is_refused():
 
 
 def test_labels_that_the_students_loss_has_seen_are_compared_one_by_one():
-    """Transformers' loss finds out itself, at its first labels, that an image can have several: a teacher gets none."""
+    """Transformers' loss finds out at its first labels that an image can have several: a teacher gets none."""
     student, teacher, inputs = resnet().eval(), resnet(), {"pixel_values": torch.randn(2, 3, 32, 32)}
     student.classifier[1].bias.data.add_(torch.arange(5.0))
     outputs = student(**inputs, labels=torch.eye(5)[:2])

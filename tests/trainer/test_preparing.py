@@ -48,7 +48,9 @@ def test_labels_of_the_arguments_are_no_inputs(tmp_path: Path):
 def test_an_example_of_another_size_differs_in_height_and_width(
     first: tuple[int, int], other: tuple[int, int], made: tuple[int, int]
 ):
-    batches = [{"pixel_values": torch.ones(2, 3, *size), "pixel_mask": torch.ones(2, *size)} for size in (first, other)]
+    batches = [
+        {"pixel_values": torch.ones(2, 3, *size), "pixel_mask": torch.ones(2, *size)} for size in (first, other)
+    ]
     found = made_to_differ_in_both(batches[1], batches[0])
     assert {name: tuple(value.shape) for name, value in found.items()} == {
         "pixel_values": (2, 3, *made),

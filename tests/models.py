@@ -79,10 +79,10 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def resnet() -> nn.Module:
+def resnet(labels: int = LABELS) -> nn.Module:
     """Two stages of one basic block each."""
     config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=LABELS
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=labels
     )
     return spread(transformers.ResNetForImageClassification(config))
 

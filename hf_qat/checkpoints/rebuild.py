@@ -114,7 +114,8 @@ def _prepare_as_saved(model: PreTrainedModel, recipe: QATConfig, saved: Checkpoi
         WeightsError: it fails, and the checkpoint is that of another class, which is why.
     """
     try:
-        prepare_parts(model, recipe, rebuild_inputs(saved.inputs), parts)
+        other_size = rebuild_inputs(saved.other_size) if saved.other_size else None
+        prepare_parts(model, recipe, rebuild_inputs(saved.inputs), parts, other_size=other_size)
     except CaptureError as error:
         own = type(model).__name__
         if saved.model_class == own:

@@ -31,7 +31,11 @@ _KINDS: dict[str, tuple[type, str]] = {
     "transformers_version": (str, "a string"),
     "torch_version": (str, "a string"),
     "labelled_calls": (dict, "an object"),
+    "other_size": (list, "a list"),
 }
+
+#: Entries that are absent where they say nothing.
+_OPTIONAL = ("labelled_calls", "other_size")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class CheckpointInfo:
         transformers_version, torch_version: of the saving process.
         labelled_calls: per captured child, calls that labels make it receive in training, see
             `hf_qat.model.saved_config.describe_labelled_calls`; absent where there are none.
+        other_size: example inputs with images of another size, as `inputs`; absent for a model of one size.
     """
 
     stage: Stage
@@ -58,11 +63,12 @@ class CheckpointInfo:
     transformers_version: str
     torch_version: str
     labelled_calls: dict[str, list[Any]] = field(default_factory=dict)
+    other_size: list[Any] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         data = {**asdict(self), "stage": self.stage.value}
-        return data if self.labelled_calls else {name: data[name] for name in data if name != "labelled_calls"}
+        return {name: value for name, value in data.items() if value or name not in _OPTIONAL}
 
     @classmethod
     def from_dict(cls, data: object) -> CheckpointInfo:
@@ -76,7 +82,7 @@ class CheckpointInfo:
             raise ConfigError(
                 f"{where} must be an object, not {data!r}: the config.json was not written by save_pretrained."
             )
-        data = {"labelled_calls": {}, **data}
+        data = {"labelled_calls": {}, "other_size": [], **data}
         names = [entry.name for entry in fields(cls)]
         refuse_unknown(where, data, names)
         for name in names:

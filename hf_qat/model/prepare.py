@@ -57,8 +57,9 @@ def prepare_qat(
             Hugging Face vision model. With labels among them, by their usual names, the model is also run as a step
             of training runs it: detectors call their parts otherwise then, with more queries, masks or axes.
         labels: further labels, by the names that forward has for them.
-        other_size: example inputs again, with images of another height and width: the model then takes any size that
-            its own code does. Exported files and checkpoints are of the size of `example_inputs`.
+        other_size: example inputs again, with images of another height and another width: the model then takes any
+            size that its own code does; what is the same in both is fixed. Exported files are of the size of
+            `example_inputs`.
 
     Returns:
         The same object.
@@ -177,7 +178,7 @@ def _prepare(
     install_hooks(model)
     object.__setattr__(model, STATE, QATState(config, Stage.PREPARED, list(captured), in_python))
     if isinstance(model, PreTrainedModel):
-        attach_quantization_config(model, config, inputs, found)
+        attach_quantization_config(model, config, inputs, found, other_size)
     warn_of_float_layers(model)
 
 

@@ -35,7 +35,11 @@ MAX_DIMENSIONS, MAX_ELEMENTS = 8, 2**28
 
 
 def attach_quantization_config(
-    model: PreTrainedModel, config: QATConfig, inputs: Inputs, captured: Operations
+    model: PreTrainedModel,
+    config: QATConfig,
+    inputs: Inputs,
+    captured: Operations,
+    other_size: Inputs | None = None,
 ) -> None:
     """Make `model.save_pretrained` write a training checkpoint.
 
@@ -46,9 +50,10 @@ def attach_quantization_config(
         config: the recipe.
         inputs: what it was captured with.
         captured: its operations before fusion.
+        other_size: inputs with images of another size, if it was captured with such, too.
 
     Raises:
-        CaptureError: `inputs` hold something that JSON cannot.
+        CaptureError: the inputs hold something that JSON cannot.
     """
     info = CheckpointInfo(
         stage=Stage.PREPARED,
@@ -60,6 +65,7 @@ def attach_quantization_config(
         transformers_version=transformers.__version__,
         torch_version=torch.__version__,
         labelled_calls=describe_labelled_calls(captured_children(model)),
+        other_size=[] if other_size is None else describe_inputs(other_size),
     )
     shared, own = model.config, copy.copy(model.config)
     for module in model.modules():

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
+from operator import eq
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,22 +66,47 @@ def first_batch(trainer: Trainer, otherwise: Iterable[Any] | None = None) -> Any
         return None if loader is None else next(iter(loader), None)
 
 
-def batch_of_another_size(trainer: Trainer, batch: Any) -> dict[str, Any] | None:
-    """A batch whose images have another height or width than those of `batch`, among the first ones.
+def batches_of_another_size(trainer: Trainer, batch: Any) -> list[dict[str, Any]]:
+    """Batches whose images have another size than those of `batch`, among the first ones; the best one first.
 
-    Streams are not read for that: some can be read but once.
+    What differs between two examples is free in the model, so the best one has another height and another width; it
+    is made of one that has not where there is none. Streams are not read for that: some can be read but once.
     """
     sets = [trainer.train_dataset, trainer.eval_dataset]
     if any(isinstance(dataset, dict) or not has_length(dataset) for dataset in sets if dataset is not None):
-        return None
+        return []
+    differing: list[dict[str, Any]] = []
     with unnoticed(trainer):
         train = iter(()) if sets[0] is None else islice(trainer.get_train_dataloader(), BATCHES_LOOKED_AT)
         evaluation = iter(()) if sets[1] is None else islice(trainer.get_eval_dataloader(), 1)
         other: Any
         for other in chain(train, evaluation):
             if isinstance(other, Mapping) and _sizes(other) != _sizes(batch):
-                return dict(other)
-    return None
+                if _differs_in_both(other, batch):
+                    return [dict(other)]
+                differing.append(dict(other))
+    return [made_to_differ_in_both(differing[0], batch), differing[0]] if differing else []
+
+
+def _differs_in_both(other: Mapping[str, Any], batch: Mapping[str, Any]) -> bool:
+    ours, theirs = _sizes(batch), _sizes(other)
+    return all(name in theirs and not any(map(eq, size, theirs[name])) for name, size in ours.items())
+
+
+def made_to_differ_in_both(other: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """`other` cut or padded to a height and a width that are both not those of `batch`, its masks alike."""
+    made, theirs = dict(other), _sizes(other)
+    for name, (height, width) in _sizes(batch).items():
+        if name not in theirs:
+            continue
+        tall, wide = old = theirs[name]
+        # Sizes that occur among the images are sizes that the model takes.
+        tall = min({width, wide} - {height}) if tall == height and wide != width else tall
+        wide = min({height, old[0]} - {width}) if wide == width and old[0] != height else wide
+        for key, value in made.items():
+            if isinstance(value, Tensor) and value.shape[-2:] == old:
+                made[key] = nn.functional.pad(value, (0, wide - old[1], 0, tall - old[0]))
+    return made
 
 
 def _sizes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,9 @@ from hf_qat.errors import ConfigError
 #: Dimensions of logits whose axis 1 holds the classes: (N, C) of a classifier, (N, C, H, W) of a segmentation net.
 CLASS_LOGITS_DIMS = (2, 4)
 
+#: Dimensions of numbers, (N, K).
+NUMBERS_DIMS = 2
+
 #: What boxes weigh beside classes: as in the loss of DETR (Carion et al. 2020, A.4).
 BOX_WEIGHT = 5.0
 
@@ -95,33 +98,45 @@ class Answer:
 
     Attributes:
         names: outputs that are compared, and must have the same shapes.
-        fits: whether a model with this config and with these outputs gives it.
+        fits: whether a model with this `problem_of` and with these outputs gives it.
         distance: (student, teacher, config, temperature) → () float32.
     """
 
     names: tuple[str, ...]
-    fits: Callable[[Any, Outputs], bool]
+    fits: Callable[[str | None, Outputs], bool]
     distance: Callable[[Outputs, Outputs, Any, float], Tensor]
 
 
-def _problem(config: Any) -> str | None:
-    return getattr(config, "problem_type", None)
+def problem_of(student: nn.Module, teacher: nn.Module) -> str | None:
+    """What both have learned: the `problem_type` of one's config, the student's first; `None` if it is not known.
+
+    Transformers' loss writes it into the config of a model that it gets labels for, which a teacher never does; and
+    it takes a single output for a number.
+    """
+    configs = [getattr(model, "config", None) for model in (student, teacher)]
+    stated = next((found for config in configs if (found := getattr(config, "problem_type", None)) is not None), None)
+    single = any(getattr(config, "num_labels", None) == 1 for config in configs)
+    return _REGRESSION if stated is None and single else stated
 
 
-def _has_classes(config: Any, outputs: Outputs) -> bool:
+def _has_classes(problem: str | None, outputs: Outputs) -> bool:
     logits = outputs["logits"]
-    return bool(logits.dim() in CLASS_LOGITS_DIMS and logits.shape[1] > 1 and _problem(config) in (None, _SINGLE))
+    return bool(logits.dim() in CLASS_LOGITS_DIMS and logits.shape[1] > 1 and problem in (None, _SINGLE))
 
 
-_SINGLE = "single_label_classification"
+def _has_numbers(problem: str | None, outputs: Outputs) -> bool:
+    return bool(problem == _REGRESSION and outputs["logits"].dim() == NUMBERS_DIMS)
+
+
+_SINGLE, _SEVERAL, _REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 #: The first one that fits, of those whose outputs are there.
 ANSWERS = (
-    Answer(("masks_queries_logits", "class_queries_logits"), lambda config, outputs: True, _masks),
-    Answer(("logits", "pred_boxes"), lambda config, outputs: True, _boxes),
-    Answer(("predicted_depth",), lambda config, outputs: True, _depth),
-    Answer(("logits",), lambda config, outputs: _problem(config) == "multi_label_classification", _labels),
-    Answer(("logits",), lambda config, outputs: _problem(config) == "regression", _numbers),
+    Answer(("masks_queries_logits", "class_queries_logits"), lambda problem, outputs: True, _masks),
+    Answer(("logits", "pred_boxes"), lambda problem, outputs: True, _boxes),
+    Answer(("predicted_depth",), lambda problem, outputs: True, _depth),
+    Answer(("logits",), lambda problem, outputs: problem == _SEVERAL, _labels),
+    Answer(("logits",), _has_numbers, _numbers),
     Answer(("logits",), _has_classes, _classes),
 )
 
@@ -129,24 +144,25 @@ ANSWERS = (
 CHOSEN = ("enc_topk_logits", "enc_outputs_class")
 
 
-def answer_of(outputs: Any, role: str, model: nn.Module) -> Answer:
+def answer_of(outputs: Any, role: str, model: nn.Module, problem: str | None = None) -> Answer:
     """What kind of answer a model has given.
 
     Args:
         outputs: what forward returned.
         role, model: whose they are, for the message.
+        problem: the `problem_of` student and teacher.
 
     Raises:
         ConfigError: none that can be compared.
     """
-    config, named = getattr(model, "config", None), outputs if isinstance(outputs, Mapping) else {}
+    named = outputs if isinstance(outputs, Mapping) else {}
     for answer in ANSWERS:
-        if all(isinstance(named.get(name), Tensor) for name in answer.names) and answer.fits(config, named):
+        if all(isinstance(named.get(name), Tensor) for name in answer.names) and answer.fits(problem, named):
             _require_fixed_queries(named, role, model)
             return answer
     shapes = {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}
     raise ConfigError(
-        f"the {role}, {type(model).__name__}, with problem_type {_problem(config)!r}, returns nothing that can be "
+        f"the {role}, {type(model).__name__}, with problem_type {problem!r}, returns nothing that can be "
         f"compared: {shapes or type(outputs).__name__}. A teacher teaches logits of two or more classes, of shape "
         "(N, C) or (N, C, H, W), labels, numbers, boxes, masks or depths. Train without a teacher."
     )

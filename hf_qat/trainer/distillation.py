@@ -16,7 +16,7 @@ from hf_qat.errors import ConfigError
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.graph.captured import before_calibration
-from hf_qat.trainer.distances import answer_of
+from hf_qat.trainer.distances import answer_of, problem_of
 
 
 logger = logging.get_logger(__name__)
@@ -50,8 +50,9 @@ class Distillation:
             self.teacher.eval()
         with torch.no_grad():
             taught = self.teacher(**inputs)
-        answer_of(outputs, "student", student)
-        answer = answer_of(taught, "teacher", self.teacher)
+        problem = problem_of(student, self.teacher)
+        answer_of(outputs, "student", student, problem)
+        answer = answer_of(taught, "teacher", self.teacher, problem)
         loss = answer.distance(outputs, taught, getattr(self.teacher, "config", None), self.temperature)
         self._sum += loss.detach()
         self._count += 1
@@ -71,12 +72,14 @@ class Distillation:
         Raises:
             ConfigError: a model whose answers cannot be compared, or answers of two shapes.
         """
-        answers = {}
+        answers, problem = {}, problem_of(student, self.teacher)
         for role, model in (("student", student), ("teacher", self.teacher)):
             args, kwargs = pytree.tree_map_only(Tensor, partial(Tensor.to, device=device_of(model)), as_call(inputs))
             with evaluating(model), before_calibration(model):
                 outputs = model(*args, **kwargs)
-            answers[role] = {name: tuple(outputs[name].shape) for name in answer_of(outputs, role, model).names}
+            answers[role] = {
+                name: tuple(outputs[name].shape) for name in answer_of(outputs, role, model, problem).names
+            }
         if answers["teacher"] != answers["student"]:
             raise ConfigError(
                 f"the teacher answers with {answers['teacher']} and the student with {answers['student']}: a teacher "

@@ -7,7 +7,7 @@ the trainer that its hooks need.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import require_stage, state_of
 from hf_qat.trainer import distributed
 from hf_qat.trainer.batches import (
-    batch_of_another_size,
+    batches_of_another_size,
     first_batch,
     has_train_data,
     in_order,
@@ -48,13 +48,13 @@ class Examples:
         batch: as the data have it, with labels; a dictionary, unless collator and loss are the user's own.
         inputs: what the model gets, without labels but for those that its forward cannot do without.
         labels: what else it gets.
-        other_size: inputs with images of another height and width, if the data have such.
+        other_sizes: inputs with images of another size, if the data have such; the best ones first.
     """
 
     batch: Any
     inputs: Inputs
     labels: Mapping[str, Any]
-    other_size: Inputs | None = None
+    other_sizes: Sequence[Inputs] = ()
 
 
 def examples(trainer: Trainer, model: nn.Module, loader: Iterable[Any] | None) -> Examples | None:
@@ -100,9 +100,9 @@ def _examples(trainer: Trainer, model: nn.Module, batch: Any, given: Mapping[str
     inputs = {name: value for name, value in given.items() if name not in labels}
     if required:
         return Examples(batch, in_order(model, inputs), labels)
-    other = None if state_of(model) is not None else batch_of_another_size(trainer, batch)
-    other_size = None if other is None else without_labels(trainer, received(trainer, model, other))
-    return Examples(batch, inputs, labels, other_size)
+    others = [] if state_of(model) is not None else batches_of_another_size(trainer, batch)
+    other_sizes = [without_labels(trainer, received(trainer, model, other)) for other in others]
+    return Examples(batch, inputs, labels, other_sizes)
 
 
 def prepare(
@@ -143,14 +143,17 @@ def _prepare(model: nn.Module, config: QATConfig | None, found: Examples | None)
     if found is None:
         prepare_qat(model, config)
         return
-    if found.other_size is not None:
+    refusals = []
+    for other_size in found.other_sizes:
         try:
-            prepare_qat(model, config, found.inputs, found.labels, found.other_size)
+            prepare_qat(model, config, found.inputs, found.labels, other_size)
             return
         except CaptureError as error:
-            logger.warning(
-                f"The images have several sizes, and the model takes those of the first batch only: {error}"
-            )
+            refusals.append(error)
+    if refusals:
+        logger.warning(
+            f"The images have several sizes, and the model takes those of the first batch only: {refusals[-1]}"
+        )
     prepare_qat(model, config, found.inputs, found.labels)
 
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_qat import QATConfig, prepare_qat
 from hf_qat.errors import ConfigError
-from hf_qat.trainer.distances import answer_of, distillation_loss
+from hf_qat.trainer.distances import answer_of, distillation_loss, problem_of
 from hf_qat.trainer.distillation import Distillation
 from tests.models import resnet, segformer, yolos
 
@@ -103,6 +104,28 @@ def test_a_model_without_anything_to_compare_is_refused():
             answer_of(outputs, "teacher", resnet())
 
 
+def test_labels_that_the_students_loss_has_seen_are_compared_one_by_one():
+    """Transformers' loss finds out at its first labels that an image can have several: a teacher gets none."""
+    student, teacher, inputs = resnet().eval(), resnet(), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    student.classifier[1].bias.data.add_(torch.arange(5.0))
+    outputs = student(**inputs, labels=torch.eye(5)[:2])
+    assert student.config.problem_type == "multi_label_classification" and teacher.config.problem_type is None
+    p, q = (logits.detach().double().sigmoid().numpy() for logits in (teacher.eval()(**inputs).logits, outputs.logits))
+    expected = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))).mean()
+    found = Distillation(teacher, 1.0, torch.device("cpu")).loss(student, outputs, inputs).item()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_single_output_is_a_number_as_for_transformers_loss():
+    student = resnet(labels=1).eval()
+    teacher = copy.deepcopy(student)
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    student.classifier[1].bias.data.add_(3.0)
+    distillation = Distillation(teacher, 2.0, torch.device("cpu"))
+    distillation.check(student, inputs)
+    assert distillation.loss(student, student(**inputs), inputs).item() == pytest.approx(9.0, rel=1e-4)
+
+
 def test_a_single_score_of_a_class_is_refused():
     with pytest.raises(ConfigError, match=r"'logits': \(2, 1\)"):
         answer_of({"logits": torch.zeros(2, 1)}, "student", resnet())
@@ -131,7 +154,8 @@ def distance(
     model = resnet()
     for name, value in config.items():
         setattr(model.config, name, value)
-    return answer_of(teacher, "teacher", model).distance(student, teacher, model.config, temperature).item()
+    answer = answer_of(teacher, "teacher", model, problem_of(model, model))
+    return answer.distance(student, teacher, model.config, temperature).item()
 
 
 class TestOtherAnswersWorkedOutByHand:

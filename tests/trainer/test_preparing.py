@@ -8,7 +8,8 @@ from transformers import Trainer
 
 from hf_qat.errors import CaptureError
 from hf_qat.model.state import state_of
-from hf_qat.trainer.batches import in_order, required_labels
+from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.trainer.batches import in_order, made_to_differ_in_both, required_labels
 from hf_qat.trainer.preparing import examples
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import resnet
@@ -37,7 +38,55 @@ def test_labels_of_the_arguments_are_no_inputs(tmp_path: Path):
     trainer = Trainer(resnet(), arguments(tmp_path), train_dataset=rows)
     found = examples(trainer, trainer.model, None)
     assert found.inputs.keys() == {"pixel_values"} and found.labels.keys() == {"labels"}
-    assert found.other_size is None
+    assert list(found.other_sizes) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "made"),
+    [((48, 48), (64, 48), (64, 64)), ((48, 64), (48, 80), (64, 80)), ((80, 128), (128, 128), (128, 80))],
+)
+def test_an_example_of_another_size_differs_in_height_and_width(
+    first: tuple[int, int], other: tuple[int, int], made: tuple[int, int]
+):
+    batches = [
+        {"pixel_values": torch.ones(2, 3, *size), "pixel_mask": torch.ones(2, *size)} for size in (first, other)
+    ]
+    found = made_to_differ_in_both(batches[1], batches[0])
+    assert {name: tuple(value.shape) for name, value in found.items()} == {
+        "pixel_values": (2, 3, *made),
+        "pixel_mask": (2, *made),
+    }
+    covered = min(other[0], made[0]) * min(other[1], made[1])
+    assert found["pixel_mask"].sum() == 2 * covered and found["pixel_values"].sum() == 6 * covered
+    assert batches[1]["pixel_values"].shape[2:] == other
+
+
+def test_images_of_every_size_train_where_the_first_ones_differ_in_height_alone(tmp_path: Path):
+    sizes = [(32, 32), (48, 32)]
+    rows = [{"pixel_values": torch.randn(3, *sizes[k % 2]), "labels": k % 5} for k in range(16)]
+    model = resnet().eval()
+    wide = torch.randn(1, 3, 40, 64)
+    expected = model(wide).logits
+    trainer = QATTrainer(model, arguments(tmp_path, per_device_train_batch_size=1), train_dataset=rows)
+    with fake_quant_disabled(trainer.model), torch.no_grad():
+        torch.testing.assert_close(trainer.model.eval()(wide).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_must_have_one_width_is_trained_at_several_heights(tmp_path: Path):
+    class Rows(nn.Module):
+        """Its last layer takes a whole row."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 32, 5)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            return self.fc(self.conv(pixel_values).relu().mean(2).flatten(1))
+
+    rows = [{"pixel_values": torch.randn(3, (32, 48)[k % 2], 32)} for k in range(4)]
+    trainer = QATTrainer(Rows(), arguments(tmp_path, per_device_train_batch_size=1), train_dataset=rows)
+    with fake_quant_disabled(trainer.model):
+        assert trainer.model(torch.randn(2, 3, 64, 32)).shape == (2, 5)
 
 
 def test_a_model_that_has_no_data_yet_stays_float_until_it_is_used(tmp_path: Path):

@@ -188,3 +188,19 @@ def test_a_dead_channel_keeps_its_gradients_finite():
     out.sum().backward()
     assert out.isfinite().all() and tensors["weight"].grad.isfinite().all()
     assert tensors["log2_scale"].grad.isfinite().all()
+
+
+def test_statistics_may_move_before_backward_where_the_batch_norm_is_live():
+    case = Case(live=True)
+    grads = []
+    for moves in (False, True):
+        tensors = drawn(case)
+        weight, bias = tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
+        (out,) = ours(case, tensors)
+        if moves:  # as `SynchronizedBatchNorm` does, or DDP, which copies those of the first rank
+            tensors["mean"].mul_(0.5)
+            tensors["variance"].mul_(2.0)
+            bias.detach().add_(1.0)
+        out.square().sum().backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)

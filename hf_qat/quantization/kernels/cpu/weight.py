@@ -52,6 +52,7 @@ class _CompiledFold(torch.autograd.Function):
         folded = None
         if variance is not None and folding.live:
             variance = variance.clone()  # the batch norm that follows moves it before backward
+            mean = bias = None
         elif variance is not None:
             folded = torch.empty(weight.shape[folding.axis], dtype=torch.float32)
         tensors = weight, scale, variance, gamma, mean, bias

@@ -259,7 +259,7 @@ def as_kept(tensor: Any) -> Any:
         found = found()
         if found is not None and found.part is not _here.part:
             return tensor
-    if found is None or found.version != tensor._version or found.dtype != tensor.dtype:
+    if found is None or found.version != tensor._version or found.dtype != tensor.dtype or tensor.is_neg():
         return tensor
     return KeptView(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 

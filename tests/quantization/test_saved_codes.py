@@ -197,6 +197,15 @@ def test_what_was_written_to_since_is_kept_itself():
     assert weight.grad == x.sum()
 
 
+def test_a_view_whose_signs_are_still_to_be_changed_is_kept_itself():
+    x, weight = quantized(3, 2), torch.ones((), requires_grad=True)
+    with kept_for_backward(Kept.CODES):
+        seen = torch.view_as_complex(x).conj().imag  # in the memory of `x`
+        out = seen * weight
+    out.sum().backward()
+    assert seen.is_neg() and weight.grad == -x[:, 1].sum()
+
+
 def test_hooks_of_others_are_left_their_way():
     seen = []
 

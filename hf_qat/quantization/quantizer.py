@@ -112,8 +112,8 @@ class FakeQuantize(nn.Module):
             return scale
         if not scale.requires_grad:
             return scale.clamp(max=self.scale_limit)
-        # Straight through: above the limit the gradient must still be able to lead back.
-        return scale + (scale.detach().clamp(max=self.scale_limit) - scale.detach())
+        # Straight through: above the limit the gradient must still be able to lead back. What is added is 0.
+        return scale.detach().clamp(max=self.scale_limit) + (scale - scale.detach())
 
     def _unlimited_scale(self) -> Tensor:
         exponent = self.log2_scale
@@ -258,14 +258,16 @@ class FakeQuantize(nn.Module):
     def _follow(self, x: Tensor) -> None:
         """Move the running range towards that of `x`, alike on all ranks, and set the scale by it.
 
-        A batch with NaN or infinity in `x` is left out, as if it had not been.
+        A batch with NaN or infinity in `x`, or without any value, is left out, as if it had not been.
         """
-        high = x.amax().clamp_min(0.0)  # every range contains 0; behind a ReLU that the clamp computes, none is below
+        x = x if x.numel() else x.new_full((1,), torch.nan)
+        # Every range contains 0; behind a ReLU that the clamp computes, none is below.
+        high = x.amax().float().clamp_min(0.0)
         # Codes from 0 on say nothing of what is below. Two reductions are faster than `aminmax` on a CPU.
-        low = torch.zeros_like(high) if self.spec.symmetric and self.spec.qmin == 0 else x.amin()
+        low = torch.zeros_like(high) if self.spec.symmetric and self.spec.qmin == 0 else x.amin().float()
         finite = torch.isfinite(high - low)
         low, high = torch.where(finite, low, torch.inf), torch.where(finite, high, -torch.inf)
-        low, high = synchronized_range(low.float(), high.float())
+        low, high = synchronized_range(low, high)
         finite = torch.isfinite(high - low)  # of one rank at least; no `if`, which would wait for the device
         weight = (1 - self.observed).to(self.range_min).clamp_min(AVERAGING_CONSTANT)  # 1 for the first batch
         for end, reached in ((self.range_min, low), (self.range_max, high)):

@@ -150,7 +150,7 @@ class Recomputed:
                 "what a quantizer needs to compute its gradient has been modified by an inplace operation since the "
                 "forward pass: its input, or its scale. Call backward() before the optimizer's step."
             )
-        arguments = map(_unpack, self.arguments)
+        arguments = map(_argument, self.arguments)
         if not torch.is_grad_enabled():  # as a rule, in backward
             return self.function(*arguments)
         with torch.no_grad():
@@ -259,20 +259,36 @@ def as_kept(tensor: Any) -> Any:
         found = found()
         if found is not None and found.part is not _here.part:
             return tensor
-    if found is None or found.version != tensor._version or found.dtype != tensor.dtype:
+    if found is None or found.version != tensor._version or found.dtype != tensor.dtype or tensor.is_neg():
         return tensor
     return KeptView(found, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
-def _pack(tensor: Tensor) -> Tensor | KeptView:
-    packed: Tensor | KeptView = as_kept(tensor)
+def _pack(tensor: Tensor) -> tuple[Tensor, int] | KeptView:
+    packed = as_kept(tensor)
     if isinstance(packed, KeptView):
         packed.base.keep()
-    return packed
+        return packed
+    return tensor, tensor._version
 
 
-def _unpack(packed: Any) -> Any:
-    return packed.values() if isinstance(packed, KeptView) else packed
+def _unpack(packed: tuple[Tensor, int] | KeptView) -> Tensor:
+    """As autograd does it of itself, which counts no versions of what goes through hooks."""
+    if isinstance(packed, KeptView):
+        return packed.values()
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+            f"{tuple(tensor.shape)} tensor of {tensor.dtype} is at version {tensor._version}, expected version "
+            f"{version}. It is a parameter, an input or an output of a prepared part: call backward() before it is "
+            "written to, or write to a copy."
+        )
+    return tensor
+
+
+def _argument(kept: Any) -> Any:
+    return kept.values() if isinstance(kept, KeptView) else kept
 
 
 @contextmanager

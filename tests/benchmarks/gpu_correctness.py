@@ -146,9 +146,9 @@ def _by_torch(
         ratio = math.log(2) * float(unlimited / scale)
         gradients, sizes = [torch.where(inside, grad, 0.0), terms.sum() * ratio], [terms.abs().sum() * ratio]
         if offset is not None:
-            held = float(offset != offset.clamp(0, 1))
             outside = torch.where(inside, 0.0, grad).double() * float(scale) * span
-            gradients.append(-outside.sum() * (1 - held))
+            led_away = float(offset - offset.clamp(0, 1)) * float(-outside.sum()) < 0
+            gradients.append(-outside.sum() * (not led_away))
             sizes.append(outside.abs().sum())
     return out.to(x.dtype), gradients, sizes
 

@@ -188,3 +188,41 @@ def test_a_dead_channel_keeps_its_gradients_finite():
     out.sum().backward()
     assert out.isfinite().all() and tensors["weight"].grad.isfinite().all()
     assert tensors["log2_scale"].grad.isfinite().all()
+
+
+def test_statistics_may_move_before_backward_where_the_batch_norm_is_live():
+    case = Case(live=True)
+    grads = []
+    for moves in (False, True):
+        tensors = drawn(case)
+        weight, bias = tensors["weight"].requires_grad_(), tensors["bias"].requires_grad_()
+        (out,) = ours(case, tensors)
+        if moves:  # as `SynchronizedBatchNorm` does, or DDP, which copies those of the first rank
+            tensors["mean"].mul_(0.5)
+            tensors["variance"].mul_(2.0)
+            bias.detach().add_(1.0)
+        out.square().sum().backward()
+        grads.append(weight.grad)
+    assert torch.equal(*grads)
+
+
+def apart(x: Tensor | None) -> Tensor | None:
+    """The same numbers, with others between them, as channels that were pruned by slicing leave them."""
+    return x if x is None or not x.dim() else torch.stack([x, x + 1], -1)[..., 0]
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_parameters_and_statistics_may_lie_apart_in_memory(live: bool):
+    case = Case(live=live)
+    dense = drawn(case)
+    for ours_, theirs in zip(ours(case, {k: apart(x) for k, x in dense.items()}), ours(case, dense), strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_of_a_sum_of_biases_is_one_number_for_all():
+    tensors = drawn(Case())
+    tensors["beta"].requires_grad_(), tensors["bias"].requires_grad_()
+    ours(Case(), tensors)[1].sum().backward()  # expanded in memory
+    assert tensors["beta"].grad.tolist() == [1.0] * 6
+    factor = tensors["gamma"].double() / (tensors["variance"].double() + EPS).sqrt()
+    torch.testing.assert_close(tensors["bias"].grad.double(), factor, rtol=1e-5, atol=1e-6)

@@ -240,3 +240,14 @@ def test_a_scale_that_has_vanished_stops_no_training():
     out.sum().backward()
     assert out.tolist() == [0.0, 0.0, 0.0]
     assert x.grad.tolist() == [0.0, 0.0, 0.0] and log2_scale.grad.item() == 0.0
+
+
+def test_a_gradient_too_large_for_float32_is_infinite():
+    x = torch.full((10,), 100.0, requires_grad=True)
+    parameters = torch.tensor(-1.0, requires_grad=True), torch.tensor(0.5, requires_grad=True)
+    scale = torch.tensor(0.5)
+    out = learned_fake_quantize(x, *parameters, levels(scale, scale, 128.0, 0, 255))
+    out.backward(
+        torch.full((10,), 3e37)
+    )  # of the scale it is ln 2 * 127 * 0.5 * 3e38, of the offset -0.5 * 255 * 3e38
+    assert [parameter.grad.item() for parameter in parameters] == [math.inf, -math.inf]

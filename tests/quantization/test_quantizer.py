@@ -161,6 +161,15 @@ def test_above_its_limit_a_scale_still_gets_a_gradient_that_leads_back():
     assert made.log2_scale.grad > 0
 
 
+@pytest.mark.parametrize("log2_scale", [-3.0, 1.3, 40.0])
+def test_above_its_limit_a_scale_is_the_limit_to_the_last_bit(log2_scale: float, each_form: str):
+    made = quantizer(RELU, 2.0**log2_scale, scale_limit=6 / 255)
+    made.frozen = True
+    assert made.scale.item() == np.float32(6 / 255)
+    x = torch.linspace(-1, 7, 1000).requires_grad_()
+    np.testing.assert_array_equal(made(x, "relu6").detach().numpy(), by_hand(x, 6 / 255, 0, 0, 255))
+
+
 def test_switched_off_it_hands_on_what_comes_in_but_for_the_activation():
     made, x = quantizer(RELU, 0.5), torch.randn(100)
     made.enabled = False
@@ -219,6 +228,20 @@ def test_a_moving_average_goes_on_where_its_model_is_cast(dtype):
     for _ in range(2):
         made.train()(torch.tensor([-1.0, 3.0], dtype=dtype))
     assert (made.range_min.item(), made.range_max.item(), made.observed.item()) == (-1.0, 3.0, 2)
+
+
+@pytest.mark.parametrize("empty", [torch.empty(0, 3), torch.empty(3, 0, 5)], ids=str)
+def test_a_batch_without_values_moves_no_average(empty: torch.Tensor):
+    made = FakeQuantize(QuantizerSpec(signed=False, symmetric=False, observer="moving_average"))
+    made.train()(torch.tensor([-1.0, 3.0]))
+    assert made(empty).shape == empty.shape
+    assert (made.range_min.item(), made.range_max.item(), made.observed.item()) == (-1.0, 3.0, 1)
+
+
+def test_a_moving_average_follows_half_precision_to_both_of_its_ends():
+    made = FakeQuantize(QuantizerSpec(signed=False, symmetric=False, observer="moving_average"))
+    made.train()(torch.tensor([-60000.0, 40000.0], dtype=torch.float16))  # 100000 is none of its numbers
+    assert (made.range_min.item(), made.range_max.item(), made.observed.item()) == (-60000.0, 40000.0, 1)
 
 
 def test_a_moving_average_behind_a_relu_starts_at_0():

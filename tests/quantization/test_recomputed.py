@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
-from hf_qat.quantization.saved_codes import Kept, keep_inputs, kept_for_backward
+from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_batch_norm, freeze_ranges, prepare_qat
+from hf_qat.quantization.saved_codes import Kept, KeptView, keep_inputs, kept_for_backward
 from tests.benchmarks.memory import peak_bytes
 from tests.models import HUGGING_FACE
 
@@ -204,11 +204,32 @@ def test_another_part_keeps_what_it_is_given_itself():
         product = out * weight
     with kept_for_backward(Kept.INPUTS):
         other = out * weight
-    assert not isinstance(product.grad_fn._raw_saved_self.data, Tensor)
-    assert other.grad_fn._raw_saved_self.data is out
+    assert isinstance(product.grad_fn._raw_saved_self.data, KeptView)
+    assert other.grad_fn._raw_saved_self.data[0] is out
     step.mul_(2)  # as if it was not there
     other.sum().backward()
     assert weight.grad == out.sum()
+
+
+@pytest.mark.parametrize("kept", list(Kept))
+def test_what_is_kept_itself_may_not_be_written_to_before_backward(kept: Kept):
+    x, weight = torch.randn(5, requires_grad=True), torch.randn(5, requires_grad=True)
+    with kept_for_backward(kept):
+        out, product = x.sigmoid(), x * weight
+    out.mul_(2)  # an operation keeps what it puts out
+    weight.detach().mul_(2)  # and what came in, as a step of an optimizer changes it
+    for result in (out, product):
+        with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*is at version 1"):
+            result.sum().backward()
+
+
+def test_the_output_of_a_prepared_model_may_be_written_to_or_backward_refuses():
+    model, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid()), torch.randn(2, 3, 8, 8)
+    calibrate(prepare_qat(model, QATConfig(), images), [images])
+    expected = gradients(model, images, lambda x: model(x) * 2)
+    assert_equal(gradients(model, images, lambda x: model(x).mul_(2)), expected)
+    with fake_quant_disabled(model), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(model, images, lambda x: model(x).mul_(2))  # sigmoid keeps what it puts out
 
 
 def test_what_nobody_keeps_is_forgotten():
@@ -218,4 +239,4 @@ def test_what_nobody_keeps_is_forgotten():
     weight = torch.ones((), requires_grad=True)
     with kept_for_backward(Kept.INPUTS):
         product = out * weight
-    assert product.grad_fn._raw_saved_self.data is out  # itself: nothing remembers what it was computed from
+    assert product.grad_fn._raw_saved_self.data[0] is out  # itself: nothing remembers what it was computed from

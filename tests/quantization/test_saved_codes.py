@@ -20,7 +20,7 @@ from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepa
 from hf_qat.graph.captured import captured_modules
 from hf_qat.quantization.followed import FOLLOWED
 from hf_qat.quantization.kernels import cpu
-from hf_qat.quantization.saved_codes import Kept, keep_codes, keeps_codes, kept_for_backward
+from hf_qat.quantization.saved_codes import Kept, KeptView, keep_codes, keeps_codes, kept_for_backward
 from tests.benchmarks.memory import peak_bytes
 from tests.models import HUGGING_FACE
 from tests.ranks import on_two_ranks
@@ -173,7 +173,7 @@ def test_whatever_view_is_kept_comes_back_as_it_was(view: Callable[[Tensor], Ten
     with kept_for_backward(Kept.CODES):
         seen = view(x)
         out = seen * weight
-    assert not isinstance(out.grad_fn._raw_saved_self.data, Tensor)  # its codes
+    assert isinstance(out.grad_fn._raw_saved_self.data, KeptView)  # its codes
     found = out.grad_fn._saved_self
     assert torch.equal(found, seen) and found.stride() == seen.stride()
 
@@ -184,7 +184,7 @@ def test_the_operands_of_a_product_of_matrices_are_kept_as_codes_though_it_copie
         product = FOLLOWED[torch.ops.aten.matmul.default](a, b)
     assert torch.equal(product, torch.matmul(a, b))
     node = product.grad_fn.next_functions[0][0]
-    assert not isinstance(node._raw_saved_mat2.data, Tensor)
+    assert isinstance(node._raw_saved_mat2.data, KeptView)
     assert torch.equal(node._saved_mat2, b.reshape(6, 4, 7))
 
 
@@ -195,6 +195,15 @@ def test_what_was_written_to_since_is_kept_itself():
         out = x * weight
     out.sum().backward()
     assert weight.grad == x.sum()
+
+
+def test_a_view_whose_signs_are_still_to_be_changed_is_kept_itself():
+    x, weight = quantized(3, 2), torch.ones((), requires_grad=True)
+    with kept_for_backward(Kept.CODES):
+        seen = torch.view_as_complex(x).conj().imag  # in the memory of `x`
+        out = seen * weight
+    out.sum().backward()
+    assert seen.is_neg() and weight.grad == -x[:, 1].sum()
 
 
 def test_hooks_of_others_are_left_their_way():

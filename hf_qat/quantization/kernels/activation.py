@@ -18,8 +18,8 @@ from hf_qat.quantization.transforms import once_differentiable
 #: Elements that a program works on together.
 BLOCK = 2048
 
-#: Most programs that share a backward: enough to fill a GPU, few enough to add up what they found in one launch. As it
-#: does not depend on the GPU, neither do the sums.
+#: Most programs that share a backward, a power of two: enough to fill a GPU, few enough to add up what they found in
+#: one launch. As it does not depend on the GPU, neither do the sums.
 PROGRAMS = 2048
 
 #: log2 to natural logarithm.
@@ -114,10 +114,18 @@ def _quantize_backward(
     if sums_at is not None:
         tl.store(sums_at + program, tl.sum(changed) * (LN2 * divide(unlimited, scale)))
         if offset_at is not None:
-            offset = tl.load(offset_at).to(tl.float32)
-            held = (offset < 0.0) | (offset > 1.0)
-            moved = -tl.sum(outside) * scale * (QMAX - QMIN)
-            tl.store(sums_at + programs + program, tl.where(held, 0.0, moved))
+            tl.store(sums_at + programs + program, -tl.sum(outside) * scale * (QMAX - QMIN))
+
+
+@triton.jit
+def _add_up(sums_at, out_at, offset_at, programs, BLOCK: tl.constexpr):
+    """What all programs found; nothing leads an offset further away from [0, 1]."""
+    index = tl.arange(0, BLOCK)
+    tl.store(out_at, tl.sum(tl.load(sums_at + index, mask=index < programs, other=0.0)))
+    moved = tl.sum(tl.load(sums_at + programs + index, mask=index < programs, other=0.0))
+    offset = tl.load(offset_at).to(tl.float32)
+    beyond = tl.where(offset < 0.0, offset, tl.where(offset > 1.0, offset - 1.0, 0.0))
+    tl.store(out_at + 1, tl.where(beyond * moved < 0.0, 0.0, moved))  # a step goes against the gradient
 
 
 def quantize(x: Tensor, scale: Tensor, offset: Tensor | None, codes: CodeRange) -> Tensor:
@@ -153,7 +161,11 @@ def quantize_backward(
     sums = torch.empty(rows, programs, dtype=torch.float32, device=x.device) if wants_sums else None
     with torch.cuda.device_of(x):
         _quantize_backward[(programs,)](grad, x, dx, sums, scale, offset, n, *_numbers(codes), BLOCK=BLOCK)
-    return dx, None if sums is None else sums.sum(1)
+        if sums is None or offset is None:
+            return dx, None if sums is None else sums.sum(1)
+        both = torch.empty(2, dtype=torch.float32, device=x.device)
+        _add_up[(1,)](sums, both, offset, programs, BLOCK=PROGRAMS)
+    return dx, both
 
 
 def _blocks(n: int) -> int:

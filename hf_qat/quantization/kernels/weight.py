@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_qat.quantization.kernels.arithmetic import divide, scale_of, to_codes
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR as SMALLEST
 from hf_qat.quantization.kernels.folding import Folding, Norm
-from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like, without_gaps
 from hf_qat.quantization.transforms import once_differentiable
 
 
@@ -204,6 +204,7 @@ class _FusedFold(torch.autograd.Function):
         folding: Folding,
     ) -> tuple[Tensor, Tensor | None]:
         weight, like = in_memory_order(weight)
+        log2_scale, mean, variance, gamma, beta, bias = without_gaps(log2_scale, mean, variance, gamma, beta, bias)
         out = like if like.dtype == folding.dtype else torch.empty_like(weight, dtype=folding.dtype)
         channels = weight.shape[folding.axis]
         kept = folded = None
@@ -229,6 +230,7 @@ class _FusedFold(torch.autograd.Function):
         grad = torch.zeros_like(weight) if grad is None else laid_out_like(grad, weight)
         if bias_grad is None and kept is not None and not ctx.folding.live:
             bias_grad = torch.zeros(channels, dtype=torch.float32, device=weight.device)
+        (bias_grad,) = without_gaps(bias_grad)
         dweight = torch.empty_like(weight)
         sums = torch.empty(4, channels, dtype=torch.float32, device=weight.device)
         with torch.cuda.device_of(weight):

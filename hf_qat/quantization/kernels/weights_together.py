@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_qat.quantization.kernels.folding import FoldCall, Folding
-from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like, without_gaps
 from hf_qat.quantization.kernels.weight import fold_channel, fold_channel_backward
 from hf_qat.quantization.transforms import once_differentiable
 
@@ -115,8 +115,9 @@ class _FoldTogether(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, folding: Folding, axes: tuple[int, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        groups: list[Any] = [tensors[i::TENSORS] for i in range(TENSORS)]
-        weights, scales, means, _, gammas, betas, biases = groups
+        weights: Any = tensors[::TENSORS]
+        groups: list[Any] = [without_gaps(*tensors[i::TENSORS]) for i in range(1, TENSORS)]
+        scales, means, _, gammas, betas, biases = groups
         ordered, alike = zip(*(in_memory_order(weight) for weight in weights), strict=True)
         outs = [a if a.dtype == folding.dtype else torch.empty_like(a, dtype=folding.dtype) for a in alike]
         sizes, rows = _sizes(ordered, axes)
@@ -124,7 +125,7 @@ class _FoldTogether(torch.autograd.Function):
         if means[0] is not None:
             kept = torch.empty(3, rows, dtype=torch.float32, device=device)
             bias_out = None if folding.live else torch.empty(rows, dtype=folding.dtype, device=device)
-        table = _table([*sizes, *map(_addresses, (ordered, outs, *groups[1:]))], device)
+        table = _table([*sizes, *map(_addresses, (ordered, outs, *groups))], device)
         present = [group[0] is not None for group in (means, gammas, betas, biases)]
         with torch.cuda.device_of(table):
             _fold_together[(rows,)](

@@ -75,6 +75,13 @@ def test_a_nan_reaches_every_gradient():
     assert math.isnan(dx[9]) and math.isnan(outside)
 
 
+def test_infinite_gradients_of_both_signs_add_up_to_none():
+    grad = torch.full((3 * 2**14,), math.inf)  # of one sign in the first chunk, of the other in the last
+    grad[2**14 :] *= -1
+    found = quantize_backward(grad, torch.full_like(grad, 100.0), 1.0, -8.0, 7.0)
+    assert math.isnan(found.changed) and math.isnan(found.outside)
+
+
 def test_values_and_sums_are_the_same_on_any_number_of_threads(thread_count: int):
     generator = torch.Generator().manual_seed(3)
     x, grad = torch.randn(2, 300_001, generator=generator) * 4

@@ -45,7 +45,8 @@ CASES = {
     "int8": (-4.0, None, -128, 127, None),
     "uint8": (-5.0, 0.37, 0, 255, None),
     "uint4": (-1.0, 0.52, 0, 15, None),
-    "a zero point beyond the codes": (-4.0, 1.25, 0, 255, None),
+    "a zero point above the codes": (-4.0, 1.25, 0, 255, None),
+    "a zero point below the codes": (-4.0, -0.5, -128, 127, None),
     "a limited scale": (-3.0, None, 0, 255, 6 / 255),
 }
 
@@ -88,12 +89,13 @@ def test_ties_saturation_and_nan_in_every_float_type(dtype: torch.dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_values_and_gradients_are_those_of_torch(case: tuple):
+def test_values_and_gradients_are_those_of_torch(case: tuple, sign: int):
     from hf_qat.quantization.kernels.activation import fused_fake_quantize
 
     log2, start, low, high, limit = case
-    data, incoming = torch.randn(4, 9, 7, 5, device=DEVICE) * 6, torch.randn(4, 9, 7, 5, device=DEVICE)
+    data, incoming = torch.randn(4, 9, 7, 5, device=DEVICE) * 6, torch.randn(4, 9, 7, 5, device=DEVICE) * sign
     results = []
     for fused in (True, False):
         x = data.clone().requires_grad_()

@@ -80,6 +80,15 @@ def test_values_are_those_of_torch_where_kinds_are_mixed():
         assert none is None
 
 
+def test_parameters_and_statistics_may_lie_apart_in_memory():
+    leaves, statistics = leaves_of((6, 5, 3, 3), 0, True), torch.rand(2, 6, device=DEVICE) + 0.5
+    apart = [leaf if leaf.dim() > 1 else torch.stack([leaf, leaf + 1], -1)[..., 0] for leaf in leaves]
+    calls = [call_of(apart, tuple(statistics.t().contiguous().t()), 0, "folded")]
+    ((weight, bias),) = fold_together(calls)
+    alone, own_bias = fold_layer(*call_of(leaves, tuple(statistics), 0, "folded"))
+    assert torch.equal(weight, alone) and torch.equal(bias, own_bias)
+
+
 def test_what_nothing_depends_on_gets_no_gradient_from_it():
     leaves = [[leaf.requires_grad_() for leaf in leaves_of((4, 3), 0, True)] for _ in range(2)]
     statistics = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)

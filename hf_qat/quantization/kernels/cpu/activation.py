@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -59,4 +60,12 @@ def quantize_backward(grad: Tensor, x: Tensor, step: float, low: float, high: fl
         step, low, high, low * step, high * step,
     )  # fmt: skip
     run(QUANTIZE_BACKWARD, call, chunks)
-    return Gradients(dx, math.fsum(sums[:chunks]), math.fsum(sums[chunks:]))
+    return Gradients(dx, total(sums[:chunks]), total(sums[chunks:]))
+
+
+def total(sums: Iterable[float]) -> float:
+    """The sum, NaN of infinities of both signs."""
+    try:
+        return math.fsum(sums)
+    except ValueError:
+        return math.nan

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hf_qat.quantization.kernels.cpu.activation import total
 from hf_qat.quantization.kernels.cpu.calls import CompactBackwardCall, CompactCall, ExpandCall
 from hf_qat.quantization.kernels.cpu.loops import COMPACT, COMPACT_BACKWARD, EXPAND, chunks_of
 from hf_qat.quantization.kernels.cpu.threads import run
@@ -63,7 +63,7 @@ def compact_backward(grad: Tensor, residuals: Tensor, lowest: float, highest: fl
     sums = [array("f", bytes(4 * chunks)) for _ in range(3)]
     addresses = (residuals.data_ptr(), grad.data_ptr(), dx.data_ptr(), *(each.buffer_info()[0] for each in sums))
     run(COMPACT_BACKWARD, CompactBackwardCall(0, count, *addresses, lowest, highest), chunks)
-    return CompactGradients(dx, *map(math.fsum, sums))
+    return CompactGradients(dx, *map(total, sums))
 
 
 def expand(codes: Tensor, shift: float, step: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -47,9 +48,14 @@ class _Compiled(torch.autograd.Function):
         if wanted[1]:
             unlimited = float(values.unlimited_scale)
             ratio = 1.0 if unlimited == step else unlimited / step  # both may have vanished
-            dlog2 = torch.scalar_tensor(changed * math.log(2.0) * ratio, dtype=torch.float32)
+            dlog2 = _float32(changed * math.log(2.0) * ratio)
         if wanted[2]:
             gradient = -outside * step * values.span
             away = (offset - min(max(offset, 0.0), 1.0)) * gradient < 0.0
-            doffset = torch.scalar_tensor(0.0 if away else gradient, dtype=torch.float32)
+            doffset = _float32(0.0 if away else gradient)
         return dx if wanted[0] else None, dlog2, doffset, None
+
+
+def _float32(number: float) -> Tensor:
+    """(), infinite where `number` is too large: whoever scales gradients (`GradScaler`) looks for that."""
+    return torch.scalar_tensor(ctypes.c_float(number).value, dtype=torch.float32)

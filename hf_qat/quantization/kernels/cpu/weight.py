@@ -15,7 +15,7 @@ from hf_qat.quantization.kernels.cpu.calls import FoldBackwardCall, FoldCall
 from hf_qat.quantization.kernels.cpu.loops import CHUNK, FOLD, FOLD_BACKWARD
 from hf_qat.quantization.kernels.cpu.threads import run
 from hf_qat.quantization.kernels.folding import Folding, Norm
-from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like
+from hf_qat.quantization.kernels.layout import in_memory_order, laid_out_like, without_gaps
 from hf_qat.quantization.saved_codes import compute_again
 from hf_qat.quantization.transforms import once_differentiable
 
@@ -47,11 +47,12 @@ class _CompiledFold(torch.autograd.Function):
         folding: Folding,
     ) -> tuple[Tensor, Tensor | None]:
         weight, out = in_memory_order(weight)
-        gamma, beta, mean, bias = (None if x is None else x.contiguous() for x in (gamma, beta, mean, bias))
+        mean, variance, gamma, beta, bias = without_gaps(mean, variance, gamma, beta, bias)
         scale = torch.exp2(log2_scale.round() if folding.power_of_two else log2_scale)
         folded = None
         if variance is not None and folding.live:
             variance = variance.clone()  # the batch norm that follows moves it before backward
+            mean = bias = None
         elif variance is not None:
             folded = torch.empty(weight.shape[folding.axis], dtype=torch.float32)
         tensors = weight, scale, variance, gamma, mean, bias

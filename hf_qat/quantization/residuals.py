@@ -96,7 +96,9 @@ class _Compact(torch.autograd.Function):
             changed = ends / own.spread + outside * (values.low - own.low) - moved / (2 * own.amplitude)
             dlog2 = changed * values.unlimited_scale * math.log(2.0)
             if offset is not None:
-                doffset = offset_gradient(torch.as_tensor(-outside, dtype=torch.float32), offset, values)
+                doffset = offset_gradient(
+                    torch.as_tensor(-outside, dtype=torch.float32, device=offset.device), offset, values
+                )
         return dx.to(ctx.dtype), dlog2, doffset, None
 
 

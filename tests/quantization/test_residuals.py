@@ -87,7 +87,7 @@ def test_a_layout_other_than_the_gradients_makes_no_difference():
 
 def test_millions_of_values_that_a_relu_takes_away_leave_the_gradient_of_the_scale_alone():
     torch.manual_seed(0)
-    x, grad = torch.randn(2_000_000, requires_grad=True), torch.randn(2_000_000) + 1
+    x, grad = torch.randn(3_000_000, requires_grad=True), torch.randn(3_000_000) + 4
     scale = torch.tensor(4 / 255)
     log2_scale = scale.log2().requires_grad_()
     compact_fake_quantize(x, log2_scale, None, levels(scale, scale, None, 0, 255)).backward(grad)

@@ -85,14 +85,15 @@ class _Watch(Observer):
         super().__init__(spec)
         self.low, self.high = _bounds(quantizer, quantizer.scale, quantizer.zero_point)
         self.saturated = self.cut_off = 0.0
-        self._sums = torch.zeros(4, dtype=torch.float64)  # how many lie beyond, of how many; power beyond, of all
+        # How many lie beyond, of how many; power beyond, of all.
+        self._sums = torch.zeros(4, dtype=torch.float64, device="cpu")
         self._observer = make_observer(spec)
 
     def _update(self, values: Tensor, low: float, high: float) -> None:
         exact = values.double()  # a range that diverges ends beyond float32
         beyond = exact - exact.clamp(self.low, self.high)
         powers = [beyond.square().sum().item(), exact.square().sum().item()]
-        self._sums += torch.tensor([int(beyond.count_nonzero()), values.numel(), *powers], dtype=torch.float64)
+        self._sums += self._sums.new_tensor([int(beyond.count_nonzero()), values.numel(), *powers])
         outside, count, cut_off, power = self._sums.tolist()
         self.saturated = outside / count if outside >= FEWEST_SATURATED else 0.0
         self.cut_off = cut_off / max(power, TINY)
@@ -239,7 +240,7 @@ def _renew(quantizer: FakeQuantize, watch: _Watch, cut_off: float) -> bool:
     headroom = 1.0 if quantizer.spec.power_of_two else HEADROOM  # which is rounded up
     low = headroom * low if low < watch.low else watch.low
     high = headroom * high if high > watch.high else watch.high
-    bounds = torch.tensor([low, high], dtype=torch.float32)
+    bounds = torch.tensor([low, high], dtype=torch.float32, device="cpu")
     quantizer.set_qparams(*scale_from_range(bounds[0], bounds[1], quantizer.spec))
     return True
 

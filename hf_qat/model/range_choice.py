@@ -82,7 +82,10 @@ def choose_ranges(
     """
     layers = {path: layer for path, layer in qat_layers(model).items() if layer.quantizer_of_input in observed}
     candidates = {quantizer: _candidates(quantizer, observed[quantizer]) for quantizer in observed}
-    errors = {quantizer: torch.zeros(len(found), dtype=torch.float64) for quantizer, found in candidates.items()}
+    errors = {
+        quantizer: torch.zeros(len(found), dtype=torch.float64, device="cpu")
+        for quantizer, found in candidates.items()
+    }
 
     def compute_and_compare(layer: QATLayer, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         quantizer = layer.quantizer_of_input

@@ -255,7 +255,7 @@ def _learn(
     waiting: list[int] = []
     with progress("Reconstructing", STEPS, "step") as bar:
         for step in range(1, STEPS + 1):
-            waiting = waiting or torch.randperm(len(batches), generator=order).tolist()
+            waiting = waiting or torch.randperm(len(batches), generator=order, device="cpu").tolist()
             with torch.enable_grad():
                 error = student.error(batches[waiting.pop()])
                 gradients = torch.autograd.grad(error, learned, allow_unused=True, materialize_grads=True)

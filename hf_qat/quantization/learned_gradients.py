@@ -72,6 +72,7 @@ def gradients(
     scale, unlimited_scale, low, high, _ = values
     x, grad = saved.float(), grad.float()
     spent = dlog2 = doffset = None
+    own = out is None
     if wanted[1]:
         # One sum of what rounding does to each value: the difference of two sums would cancel.
         spent = pass_inside(x, x, scale, low, high)
@@ -82,7 +83,9 @@ def gradients(
     alike = spent is not None and spent.stride() == grad.stride()
     dx = pass_inside(grad, x, scale, low, high, spent if alike else None)
     if offset is not None and wanted[2]:
-        doffset = offset_gradient(dx.sum() - grad.sum(), offset, values)
+        # One sum again, of what does not pass; written over the values that were put out, if they are at hand for it.
+        spent = out if own and out is not None and out.stride() == dx.stride() else None
+        doffset = offset_gradient(torch.sub(dx, grad, out=spent).sum(), offset, values)
     return (dx.to(saved.dtype) if wanted[0] else None), dlog2, doffset
 
 

@@ -89,14 +89,17 @@ class _Compact(torch.autograd.Function):
             from hf_qat.quantization.kernels.cpu.compact import compact_backward
 
             dx, moved, ends, outside = compact_backward(grad, residuals, lowest, highest)
+            ends -= outside * (own.spread * own.low)
         else:
             dx, moved, ends, outside = _sums(grad.float(), residuals.float(), lowest, highest, by_parameters)
         dlog2 = doffset = None
         if by_parameters:
-            changed = ends / own.spread + outside * (values.low - own.low) - moved / (2 * own.amplitude)
+            changed = ends / own.spread + outside * values.low - moved / (2 * own.amplitude)
             dlog2 = changed * values.unlimited_scale * math.log(2.0)
             if offset is not None:
-                doffset = offset_gradient(torch.as_tensor(-outside, dtype=torch.float32), offset, values)
+                doffset = offset_gradient(
+                    torch.as_tensor(-outside, dtype=torch.float32, device=offset.device), offset, values
+                )
         return dx.to(ctx.dtype), dlog2, doffset, None
 
 
@@ -115,12 +118,17 @@ def _in_one_pass(ctx: Any, x: Tensor, offset: Tensor | None, values: QuantizerVa
 def _sums(
     grad: Tensor, residuals: Tensor, lowest: float, highest: float, wanted: bool
 ) -> tuple[Tensor, Any, Any, Any]:
-    """The gradient of the input, and the sums of `CompactGradients`, if they are wanted."""
+    """The gradient of the input, and the sums of `CompactGradients`, if they are wanted.
+
+    In that of the ends, residuals count from that of the lowest code on: behind a ReLU, half of all values lie there,
+    and the difference of two sums of them would cancel.
+    """
     dx: Tensor = torch.ops.aten.hardtanh_backward(grad, residuals, lowest, highest)
     if not wanted:
         return dx, None, None, None
     outside = torch.sub(grad, dx)
-    return dx, sum_of_products(dx, residuals), sum_of_products(outside, residuals), outside.sum()
+    moved = sum_of_products(dx, residuals)
+    return dx, moved, sum_of_products(outside, residuals.sub_(lowest - 0.5)), outside.sum()
 
 
 def _residuals(y: Tensor, rounded: Tensor, x: Tensor, values: QuantizerValues, shift: float | Tensor) -> Tensor:

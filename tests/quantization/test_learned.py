@@ -251,3 +251,14 @@ def test_a_gradient_too_large_for_float32_is_infinite():
         torch.full((10,), 3e37)
     )  # of the scale it is ln 2 * 127 * 0.5 * 3e38, of the offset -0.5 * 255 * 3e38
     assert [parameter.grad.item() for parameter in parameters] == [math.inf, -math.inf]
+
+
+def test_of_a_million_gradients_the_few_that_do_not_pass_are_those_of_the_offset():
+    torch.manual_seed(0)
+    x, grad = torch.randn(2_000_000, requires_grad=True), torch.randn(2_000_000) + 1
+    offset, scale = torch.tensor(0.5, requires_grad=True), torch.tensor(8 / 255)
+    learned_fake_quantize(x, scale.log2(), offset, levels(scale, scale, 128.0, 0, 255)).backward(grad)
+    exact = x.detach().double()
+    outside = (exact <= -128 * scale.double()) | (exact >= 127 * scale.double())
+    wanted = -8.0 * grad.double()[outside].sum()
+    assert outside.sum() < 200 and offset.grad.item() == pytest.approx(wanted.item(), rel=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -81,3 +83,16 @@ def test_a_layout_other_than_the_gradients_makes_no_difference():
         gradients.append((x.grad, log2_scale.grad))
     assert torch.equal(gradients[0][0], gradients[1][0])
     torch.testing.assert_close(gradients[0][1], gradients[1][1], rtol=1e-5, atol=1e-5)
+
+
+def test_millions_of_values_that_a_relu_takes_away_leave_the_gradient_of_the_scale_alone():
+    torch.manual_seed(0)
+    x, grad = torch.randn(3_000_000, requires_grad=True), torch.randn(3_000_000) + 4
+    scale = torch.tensor(4 / 255)
+    log2_scale = scale.log2().requires_grad_()
+    compact_fake_quantize(x, log2_scale, None, levels(scale, scale, None, 0, 255)).backward(grad)
+    exact, step = x.detach().double(), scale.double()
+    outside = (exact <= 0) | (exact >= 255 * step)
+    moved = (exact / step).round().clamp(0, 255) * step - torch.where(outside, 0.0, exact)
+    terms = math.log(2) * grad.double() * moved
+    assert abs(log2_scale.grad - terms.sum()) < 5e-3 * terms.square().sum().sqrt()

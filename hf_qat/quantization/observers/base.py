@@ -80,7 +80,7 @@ class Observer(ABC):
             raise CalibrationError(
                 "no values were observed, so there is no range; run at least one batch through this part of the model"
             )
-        bounds = torch.tensor([minimum, maximum], dtype=torch.float32)
+        bounds = torch.tensor([minimum, maximum], dtype=torch.float32, device="cpu")
         return scale_from_range(bounds[0], bounds[1], self.spec)
 
     def synchronize(self) -> None:

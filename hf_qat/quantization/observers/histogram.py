@@ -37,7 +37,7 @@ class Histogram:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(NUM_BINS, dtype=torch.int64)
+        self.counts = torch.zeros(NUM_BINS, dtype=torch.int64, device="cpu")
         self.exponent, self.start = LEAST_EXPONENT, 0
         self.minimum, self.maximum = math.inf, -math.inf
 
@@ -49,7 +49,7 @@ class Histogram:
     @property
     def edges(self) -> Tensor:
         """(NUM_BINS + 1,) float64, exact."""
-        return torch.arange(self.start, self.start + NUM_BINS + 1, dtype=torch.float64) * self.width
+        return torch.arange(self.start, self.start + NUM_BINS + 1, dtype=torch.float64, device="cpu") * self.width
 
     def add(self, values: Tensor, low: float, high: float) -> None:
         """Count `values`, (n,), whose least and greatest are `low` and `high`."""
@@ -83,7 +83,7 @@ class Histogram:
             self._rebin(exponent, first)
 
     def _rebin(self, exponent: int, start: int) -> None:
-        old = torch.arange(self.start, self.start + NUM_BINS)
+        old = torch.arange(self.start, self.start + NUM_BINS, device="cpu")
         # Floor division by a power of two; bins past the end are empty, so where they go does not matter.
         index = ((old >> (exponent - self.exponent)) - start).clamp_(max=NUM_BINS - 1)
         self.counts = torch.zeros_like(self.counts).index_add_(0, index, self.counts)

@@ -73,7 +73,7 @@ class MovingAverageObserver(Observer):
 
 
 def _averaged(values: list[float]) -> float:
-    running = torch.tensor(values[0], dtype=torch.float32)
+    running = torch.tensor(values[0], dtype=torch.float32, device="cpu")
     for number, value in enumerate(values[1:], start=2):
         running = moving_average(running, running.new_tensor(value), max(AVERAGING_CONSTANT, 1 / number))
     return float(running)

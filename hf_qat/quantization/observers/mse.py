@@ -39,8 +39,8 @@ class MSEObserver(HistogramObserver):
         if self.histogram.minimum > self.histogram.maximum:
             return self.histogram.minimum, self.histogram.maximum
         ends = min(self.histogram.minimum, 0.0), max(self.histogram.maximum, 0.0)
-        bounds = torch.tensor(ends, dtype=torch.float32)
-        both, upper = (torch.tensor(moving, dtype=torch.bool) for moving in ((True, True), (False, True)))
+        bounds = torch.tensor(ends, dtype=torch.float32, device="cpu")
+        both, upper = bounds.new_tensor([[1, 1], [0, 1]], dtype=torch.bool)
         best = self._search(bounds, bounds, both)
         if not self.spec.symmetric:
             for _ in range(ROUNDS):

@@ -45,7 +45,7 @@ def _works() -> bool:
 
         from hf_qat.quantization.kernels.cpu.activation import quantize
 
-        quantize(torch.zeros(1, dtype=torch.float32), 1.0, 0.0, 1.0)
+        quantize(torch.zeros(1, dtype=torch.float32, device="cpu"), 1.0, 0.0, 1.0)
     except Exception as error:  # an old Numba, a processor that it does not know: PyTorch can do without
         logger.warning("Numba does not run here, so fake quantization is slower: %s", error)
         return False

@@ -17,6 +17,9 @@ from hf_qat.quantization.saved_codes import keep_inputs
 from hf_qat.quantization.transforms import once_differentiable
 
 
+CPU = torch.device("cpu")
+
+
 def compiled_fake_quantize(x: Tensor, log2_scale: Tensor, offset: Tensor | None, values: QuantizerValues) -> Tensor:
     """See `learned_fake_quantize`, which calls it where the loops can be used."""
     out: Tensor = _Compiled.apply(x, log2_scale, offset, values)
@@ -39,7 +42,7 @@ class _Compiled(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         values, step, offset, wanted = ctx.values, ctx.step, ctx.offset, ctx.needs_input_grad
         if not compiles(grad):
-            offset = None if offset is None else torch.scalar_tensor(offset, dtype=torch.float32)
+            offset = None if offset is None else _float32(offset)
             return *gradients(grad, x, offset, None, values, wanted), None
         if not (wanted[1] or wanted[2]):
             return pass_inside(grad, x, values.scale, values.low, values.high), None, None, None
@@ -58,4 +61,4 @@ class _Compiled(torch.autograd.Function):
 
 def _float32(number: float) -> Tensor:
     """(), infinite where `number` is too large: whoever scales gradients (`GradScaler`) looks for that."""
-    return torch.scalar_tensor(ctypes.c_float(number).value, dtype=torch.float32)
+    return torch.scalar_tensor(ctypes.c_float(number).value, dtype=torch.float32, device=CPU)

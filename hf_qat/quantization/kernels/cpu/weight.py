@@ -54,7 +54,7 @@ class _CompiledFold(torch.autograd.Function):
             variance = variance.clone()  # the batch norm that follows moves it before backward
             mean = bias = None
         elif variance is not None:
-            folded = torch.empty(weight.shape[folding.axis], dtype=torch.float32)
+            folded = weight.new_empty(weight.shape[folding.axis])
         tensors = weight, scale, variance, gamma, mean, bias
         _fold(tensors, folding, out, beta, folded)
         compute_again(out, _folded, folding, weight, scale, variance, gamma)
@@ -73,7 +73,7 @@ class _CompiledFold(torch.autograd.Function):
         folds = variance is not None and not ctx.folding.live
         bias_grad = bias_grad.contiguous() if folds and bias_grad is not None else None
         dweight, channels = torch.empty_like(weight), weight.shape[ctx.folding.axis]
-        dscale = torch.empty(channels, dtype=torch.float32)
+        dscale = weight.new_empty(channels)
         dgamma, dbias = (torch.empty_like(dscale) if folds and wanted else None for wanted in (by_gamma, by_bias))
         gradients = (grad, bias_grad, dweight, dscale, dgamma, dbias)
         call = FoldBackwardCall(*_told((weight, scale, *norm), ctx.folding), *_addresses(gradients))

@@ -230,6 +230,10 @@ def _start_heads(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
             owner._parameters[name] = nn.Parameter(fresh, requires_grad=old.requires_grad)
         else:
             owner._buffers[name] = fresh
+        if isinstance(owner, FakeQuantize):  # of a weight, which is stored under another name if it is tied
+            layer = path.rpartition(".")[0]
+            owners[layer] = model.get_submodule(layer)
+    _tie_weights(model)
     for owner in owners.values():
         if not isinstance(owner, FakeQuantize):
             model._init_weights(owner)

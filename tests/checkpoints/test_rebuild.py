@@ -171,6 +171,20 @@ def test_tied_weights_and_parameters_that_know_no_meta_device_come_back(tmp_path
         assert torch.equal(found.logits, expected.logits) and torch.equal(found.pred_boxes, expected.pred_boxes)
 
 
+def test_tied_heads_for_other_labels_stay_tied_and_have_scales_of_their_weights(tmp_path: Path):
+    case = next(case for case in DETECTION if case.cls == "DeformableDetrForObjectDetection")
+    model = prepare_qat(case.make(), QATConfig(), case.batch(2))
+    calibrate(model, [case.batch(2)])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    first, second = loaded.class_embed
+    assert first.weight is second.weight and first.bias is second.bias and first.weight.shape[0] == 9
+    largest = first.weight.abs().amax(1)
+    for head in (first, second):
+        scale = head.weight_quantizer.scale.flatten()
+        assert ((largest / scale > 32) & (largest / scale < 256)).all()
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["training", "quantized"])
 def test_a_model_for_images_of_several_sizes_takes_them_again(quantized: bool, tmp_path: Path):
     inputs, other = ({"pixel_values": torch.randn(2, 3, *size)} for size in ((32, 32), (48, 64)))

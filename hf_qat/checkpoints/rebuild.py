@@ -19,7 +19,7 @@ from hf_qat.config.checkpoint_info import CheckpointInfo, Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CaptureError, ConfigError, WeightsError
 from hf_qat.graph.capture.capture import Parts
-from hf_qat.graph.capture.meta_device import MetaCapture
+from hf_qat.graph.capture.meta_device import META, MetaCapture
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.fingerprint import first_difference
 from hf_qat.graph.nodes import CONSTANT_PREFIX
@@ -77,6 +77,8 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
     _require_trainable_for_other_labels(model, saved)
     if isinstance(model, CapturedModule):  # `type(prepared).from_pretrained(…)`, where the whole was captured
         model.__class__ = original_class(type(model))
+    _leave_no_parameter_behind(model)
+    _tie_weights(model)
     with open_tensors(files, str(getattr(model.config, "name_or_path", ""))) as stored:
         # transformers makes everything on the meta device in here; what a graph holds as constants has values.
         with torch.device("cpu"):
@@ -90,11 +92,34 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
             _require_same_graph(model, saved)
             if saved.stage is Stage.CONVERTED:
                 swap_to_integer_modules(model)
+                _forget_ties_of_codes(model)
         layers = {key_of(path, "weight"): layer for path, layer in quantized_layers(model).items()}
         shapes = {key: stored_shape(layer) for key, layer in layers.items()}
         other_labels = saved.stage is Stage.PREPARED and saved.num_labels != _info(model).num_labels
         new_heads = check_tensors(model, stored, shapes, other_labels)
     return PendingRestore(set(layers), _constants(model), new_heads)
+
+
+def _leave_no_parameter_behind(model: nn.Module) -> None:
+    """All parameters to the meta device: `torch.Tensor(n)`, as some classes make one, takes no notice of a default."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None and value.device != META:
+                module._parameters[name] = nn.Parameter(value.detach().to(META), value.requires_grad)
+
+
+def _tie_weights(model: PreTrainedModel) -> None:
+    """Make one parameter of those that its class ties, as when it was saved: transformers does so after loading."""
+    for key, source in model.all_tied_weights_keys.items():
+        path, _, name = key.rpartition(".")
+        model.get_submodule(path)._parameters[name] = model.get_parameter(source)
+
+
+def _forget_ties_of_codes(model: PreTrainedModel) -> None:
+    """Codes are no parameters, and a checkpoint holds those of each layer: transformers has nothing to tie."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ties = model.all_tied_weights_keys
+    vars(model)["all_tied_weights_keys"] = {key: ties[key] for key in ties if {key, ties[key]} <= parameters}
 
 
 def _require_trainable_for_other_labels(model: PreTrainedModel, saved: CheckpointInfo) -> None:
@@ -205,6 +230,10 @@ def _start_heads(model: PreTrainedModel, shapes: dict[str, torch.Size]) -> None:
             owner._parameters[name] = nn.Parameter(fresh, requires_grad=old.requires_grad)
         else:
             owner._buffers[name] = fresh
+        if isinstance(owner, FakeQuantize):  # of a weight, which is stored under another name if it is tied
+            layer = path.rpartition(".")[0]
+            owners[layer] = model.get_submodule(layer)
+    _tie_weights(model)
     for owner in owners.values():
         if not isinstance(owner, FakeQuantize):
             model._init_weights(owner)

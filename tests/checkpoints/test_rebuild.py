@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_qat import calibrate, prepare_qat
+from hf_qat import calibrate, convert, prepare_qat
 from hf_qat.config.checkpoint_info import CheckpointInfo
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError, HfQatError, WeightsError
 from hf_qat.model.saved_config import rebuild_inputs
 from tests.checkpoints.damaged import copied, load
+from tests.coverage.detection import DETECTION
 from tests.graph.capture.test_ways import MoreQueries, boxes
+from tests.models import resnet
 
 
 Change = Callable[[dict[str, Any]], None]
@@ -148,3 +151,48 @@ def test_a_training_checkpoint_goes_on_training_with_labels(tmp_path):
         torch.manual_seed(1)
         losses.append(candidate.train()(x, boxes(9, 4))["loss"].detach())
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+def test_tied_weights_and_parameters_that_know_no_meta_device_come_back(tmp_path: Path):
+    """Deformable DETR's heads are one in all layers, and its embedding of levels is made by `torch.Tensor(n, d)`."""
+    case = next(case for case in DETECTION if case.cls == "DeformableDetrForObjectDetection")
+    inputs = case.batch(2)
+    model = prepare_qat(case.make(), QATConfig(), inputs)
+    calibrate(model, [inputs])
+    assert model.class_embed[0].weight is model.class_embed[1].weight
+    model.eval().save_pretrained(tmp_path / "training")
+    loaded = type(model).from_pretrained(tmp_path / "training").eval()
+    assert loaded.class_embed[0].weight is loaded.class_embed[1].weight
+    converted = convert(copy.deepcopy(model))
+    converted.save_pretrained(tmp_path / "quantized")
+    quantized = type(model).from_pretrained(tmp_path / "quantized")
+    for ours, theirs in ((model, loaded), (converted, quantized)):
+        expected, found = ours(**inputs), theirs(**inputs)
+        assert torch.equal(found.logits, expected.logits) and torch.equal(found.pred_boxes, expected.pred_boxes)
+
+
+def test_tied_heads_for_other_labels_stay_tied_and_have_scales_of_their_weights(tmp_path: Path):
+    case = next(case for case in DETECTION if case.cls == "DeformableDetrForObjectDetection")
+    model = prepare_qat(case.make(), QATConfig(), case.batch(2))
+    calibrate(model, [case.batch(2)])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    first, second = loaded.class_embed
+    assert first.weight is second.weight and first.bias is second.bias and first.weight.shape[0] == 9
+    largest = first.weight.abs().amax(1)
+    for head in (first, second):
+        scale = head.weight_quantizer.scale.flatten()
+        assert ((largest / scale > 32) & (largest / scale < 256)).all()
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["training", "quantized"])
+def test_a_model_for_images_of_several_sizes_takes_them_again(quantized: bool, tmp_path: Path):
+    inputs, other = ({"pixel_values": torch.randn(2, 3, *size)} for size in ((32, 32), (48, 64)))
+    model = prepare_qat(resnet(), QATConfig(), inputs, other_size=other)
+    calibrate(model, [inputs])
+    model = convert(model) if quantized else model.eval()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    for size in ((32, 32), (64, 40), (96, 32)):
+        x = torch.randn(1, 3, *size)
+        assert torch.equal(loaded(x).logits, model(x).logits)

@@ -126,7 +126,7 @@ def decibels(model, batches):
 
 
 class TestRealModel:
-    @pytest.mark.parametrize("wanted", [22.0, 36.0])
+    @pytest.mark.parametrize("wanted", [27.0, 36.0])
     def test_the_outputs_become_as_good_as_was_asked_for(self, found, batches, wanted):
         """Of the float model's outputs, up to 3 dB: half a bit."""
         config = QATConfig.from_analysis(found, budget={"at_least": wanted})
@@ -134,7 +134,7 @@ class TestRealModel:
         assert found.output_sqnr < wanted - 3 < decibels(model, batches)
 
     def test_only_what_was_named_is_wider(self, found, batches):
-        config = QATConfig.from_analysis(found, budget={"at_least": 22.0})
+        config = QATConfig.from_analysis(found, budget={"at_least": 27.0})
         before = prepare_qat(resnet().eval(), QATConfig("w4a4"), batches[0])
         after = fake_quantizers(prepare_qat(resnet().eval(), config, batches[0]))
         for path, quantizer in fake_quantizers(before).items():
@@ -143,8 +143,10 @@ class TestRealModel:
             bits = config.overrides.get(layer, {}).get(kind, {}).get("bits", quantizer.spec.bits)
             assert after[path].spec.bits == bits, path
 
-    def test_the_weights_fit_and_lose_less(self, found, batches):
-        narrow = prepare_qat(resnet().eval(), QATConfig("w4a4"), batches[0])
+    def test_the_weights_fit_and_lose_less(self, batches):
+        """Where activations have 8 bits, it is weights that cost."""
+        narrow = calibrate(prepare_qat(resnet().eval(), QATConfig("w4a8"), batches[0]), batches)
+        found = analyze(narrow, batches)
         size = sum(
             layer.weight.numel() * layer.weight_quantizer.spec.bits / 8 for layer in qat_layers(narrow).values()
         )
@@ -153,4 +155,4 @@ class TestRealModel:
         layers = [module for module in model.modules() if hasattr(module, "weight_spec")]
         taken = sum(np.prod(module.weight.shape) * module.weight_spec.bits / 8 for module in layers)
         assert size < taken <= 1.5 * size
-        assert decibels(model, batches) > found.output_sqnr
+        assert decibels(model, batches) > found.output_sqnr + 1

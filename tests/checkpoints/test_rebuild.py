@@ -185,6 +185,24 @@ def test_tied_heads_for_other_labels_stay_tied_and_have_scales_of_their_weights(
         assert ((largest / scale > 32) & (largest / scale < 256)).all()
 
 
+@pytest.mark.parametrize(
+    "cls",
+    [
+        "RTDetrV2ForObjectDetection",
+        pytest.param("DFineForObjectDetection", marks=pytest.mark.slow),
+        pytest.param("Deimv2ForObjectDetection", marks=pytest.mark.slow),
+    ],
+)
+def test_what_deformable_attention_checks_needs_no_values(cls: str, tmp_path: Path):
+    case = next(case for case in DETECTION if case.cls == cls)
+    inputs = case.batch(2)
+    model = calibrate(prepare_qat(case.make(), QATConfig(), inputs), [inputs]).eval()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    expected, found = model(**inputs), loaded(**inputs)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.pred_boxes, expected.pred_boxes)
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["training", "quantized"])
 def test_a_model_for_images_of_several_sizes_takes_them_again(quantized: bool, tmp_path: Path):
     inputs, other = ({"pixel_values": torch.randn(2, 3, *size)} for size in ((32, 32), (48, 64)))

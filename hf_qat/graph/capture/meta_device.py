@@ -14,11 +14,13 @@ META = torch.device("meta")
 
 
 class MetaCapture(TorchFunctionMode):
-    """Inside, two things that need values do not fail, or lose them, for want of values.
+    """Inside, three things that need values do not fail, or lose them, for want of values.
 
     `bool(x)` is `False`: Hugging Face models ask `if mask.all()`, to leave out a mask that hides nothing, and do not
     ask while an exporter traces them, so that what was captured on real data contains the mask; `False` takes the same
     way. Where it does not, the captured operations differ from those that were saved, which is an error of its own.
+
+    `torch._check_tensor_all` holds: deformable attention checks that its levels have as many places as its sequence.
 
     `torch.tensor(data, device=…)` keeps its data: it is made on the CPU, and becomes a constant of the graph there.
     """
@@ -27,6 +29,8 @@ class MetaCapture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.__bool__ and type(args[0]) is Tensor and args[0].device == META:
             return False
+        if func is Tensor._is_all_true and args[0].device == META:
+            return torch.ones((), dtype=torch.bool, device="cpu")
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             if torch.device(kwargs["device"]) == META and not isinstance(args[0], Tensor):
                 return func(*args, **{**kwargs, "device": "cpu"}).to(META)

@@ -171,6 +171,7 @@ def test_tied_weights_and_parameters_that_know_no_meta_device_come_back(tmp_path
         assert torch.equal(found.logits, expected.logits) and torch.equal(found.pred_boxes, expected.pred_boxes)
 
 
+@pytest.mark.slow
 def test_tied_heads_for_other_labels_stay_tied_and_have_scales_of_their_weights(tmp_path: Path):
     case = next(case for case in DETECTION if case.cls == "DeformableDetrForObjectDetection")
     model = prepare_qat(case.make(), QATConfig(), case.batch(2))
@@ -185,14 +186,8 @@ def test_tied_heads_for_other_labels_stay_tied_and_have_scales_of_their_weights(
         assert ((largest / scale > 32) & (largest / scale < 256)).all()
 
 
-@pytest.mark.parametrize(
-    "cls",
-    [
-        "RTDetrV2ForObjectDetection",
-        pytest.param("DFineForObjectDetection", marks=pytest.mark.slow),
-        pytest.param("Deimv2ForObjectDetection", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", ["RTDetrV2ForObjectDetection", "DFineForObjectDetection", "Deimv2ForObjectDetection"])
 def test_what_deformable_attention_checks_needs_no_values(cls: str, tmp_path: Path):
     case = next(case for case in DETECTION if case.cls == cls)
     inputs = case.batch(2)

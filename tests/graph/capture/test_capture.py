@@ -122,6 +122,13 @@ def test_capture_on_the_meta_device_gives_the_same_operations_and_constants(name
     assert all(parameter.is_meta for parameter in there.parameters())
 
 
+def test_a_check_of_values_holds_where_there_are_none():
+    with MetaCapture():
+        torch._check_tensor_all(torch.zeros(2, device="meta") == 1)
+    with pytest.raises(RuntimeError, match="meta"):
+        torch._check_tensor_all(torch.zeros(2, device="meta") == 1)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_captured_model_can_be_cast(dtype):

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.channel_axes import Channels, channels_after
 from hf_qat.graph.nodes import called_module, fetch
+from hf_qat.graph.norm_calls import is_own
 from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.quantizer import FakeQuantize
 
@@ -192,14 +193,11 @@ def _norm(captured: CapturedModule, node: fx.Node) -> nn.Module | None:
     _, shape, weight, bias = (*node.args[:4], None)[:4]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or len(shape) != 1:  # type: ignore[arg-type]
         return None
-    module: nn.Module = captured.get_submodule(str(weight.target).rpartition(".")[0])
-    own = {name: getattr(module, name, None) for name in ("weight", "bias")}
-    given = {"weight": weight, "bias": bias}
-    same = all(
-        own[name] is (fetch(captured, str(value.target)) if isinstance(value, fx.Node) else None)
-        for name, value in given.items()
-    )
-    return module if same and all(value is None or isinstance(value, nn.Parameter) for value in own.values()) else None
+    path = str(weight.target).rpartition(".")[0]
+    module: nn.Module = captured.get_submodule(path)
+    own = is_own(module, path, "weight", weight) and is_own(module, path, "bias", bias)
+    trained = all(isinstance(value, nn.Parameter) for value in (module.weight, module.bias) if value is not None)
+    return module if own and trained else None
 
 
 def _mixes(layer: QATLayer) -> bool:

@@ -39,13 +39,14 @@ def norm_path(captured: CapturedModule, way: CapturedGraph, node: fx.Node) -> st
         return None
     path = str(mean.target).rpartition(".")[0]
     module = captured.get_submodule(path)
-    own = all(_is_own(module, path, name, value) for name, value in zip(TENSORS, tensors, strict=True))
+    own = all(is_own(module, path, name, value) for name, value in zip(TENSORS, tensors, strict=True))
     own_momentum = getattr(module, "momentum", momentum) or 0.0  # none: see `averages_left_alone`
     same = own and getattr(module, "eps", None) == eps and own_momentum == momentum
     return path if same and training == _normalises_by_batch(module, way) else None
 
 
-def _is_own(module: nn.Module, path: str, name: str, value: Any) -> bool:
+def is_own(module: nn.Module, path: str, name: str, value: Any) -> bool:
+    """Whether `value`, an argument of a node, is the tensor of that name of the module at `path`, or both are none."""
     own = getattr(module, name, None)
     if value is None or own is None:
         return value is own

@@ -95,9 +95,8 @@ def _copy(bias: Tensor | None) -> Tensor:
 
 
 def _is(bias: Tensor, value: Tensor) -> bool:
-    return not isinstance(bias, DTensor) and torch.equal(
-        bias.detach(), value.to(bias)
-    )  # one that FSDP2 has split stays
+    split_by_fsdp = isinstance(bias, DTensor)  # it stays as it is
+    return not split_by_fsdp and torch.equal(bias.detach(), value.to(bias))
 
 
 @torch.no_grad()

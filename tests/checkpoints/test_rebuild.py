@@ -153,6 +153,7 @@ def test_a_training_checkpoint_goes_on_training_with_labels(tmp_path):
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
+@pytest.mark.slow
 def test_tied_weights_and_parameters_that_know_no_meta_device_come_back(tmp_path: Path):
     """Deformable DETR's heads are one in all layers, and its embedding of levels is made by `torch.Tensor(n, d)`."""
     case = next(case for case in DETECTION if case.cls == "DeformableDetrForObjectDetection")

@@ -94,6 +94,7 @@ def test_evaluate_reads_masks_beside_the_file_and_prints_what_one_class_everywhe
     assert measured == pytest.approx(EXPECTED)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_processor_that_reduces_labels_leaves_a_trained_model_its_head_and_names(folder, tmp_path, capsys):
     """Masks of 1, 2 and 3 with nothing at 0, as those of ADE20K have it, are what the model calls 0, 1 and 2."""

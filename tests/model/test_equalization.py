@@ -59,7 +59,14 @@ def errors(model: nn.Module, target: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("make", "training"), [(resnet, False), (resnet, True), (regnet, False), (regnet, True), (mobilenet_v2, False)]
+    ("make", "training"),
+    [
+        (resnet, False),
+        (resnet, True),
+        (regnet, False),
+        (regnet, True),
+        pytest.param(mobilenet_v2, False, marks=[pytest.mark.slow]),
+    ],
 )
 def test_in_float_the_model_computes_what_the_users_own_does(make, training: bool):
     batches = images(16, 32)

@@ -64,7 +64,11 @@ def trained(make: Callable[[], nn.Module] = hand_written, epochs: int = 2) -> QA
     return wrapper.eval()
 
 
-@pytest.mark.parametrize("make", [hand_written, resnet], ids=["plain module", "Hugging Face model"])
+@pytest.mark.parametrize(
+    "make",
+    [hand_written, pytest.param(resnet, marks=[pytest.mark.slow])],
+    ids=["plain module", "Hugging Face model"],
+)
 def test_the_flow_of_the_documentation(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     float_model = spread(make(), 7).eval()
     epochs = 4

@@ -41,7 +41,7 @@ def bits(*arguments: object, **options: object) -> dict[str, int]:
 W4A4 = {"input": 8, "w0": 8, "a0": 4, "w1": 4, "a1": 4, "w2": 4, "a2": 8, "w3": 8, "a3": 8}
 
 
-@pytest.mark.parametrize("width", [2, 3, 4, 5, 16])
+@pytest.mark.parametrize("width", [2, *(pytest.param(bits, marks=[pytest.mark.slow]) for bits in (3, 4, 5)), 16])
 @pytest.mark.parametrize("kinds", ["w", "a", "wa"])
 @pytest.mark.parametrize("layer", [0, 1, 2, 3])
 def test_the_bits_of_an_override_hold_at_the_edges_too_whatever_their_number(layer, kinds, width):
@@ -129,7 +129,12 @@ def upernet() -> nn.Module:
     ("make", "size", "wide"),
     [
         (resnet, 32, {"resnet.embedder.embedder.convolution", "classifier.1"}),
-        (upernet, 64, {"backbone.embedder.embedder.convolution", "decode_head.classifier"}),
+        pytest.param(
+            upernet,
+            64,
+            {"backbone.embedder.embedder.convolution", "decode_head.classifier"},
+            marks=[pytest.mark.slow],
+        ),
         (
             yolos,
             32,

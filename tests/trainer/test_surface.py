@@ -244,9 +244,12 @@ SURFACE: dict[str, Row] = {
 }
 
 
-#: Rows that have another test in every run: in `test_batches.py`, `test_subclassing.py`, `test_streams.py`, and below.
+#: Rows that have another test in every run, in `test_batches.py`, `test_subclassing.py`, `test_streams.py` and below, or
+#: that rarely matter.
 SLOW = (
     "attributes set after super().__init__()",
+    "batches that are no dictionaries",
+    "label_names and eval_dataset set after the constructor",
     "compute_loss, and log inside it",
     "images of several sizes",
     "a stream as the train set",
@@ -260,6 +263,7 @@ def test_what_is_tried_gives_the_same_as_with_trainer(tmp_path: Path, row: str):
     assert ours == plain
 
 
+@pytest.mark.slow
 def test_the_loss_of_masked_image_modelling_is_not_quantized(tmp_path: Path):
     """It takes no labels, so that nothing but its output tells that it is a loss."""
     config = ViTConfig(

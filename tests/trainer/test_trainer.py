@@ -131,6 +131,7 @@ class TestDropIn:
         trainer.train()
         assert trainer.evaluate(images(16))["eval_loss"] < 0.7 * before
 
+    @pytest.mark.slow
     def test_a_new_model_is_prepared_for_every_training(self, tmp_path: Path):
         made = []
 
@@ -259,6 +260,7 @@ class TestCalibration:
         trainer.calibrate()
         assert differing(values(trainer.model), values(expected)) == []
 
+    @pytest.mark.slow
     def test_its_effort_is_that_of_the_config_and_what_is_said_wins(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
@@ -329,6 +331,7 @@ class TestCalibration:
         plain = Trainer(vit(), arguments(tmp_path), eval_dataset=images(10, seed=1))
         assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-4)
 
+    @pytest.mark.slow
     def test_bias_correction_is_the_configs_to_choose(self, tmp_path: Path):
         biases = {}
         for correct in (True, False):

@@ -41,7 +41,9 @@ def test_it_says_what_was_done_and_not_what_was_asked_for(tmp_path: Path):
     }
 
 
-@pytest.mark.parametrize(("changes", "expected"), [({}, None), ({"bf16": True}, "bfloat16")])
+@pytest.mark.parametrize(
+    ("changes", "expected"), [pytest.param({}, None, marks=[pytest.mark.slow]), ({"bf16": True}, "bfloat16")]
+)
 def test_mixed_precision_and_a_teacher_are_named_where_they_were(tmp_path: Path, changes: dict, expected: str | None):
     trainer = Trainer(resnet(), arguments(tmp_path, max_steps=1, **changes), train_dataset=images(8))
     trainer.train()

@@ -244,8 +244,8 @@ SURFACE: dict[str, Row] = {
 }
 
 
-#: Rows that have another test in every run, in `test_batches.py`, `test_subclassing.py`, `test_streams.py` and below, or
-#: that rarely matter.
+#: Rows that rarely matter, or have another test in every run: in `test_batches.py`, `test_subclassing.py`,
+#: `test_streams.py`, and below.
 SLOW = (
     "attributes set after super().__init__()",
     "batches that are no dictionaries",

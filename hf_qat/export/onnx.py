@@ -35,6 +35,7 @@ from hf_qat.files.atomic import whole_file
 from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.graph.one_at_a_time import TURN
 from hf_qat.graph.progress import progress
+from hf_qat.model.eager import in_eager_mode, uncompiled
 from hf_qat.model.finite import require_finite
 from hf_qat.model.state import require_stage, state_of
 from hf_qat.quantization.converted import QuantizeDequantize
@@ -45,6 +46,7 @@ from hf_qat.version import __version__
 EXPORTER_OPSET = 18
 
 
+@in_eager_mode()
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -73,6 +75,7 @@ def export_onnx(
             or ONNX Runtime computes something else than torch. No file is left behind then, and an earlier one stays.
         FixedBatchError: an `ExportError`: the model cannot be exported with a free batch.
     """
+    model = uncompiled(model)
     config = _require_converted(model)
     require_expressible(model)
     require_finite(model, "export")

@@ -23,6 +23,7 @@ from hf_qat.export.io_names import bind, input_tensors, named_outputs
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.report import PERTURBATION, ExportReport
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
+from hf_qat.model.eager import in_eager_mode, uncompiled
 from hf_qat.model.in_float import float_operations
 from hf_qat.model.state import require_stage
 
@@ -41,6 +42,7 @@ TIMES_ITSELF = 3
 CHANGES = 8
 
 
+@in_eager_mode()
 def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -> ExportReport:
     """Run the file on ONNX Runtime and the model in torch, on the same inputs.
 
@@ -53,6 +55,7 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
         StageError: the model is not converted.
         ExportError: ONNX Runtime is missing, does not load the file, or there is nothing to compare.
     """
+    model = uncompiled(model)
     require_stage(model, Stage.CONVERTED, "verify")
     require_onnxruntime()
     if isinstance(batches, (torch.Tensor, Mapping)):

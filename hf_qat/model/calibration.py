@@ -26,6 +26,7 @@ from hf_qat.model.bias_correction import (
     corrections_taken_back,
     shift_biases,
 )
+from hf_qat.model.eager import in_eager_mode, uncompiled
 from hf_qat.model.equal_rows import warn_of_equal_rows
 from hf_qat.model.equalization import equalize_if_nearer
 from hf_qat.model.range_choice import choose_ranges, observe_in_several_ways
@@ -46,6 +47,7 @@ RANGE_CHOICE_BATCHES = 4
 MOST_KEPT_BYTES = 2**30
 
 
+@in_eager_mode()
 def calibrate(
     model: Model,
     batches: Iterable[Inputs],
@@ -83,6 +85,7 @@ def calibrate(
         CalibrationError: no batch, or integers, NaN or infinities in one.
         ConfigError: another effort than these.
     """
+    given, model = model, uncompiled(model)
     config = require_stage(model, Stage.PREPARED, "calibrate").config
     bias_correction = config.bias_correction if bias_correction is None else bias_correction
     effort = config.calibration_effort if effort is None else one_of("effort", effort, EFFORTS)
@@ -90,7 +93,7 @@ def calibrate(
     corrects = bias_correction and not live_batch_norms
     with corrections_taken_back(model) if corrects else nullcontext():
         _calibrate(model, batches, num_batches, corrects, live_batch_norms, best)
-    return model
+    return given
 
 
 def _calibrate(

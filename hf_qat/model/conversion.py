@@ -12,6 +12,7 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import NonFiniteError, StageError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.graph.weights import fold_weights
+from hf_qat.model.eager import uncompiled
 from hf_qat.model.finite import require_finite
 from hf_qat.model.saved_config import attach_hf_quantizer
 from hf_qat.model.state import captured_children, require_ranges, require_stage
@@ -40,12 +41,14 @@ def convert(model: Model) -> Model:
         NonFiniteError: a weight, a statistic or a range holds NaN or infinity, of which a code would show nothing; or
             a scale has vanished.
     """
+    given, model = model, uncompiled(model)
     require_stage(model, Stage.PREPARED, "convert")
     _require_float32(model)
     require_finite(model, "convert")
     _require_usable_scales(model)
     require_ranges(model, "convert")
-    return swap_to_integer_modules(model)
+    swap_to_integer_modules(model)
+    return given
 
 
 def _require_float32(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from hf_qat.graph.capture.inputs import LABEL_NAMES, device_of
 from hf_qat.graph.capture.modes import buffers_kept, evaluating
 from hf_qat.graph.user_hooks import without_user_hooks
 from hf_qat.model.call_in_training import Call
+from hf_qat.model.eager import in_eager_mode
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.model.untrained import batch_statistics
 from hf_qat.quantization.collectives import min_over_ranks, range_over_ranks
@@ -184,8 +185,9 @@ def _watch(model: nn.Module, call: Call, quantizers: dict[str, FakeQuantize], wa
     for path, watch in watches.items():
         quantizers[path].observer = watch
     try:
-        with _unseen(model), evaluating(model), batch_statistics(live), fake_quant_disabled(model), torch.no_grad():
-            model(*args, **inputs)
+        with _unseen(model), evaluating(model), batch_statistics(live), fake_quant_disabled(model):
+            with torch.no_grad(), in_eager_mode():
+                model(*args, **inputs)
         found = True
     except CalibrationError:  # a training that diverges goes on, as it would without us
         found = False

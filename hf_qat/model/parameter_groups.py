@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from hf_qat.model.state import state_of
 from hf_qat.quantization.quantizer import fake_quantizers
 
 
@@ -18,30 +17,36 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     """Groups of all parameters that require gradients, for any optimizer of `torch.optim`.
 
     Args:
-        model: prepared; a float one has no third group.
+        model: prepared; a part of such a model, or a module around one or several. A float one has no third group.
         lr: learning rate of the weights.
         weight_decay: of the weights.
 
     Returns:
         Up to three groups, none of them empty: weights; norms and biases, which are all parameters with one axis or
         none, without decay; learned scales and offsets, without decay, at `scale_lr_multiplier` of the recipe times
-        `lr`.
+        `lr`, which are two groups or more where models of several recipes are parts of `model`.
 
     Examples:
         optimizer = torch.optim.AdamW(hf_qat.parameter_groups(model, lr=1e-4, weight_decay=0.01))
     """
-    state = state_of(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scales = [scale for scale in scale_parameters(model) if scale.requires_grad]
-    others = {id(scale) for scale in scales}
+    others = {id(scale) for scale in scale_parameters(model)}
     weights = [p for p in trained if p.dim() > 1 and id(p) not in others]
     vectors = [p for p in trained if p.dim() <= 1 and id(p) not in others]
     groups = [
         {"params": weights, "lr": lr, "weight_decay": weight_decay},
         {"params": vectors, "lr": lr, "weight_decay": 0.0},
-        scale_group(scales, lr, 1.0 if state is None else state.config.scale_lr_multiplier),
+        *_scale_groups(model, lr),
     ]
     return [group for group in groups if group["params"]]
+
+
+def _scale_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
+    """A group of the scales and offsets that require gradients, for each multiplier of their rates."""
+    scales: dict[float, list[nn.Parameter]] = {}
+    for quantizer in fake_quantizers(model).values():
+        scales.setdefault(quantizer.lr_multiplier, []).extend(p for p in quantizer.parameters() if p.requires_grad)
+    return [scale_group(parameters, lr, multiplier) for multiplier, parameters in scales.items()]
 
 
 def scale_parameters(model: nn.Module) -> list[nn.Parameter]:

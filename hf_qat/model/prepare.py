@@ -28,7 +28,7 @@ from hf_qat.model.python_code import operations_in_python
 from hf_qat.model.quantized_share import warn_of_float_layers
 from hf_qat.model.rollback import unchanged_on_failure
 from hf_qat.model.saved_config import attach_quantization_config
-from hf_qat.model.state import STATE, QATState, state_of
+from hf_qat.model.state import STATE, QATState, quantized_parts, state_of
 from hf_qat.model.state_dict import initialize_weight_scales, install_hooks
 from hf_qat.quantization.layers import QATLayer, install_freezable_norm
 from hf_qat.quantization.quantizer import fake_quantizers
@@ -65,18 +65,17 @@ def prepare_qat(
         The same object.
 
     Raises:
-        StageError: prepared or converted already.
+        StageError: prepared or converted already, or a part of it is.
         ConfigError: a glob of `exclude` or `overrides` matches no module.
         NonFiniteError: a weight holds NaN or infinity; the message names it.
-        CaptureError: forward cannot become a graph, the message names the module and the line; or a parameter is not
-            in float32.
+        CaptureError: forward cannot become a graph, the message names the module and the line; a parameter is not
+            in float32; or the model is compiled.
 
     Whatever is raised, the model is left as it was.
     """
-    state = state_of(model)
-    if state is not None:
-        raise StageError(f"{type(model).__name__} is {state.stage} already; prepare a copy of the float model.")
+    _require_float(model)
     require_python(model)
+    _require_never_compiled(model)
     _require_trainable(model)
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
@@ -85,23 +84,47 @@ def prepare_qat(
     return prepare_parts(model, config, inputs, Parts(config.excludes), labels, other_size)
 
 
+def _require_float(model: nn.Module) -> None:
+    """Refuse what is prepared or converted already, and a module around it: its quantizers would be captured again."""
+    for path, module in quantized_parts(model).items():
+        state = state_of(module)
+        stage = None if state is None else state.stage
+        if not path:
+            raise StageError(f"{type(model).__name__} is {stage} already; prepare a copy of the float model.")
+        raise StageError(
+            f"{path} of {type(model).__name__} is {stage} already: prepare the whole with the float "
+            f"{type(module).__name__} in its place, or leave what is around it in float."
+        )
+
+
 def require_python(model: nn.Module) -> None:
     """Refuse what has no Python code to look at.
 
     Raises:
-        CaptureError: the model is compiled, or a part of it is TorchScript.
+        CaptureError: the model or a part of it is compiled or TorchScript.
     """
-    if isinstance(model, OptimizedModule):
-        raise CaptureError(
-            "the model is compiled: give it as it was before torch.compile (its `_orig_mod`), and compile what is "
-            "prepared, or leave that to torch_compile=True of the TrainingArguments."
-        )
     for path, module in model.named_modules():
+        what = f"{path} of {type(model).__name__}" if path else "the model"
+        if isinstance(module, OptimizedModule):
+            raise CaptureError(
+                f"{what} is compiled: give it as it was before torch.compile (its `_orig_mod`), and compile what is "
+                "prepared, or leave that to torch_compile=True of the TrainingArguments."
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(
                 f"{path or 'the model'} of {type(model).__name__} is TorchScript, which has no Python code to look at "
                 "and no place for quantizers: prepare the model as it was before torch.jit.script, torch.jit.trace or "
                 "torch.jit.load, with the same state dict."
+            )
+
+
+def _require_never_compiled(model: nn.Module) -> None:
+    """`model.compile()` stays in the module, and its code would go on computing in float."""
+    for path, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise CaptureError(
+                f"{path or 'the model'} of {type(model).__name__} was compiled by compile(): prepare the model "
+                "before, or a copy of it (copy.deepcopy leaves that behind), and compile what is prepared."
             )
 
 
@@ -168,7 +191,7 @@ def _prepare(
 
     _make_norms_freezable(model)
     _detach_computed_weights(model)
-    _follow_model(model)
+    _follow_model(model, config)
     _freeze_quantizers_of_frozen_parts(model)
     for module in captured.values():
         module.remember_places()
@@ -213,11 +236,11 @@ def _detach_computed_weights(model: nn.Module) -> None:
             vars(module).update({name: value.detach() for name, value in computed})
 
 
-def _follow_model(model: nn.Module) -> None:
-    """Bring the quantizers to the device and into the mode of the model, and let them know where they are."""
+def _follow_model(model: nn.Module, config: QATConfig) -> None:
+    """Bring the quantizers to the device and into the mode of the model; tell them where they are, and their rate."""
     device = device_of(model)
     for path, quantizer in fake_quantizers(model).items():
-        quantizer.path = path
+        quantizer.path, quantizer.lr_multiplier = path, config.scale_lr_multiplier
         if quantizer.log2_scale.device.type != "meta":  # that of a weight which is not read yet
             quantizer.to(device)
         quantizer.train(model.training)

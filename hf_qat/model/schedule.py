@@ -17,6 +17,7 @@ from torch import nn
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import ConfigError, listed
 from hf_qat.model.call_in_training import CallInTraining
+from hf_qat.model.eager import uncompiled
 from hf_qat.model.outgrown import renew_outgrown_ranges, set_ranges_anew
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import freeze_batch_norm, freeze_ranges
@@ -121,7 +122,7 @@ class QATSchedule:
 
     def __init__(self, model: nn.Module, total_steps: int) -> None:
         self.config = require_stage(model, Stage.PREPARED, "schedule quantization-aware training").config
-        self._model = model
+        self._model = uncompiled(model)
         self._applied: Phase | None = None
         self._freeze_bn_at = self._freezing_of_batch_norm()
         self._quantize_at = self._end_of_float()

@@ -10,6 +10,7 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import StageError
 from hf_qat.graph.captured import CapturedModule
+from hf_qat.model.eager import uncompiled
 from hf_qat.quantization.quantizer import fake_quantizers
 
 
@@ -47,9 +48,7 @@ def require_stage(model: nn.Module, stage: str, action: str) -> QATState:
     """
     state = state_of(model)
     if state is None:
-        raise StageError(
-            f"cannot {action}: {type(model).__name__} is a float model. Call prepare_qat(model, config) first."
-        )
+        raise StageError(f"cannot {action}: {_why_without_state(model)}")
     if state.stage != stage:
         still_trains = state.stage is Stage.PREPARED
         hint = "call convert(model) first" if still_trains else "it is for inference only; prepare a copy"
@@ -59,13 +58,28 @@ def require_stage(model: nn.Module, stage: str, action: str) -> QATState:
     return state
 
 
+def quantized_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """The prepared and converted models in `model`, which may be one itself, by path."""
+    return {path: module for path, module in model.named_modules() if STATE in vars(module)}
+
+
+def _why_without_state(model: nn.Module) -> str:
+    name, parts = type(model).__name__, quantized_parts(model)
+    if parts:
+        path, part = next(iter(parts.items()))
+        return (
+            f"{name} is a module around {type(part).__name__}, which is {vars(part)[STATE].stage}: pass its `{path}`."
+        )
+    return f"{name} is a float model. Call prepare_qat(model, config) first."
+
+
 def captured_children(model: nn.Module) -> dict[str, CapturedModule]:
     """The captured children of a prepared or converted model, by path, in the order of their first call.
 
     Raises:
         StageError: one of them was exchanged for another module.
     """
-    state = state_of(model)
+    state, model = state_of(model), uncompiled(model)
     found: dict[str, CapturedModule] = {}
     for path in [] if state is None else state.captured:
         module = model.get_submodule(path)

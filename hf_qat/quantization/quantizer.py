@@ -49,6 +49,7 @@ class FakeQuantize(nn.Module):
         frozen: scale and zero point no longer change.
         observer: collects the range while calibrating, else `None`.
         path: of this module when its model was prepared, for messages.
+        lr_multiplier: of the learning rate of scale and offset, as the recipe of that model says.
         observed (buffer): int64, number of batches seen; 0 means that the ranges are still to be collected.
     """
 
@@ -66,6 +67,7 @@ class FakeQuantize(nn.Module):
         self.waits = False
         self.frozen = False
         self.path = ""
+        self.lr_multiplier = 1.0
         self.observer: RangeCollector | None = None
         self.learned = spec.learned and spec.fixed_scale is None
         shape = () if channels is None else (channels,)

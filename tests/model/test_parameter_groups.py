@@ -43,3 +43,19 @@ def test_what_does_not_require_gradients_is_in_no_group_and_no_group_is_empty():
     net.weight.requires_grad_(False)
     [group] = hf_qat.parameter_groups(net, lr=0.1, weight_decay=0.5)
     assert [id(p) for p in group["params"]] == [id(net.bias)] and group["weight_decay"] == 0.0
+
+
+def test_a_module_around_prepared_models_and_a_part_of_one_have_the_rates_of_their_recipes():
+    x = torch.randn(2, 3, 8, 8)
+    slow = prepare_qat(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Flatten()), QATConfig(scale_lr_multiplier=7.0), x)
+    whole = nn.Sequential(nn.ModuleList([model(), slow]), nn.Linear(2, 2))
+    rates = {
+        id(parameter): group["lr"]
+        for group in hf_qat.parameter_groups(whole, lr=0.1, weight_decay=0.5)
+        for parameter in group["params"]
+    }
+    scales = [[rates[id(p)] for n, p in part.named_parameters() if n.endswith("log2_scale")] for part in whole[0]]
+    assert [{round(rate, 6) for rate in of_part} for of_part in scales] == [{0.3}, {0.7}]
+    assert len(rates) == sum(1 for _ in whole.parameters())
+    *_, group = hf_qat.parameter_groups(whole[0][0][0], lr=0.1, weight_decay=0.5)
+    assert group["lr"] == pytest.approx(0.3)

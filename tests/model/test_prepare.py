@@ -301,7 +301,20 @@ def test_a_compiled_model_is_refused_with_the_order_that_works():
     compiled = torch.compile(nn.Conv2d(3, 4, 3), backend="eager")
     with pytest.raises(CaptureError, match="before torch.compile"):
         prepare_qat(compiled, None, x)
+    with pytest.raises(CaptureError, match="^0 of Sequential is compiled: give it as it was before torch.compile"):
+        prepare_qat(nn.Sequential(compiled), None, x)
     prepare_qat(compiled._orig_mod, None, x)
+
+
+def test_a_model_that_is_compiled_in_place_is_refused_and_a_copy_of_it_is_not():
+    """Where it had run before, what was compiled then went on computing in float."""
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model[0].compile(backend="eager")
+    with pytest.raises(CaptureError, match=r"^0 of Sequential was compiled by compile\(\): prepare the model before"):
+        prepare_qat(model, None, x)
+    copied = calibrate(prepare_qat(copy.deepcopy(model), None, x), [x]).eval()
+    assert not torch.equal(copied(x), model(x))
 
 
 COMPUTED_WEIGHTS = {
@@ -375,6 +388,20 @@ def test_preparing_twice_is_refused():
     calibrate(model, [x])
     with pytest.raises(StageError, match="HandWritten is converted already"):
         prepare_qat(convert(model), QATConfig(), x)
+
+
+def test_a_module_around_what_is_prepared_or_converted_is_refused_and_stays_as_it_is():
+    """Its quantizers would be captured as the code of a model, and what is left of it would fail in `convert`."""
+    x = torch.randn(2, 3, 32, 32)
+    backbone = calibrate(prepare_qat(hand_written(), QATConfig(), x), [x])
+    whole = nn.Sequential(backbone, nn.Linear(5, 2)).eval()
+    expected = whole(x)
+    with pytest.raises(StageError, match="^0 of Sequential is prepared already: prepare the whole with the float"):
+        prepare_qat(whole, QATConfig(), x)
+    assert torch.equal(whole(x), expected)
+    convert(backbone)
+    with pytest.raises(StageError, match="^0 of Sequential is converted already"):
+        prepare_qat(whole, QATConfig(), x)
 
 
 def test_a_plain_module_without_example_inputs_is_asked_for_them():

@@ -48,8 +48,13 @@ def test_the_parts_that_were_captured_are_the_models_own_in_the_order_of_their_c
             "cannot fly: the model is prepared already, not converted: call convert(model) first.",
         ),
         (converted, "prepared", "it is for inference only; prepare a copy"),
+        (
+            lambda: nn.DataParallel(prepared()),
+            "prepared",
+            "cannot fly: DataParallel is a module around HandWritten, which is prepared: pass its `module`.",
+        ),
     ],
-    ids=["float", "too early", "too late"],
+    ids=["float", "too early", "too late", "a wrapper"],
 )
 def test_a_call_at_the_wrong_stage_is_told_what_to_call(make, stage, message):
     with pytest.raises(StageError, match=re.escape(message)):

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
 
-from hf_qat import QATConfig, calibrate, freeze_batch_norm, freeze_ranges, prepare_qat
+from hf_qat import (
+    QATConfig,
+    QATSchedule,
+    analyze,
+    calibrate,
+    convert,
+    export_onnx,
+    freeze_batch_norm,
+    freeze_ranges,
+    prepare_qat,
+)
+from hf_qat.quantization.converted import QuantizedLayer
 from hf_qat.quantization.layers import plain
 from tests.models import HUGGING_FACE, made_once
 
@@ -122,6 +135,49 @@ def test_a_change_of_phase_compiles_once_and_a_return_not_at_all():
         losses(model, run, steps=2)
         counts.append(graphs_and_breaks())
     assert counts == [(1, 0), (2, 0), (3, 0), (3, 0)]
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["model.compile()", "torch.compile(model)"])
+def test_a_compiled_model_is_looked_at_as_it_is_written(in_place: bool):
+    """What was compiled before asks for no hooks: all layers were said to be lost; and each observer was compiled."""
+    model, batches = prepared(CONFIGS["learned"]).eval(), [torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)]
+    twin = copy.deepcopy(model)
+    if in_place:
+        model.compile(backend="aot_eager")
+    run = model if in_place else torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        run(batches[0])
+    compiled = graphs_and_breaks()
+    expected, found = (analyze(each, batches, sensitivity=False) for each in (twin, run))
+    assert found.output_sqnr == expected.output_sqnr > 10
+    assert [layer.sqnr for layer in found.layers] == [layer.sqnr for layer in expected.layers]
+    calibrate(run, batches)
+    calibrate(twin, batches)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+    schedule = QATSchedule(run.train(), total_steps=4)
+    run(batches[0])
+    schedule.step()
+    assert compiled == (1, 0) and graphs_and_breaks()[1] == 0
+
+
+def test_what_is_converted_through_its_compiled_form_is_saved_and_computes_as_any_other(tmp_path: Path):
+    case = HUGGING_FACE["resnet"]
+    pixels = case.pixels(2)
+    model = calibrate(prepare_qat(case.make(), example_inputs={"pixel_values": pixels}), [pixels]).eval()
+    run = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(pixels).logits
+        assert torch.equal(run(pixels).logits, expected)
+        assert convert(run) is run
+        found = run(pixels).logits
+    assert torch.equal(found, expected)
+    assert export_onnx(run, tmp_path / "model.onnx", pixels).opset == 17
+    run.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixels).logits, expected)
+    norms = {path for path, module in case.make().named_modules() if isinstance(module, nn.BatchNorm2d)}
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    assert {layer.folded_norm for layer in layers} - {None} == norms
 
 
 @pytest.mark.parametrize("case", ["resnet", pytest.param("vit", marks=pytest.mark.slow)])

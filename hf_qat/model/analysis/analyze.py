@@ -21,6 +21,7 @@ from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.noise import Noise, bounds, energy, measure, sqnr
 from hf_qat.model.analysis.sensitivity import Metric, Sensitivity, in_float_of, output_sqnr, sensitivities
 from hf_qat.model.analysis.sites import Site, find_sites
+from hf_qat.model.eager import in_eager_mode, uncompiled
 from hf_qat.model.finite import require_finite
 from hf_qat.model.in_float import float_operations
 from hf_qat.model.prepare import prepare_qat
@@ -28,6 +29,7 @@ from hf_qat.model.state import QATState, require_ranges, require_stage, state_of
 from hf_qat.quantization.layers import QATLayer
 
 
+@in_eager_mode()
 def analyze(
     model: nn.Module,
     batches: Iterable[Inputs],
@@ -59,6 +61,7 @@ def analyze(
         NonFiniteError: a weight, a statistic or a scale holds NaN or infinity.
         CalibrationError: no batch, or one that the model does not take.
     """
+    model = uncompiled(model)
     state = _require_quantized(model)
     require_finite(model, "analyze")
     kept = list(islice(batches, num_batches))

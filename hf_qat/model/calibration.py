@@ -25,6 +25,7 @@ from hf_qat.model.bias_correction import (
     bias_shifts,
     corrections_taken_back,
     shift_biases,
+    warn_of_second_correction,
 )
 from hf_qat.model.equal_rows import warn_of_equal_rows
 from hf_qat.model.equalization import equalize_if_nearer
@@ -70,7 +71,8 @@ def calibrate(
         num_batches: use at most so many.
         bias_correction: shift biases so that every layer's mean output is that of the float model, or learn them with
             the rest; those that do not require gradients stay as they are. As the model's config says, if left out.
-            What an earlier one has added is taken back before, unless biases were trained or loaded since.
+            What an earlier one has added is taken back before, unless biases were trained or loaded since: no state
+            dict or checkpoint has what they were, so pass False for a calibrated model that was loaded.
         live_batch_norms: batch norms that normalise by each batch meanwhile, as they are about to in training from
             scratch, where their own statistics are of nothing yet. Biases and weights then stay as they are.
         effort: `"fast"`, one pass over the batches; or `"best"`. As the model's config says, if left out.
@@ -88,6 +90,8 @@ def calibrate(
     effort = config.calibration_effort if effort is None else one_of("effort", effort, EFFORTS)
     best = effort == "best" and not live_batch_norms
     corrects = bias_correction and not live_batch_norms
+    if corrects:
+        warn_of_second_correction(model)
     with corrections_taken_back(model) if corrects else nullcontext():
         _calibrate(model, batches, num_batches, corrects, live_batch_norms, best)
     return model

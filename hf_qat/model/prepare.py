@@ -69,7 +69,7 @@ def prepare_qat(
         ConfigError: a glob of `exclude` or `overrides` matches no module.
         NonFiniteError: a weight holds NaN or infinity; the message names it.
         CaptureError: forward cannot become a graph, the message names the module and the line; or a parameter is not
-            in float32.
+            in float32; or the model has adapters of peft.
 
     Whatever is raised, the model is left as it was.
     """
@@ -77,6 +77,7 @@ def prepare_qat(
     if state is not None:
         raise StageError(f"{type(model).__name__} is {state.stage} already; prepare a copy of the float model.")
     require_python(model)
+    _require_merged(model)
     _require_trainable(model)
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
@@ -102,6 +103,21 @@ def require_python(model: nn.Module) -> None:
                 f"{path or 'the model'} of {type(model).__name__} is TorchScript, which has no Python code to look at "
                 "and no place for quantizers: prepare the model as it was before torch.jit.script, torch.jit.trace or "
                 "torch.jit.load, with the same state dict."
+            )
+
+
+def _require_merged(model: nn.Module) -> None:
+    """Refuse adapters: a device would compute their layers beside those they adapt, and rounds both.
+
+    What they save, and what they merge later, knows nothing of quantizers.
+    """
+    for path, module in model.named_modules():
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise CaptureError(
+                f"{path or 'the model'} is a {type(module).__name__} of peft, which saves its adapters alone, without "
+                "the quantizers of the rest: merge first, by model = model.merge_and_unload(), and prepare what that "
+                "returns. (Where add_adapter has put them in: save them, load them into the float model by "
+                "peft.PeftModel.from_pretrained, and merge that.)"
             )
 
 

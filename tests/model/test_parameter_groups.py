@@ -43,3 +43,15 @@ def test_what_does_not_require_gradients_is_in_no_group_and_no_group_is_empty():
     net.weight.requires_grad_(False)
     [group] = hf_qat.parameter_groups(net, lr=0.1, weight_decay=0.5)
     assert [id(p) for p in group["params"]] == [id(net.bias)] and group["weight_decay"] == 0.0
+
+
+def test_a_scheduler_with_a_rate_for_each_group_keeps_their_ratio():
+    optimizer = torch.optim.SGD(hf_qat.parameter_groups(model(), lr=0.1, weight_decay=0.5))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=10)
+    for _ in range(10):
+        weights, _, scales = (group["lr"] for group in optimizer.param_groups)
+        assert scales == pytest.approx(3 * weights)
+        optimizer.step()
+        if scheduler.last_epoch < 9:
+            scheduler.step()

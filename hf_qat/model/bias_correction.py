@@ -20,7 +20,6 @@ from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks, min_over_ranks
 from hf_qat.quantization.layers import CORRECTED, QATLayer, qat_layers
-from hf_qat.quantization.quantizer import fake_quantizers
 
 
 logger = logging.getLogger(__name__)
@@ -42,18 +41,14 @@ def shift_biases(shifts: Mapping[QATLayer, Tensor]) -> None:
         layer.__dict__[CORRECTED] = before, _copy(layer.shifted_bias())
 
 
-def warn_of_second_correction(model: nn.Module) -> None:
-    """Say so where biases may have been corrected before, and nothing is there to take it back by.
+def are_perhaps_corrected(model: nn.Module) -> bool:
+    """Whether the model came with ranges, as of a checkpoint, which has corrected biases alone: with no way back.
 
-    The state dict has the corrected biases alone; so has what was loaded with its ranges.
+    A second correction would be added to the first.
     """
-    known = [CORRECTED in vars(layer) for layer in qat_layers(model).values() if layer.shifted_bias() is not None]
-    if known and not any(known) and all(int(quantizer.observed) for quantizer in fake_quantizers(model).values()):
-        logger.warning(
-            "The model had its ranges before this calibration, as one from a checkpoint, which does not hold what "
-            "biases were before they were corrected. If they were, they are now corrected a second time: pass "
-            "bias_correction=False to find ranges alone, or calibrate the float model, prepared anew."
-        )
+    layers = qat_layers(model).values()
+    came_with_ranges = any(int(layer.weight_quantizer.observed) for layer in layers)
+    return came_with_ranges and not any(CORRECTED in vars(layer) for layer in layers)
 
 
 @contextmanager

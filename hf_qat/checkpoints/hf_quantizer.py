@@ -64,6 +64,10 @@ class QATHfQuantizer(HfQuantizer):
 
             self._pending = rebuild_before_loading(model, self.quantization_config, checkpoint_files)
             self.quantization_config = model.config.quantization_config
+        else:
+            from hf_qat.checkpoints.validation import require_no_quantizers
+
+            require_no_quantizers(checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from hf_qat.checkpoints.rebuild import detach_quantizer, restore_after_loading

@@ -6,6 +6,7 @@ transformers 5 renamed many modules; it saves under the old names and renames at
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 
@@ -44,6 +45,20 @@ def _wrappers(keys: Collection[str]) -> str:
             break
         found += prefix
     return found
+
+
+def without_attribute(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """`state` of an object that has the model of these `names` as an attribute, as Lightning's modules do, as its own.
+
+    Only where no key is the model's as it is. Of two attributes that fit alike, as a student and a teacher, it is
+    neither. What the object has besides keeps its name.
+    """
+    if any(key in names for key in state):
+        return dict(state)
+    fits = Counter(key[: at + 1] for key in state for at, c in enumerate(key) if c == "." and key[at + 1 :] in names)
+    best = fits.most_common(2)
+    prefix = best[0][0] if best and (len(best) == 1 or best[0][1] > best[1][1]) else ""
+    return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
 def native_names(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

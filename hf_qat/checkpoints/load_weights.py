@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_qat.checkpoints.key_names import native_names, without_wrapper
+from hf_qat.checkpoints.key_names import native_names, without_attribute, without_wrapper
 from hf_qat.checkpoints.sources import Source, name_of, read_weights
 from hf_qat.checkpoints.stored_format import PACKED_BITS, key_of, quantized_layers, stored_shape
 from hf_qat.errors import WeightsError, listed
@@ -82,24 +82,32 @@ def load_weights(model: nn.Module, source: Source, strict: bool = False, verbose
         model: float, prepared or converted. A converted one takes the state dict of a converted one.
         source: a state dict; a file (safetensors, or what `torch.save` wrote of tensors alone); a directory with
             `model.safetensors` or its index; or the name of a Hub repository, looked for if there is no such path.
+            What training scripts and Lightning put around a state dict, or before each key, is taken off. Of weights
+            and their moving average, as timm's `state_dict_ema`, the weights are taken: hand in the other yourself.
         strict: refuse a source that does not fit key by key.
         verbose: print the report.
 
     Raises:
-        WeightsError: the source cannot be read; NaN or infinity in a weight; some keys of quantizers, but not all;
-            float weights for a converted model, or integer codes for one that is not; with `strict`, anything missing,
-            unexpected or of another shape.
+        WeightsError: the source cannot be read, or has nothing of the model; NaN or infinity in a weight; some keys of
+            quantizers, but not all; float weights for a converted model, or integer codes for one that is not; with
+            `strict`, anything missing, unexpected or of another shape.
     """
     state = read_weights(source)
     own = model.state_dict(keep_vars=True)
     state = without_wrapper(state, own)
     if isinstance(model, PreTrainedModel):
         state = native_names(model, state)
+    state = without_attribute(state, own)
     codes = [key_of(path, name) for path in quantized_layers(model) for name in ("weight", "bias")]
     state = _shaped(model, state)
     _check_kinds(type(model).__name__, codes, own, state)
     is_float = is_float_state_dict(model, state)
     report = _compare(own, state, name_of(source), quantizer_state(model) if is_float else ())
+    if not (report.matched or report.shapes):
+        raise WeightsError(
+            f"{report.source} has no tensor of {type(model).__name__}, under none of its names: its keys are "
+            f"{listed(list(state))}, and those of the model {listed(list(own))}."
+        )
     # Scales without their codes mean nothing, so a converted model is loaded as a whole.
     if (strict and not report.complete) or (codes and (report.missing or report.shapes)):
         raise WeightsError(f"the weights do not fit {type(model).__name__}, and none were loaded.\n{report}")

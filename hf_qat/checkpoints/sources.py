@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -28,8 +29,9 @@ FILE_NAMES = (
     "pytorch_model.bin.index.json",
 )
 
-#: Training scripts save the state dict beside the optimizer's, under one of these keys.
-CONTAINERS = ("state_dict", "model_state_dict", "model")
+#: Training scripts save the state dict beside the optimizer's, under the first of these keys that is there; the last
+#: two are those of moving averages (timm, torchvision).
+CONTAINERS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
 
 #: A source that ends so is a file and not the name of a Hub repository.
 SHARD_SUFFIXES = (".safetensors", ".bin")
@@ -98,7 +100,8 @@ def _read(file: Path, find: Callable[[str], Path | None]) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that timm and torchvision add
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever reading a pickle stumbles over where the file is damaged, or none
         reason = str(error).strip().partition("\n")[0]
         raise WeightsError(

@@ -148,6 +148,29 @@ def open_tensors(files: list[str], root: str) -> Iterator[dict[str, Stored]]:
         yield stored
 
 
+def require_no_quantizers(files: list[str] | None) -> None:
+    """Refuse a training checkpoint where a float one is about to be prepared: its scales would be left out.
+
+    Args:
+        files: of the checkpoint; those that are no safetensors pass.
+
+    Raises:
+        WeightsError: one of them holds the scale of a quantizer.
+    """
+    for file in files or ():
+        if not file.endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as handle:
+            scales = [key for key in list(handle.keys()) if key.endswith(".log2_scale")]
+        if scales:
+            raise WeightsError(
+                f"{file} holds {len(scales)} scales of quantizers, for instance {scales[0]!r}, and the config of the "
+                "model does not say where they belong. To load the prepared model, leave out config= and "
+                "quantization_config=: the config.json beside the file has it all. To start over from the float "
+                "weights, load_weights into the float model, and prepare that."
+            )
+
+
 def _require_inside(files: list[str], root: str) -> None:
     """An index names its files, and could name any file of this machine."""
     for file in files:

@@ -106,10 +106,9 @@ def _require_converted(model: nn.Module) -> QATConfig:
 
 
 def _require_tools(opset_version: int, verify: bool) -> None:
-    if opset_version not in SUPPORTED_OPSETS:
-        raise ExportError(
-            f"opset_version={opset_version} is not supported: choose one of {', '.join(map(str, SUPPORTED_OPSETS))}."
-        )
+    if not isinstance(opset_version, int) or opset_version not in SUPPORTED_OPSETS:
+        numbers = ", ".join(map(str, SUPPORTED_OPSETS))
+        raise ExportError(f"opset_version={opset_version!r} is not supported: choose one of the numbers {numbers}.")
     if find_spec("onnxscript") is None:
         raise ExportError('PyTorch exports with onnxscript, which is not installed: pip install "hf_qat[export]".')
     if verify:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hf_qat.errors import CalibrationError, CaptureError
+from hf_qat.errors import CalibrationError, CaptureError, HfQatError
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.model.untrained import batch_statistics
@@ -61,13 +61,20 @@ def _check_call(model: nn.Module, position: int, args: tuple[object, ...], kwarg
 def _run(
     model: nn.Module, position: int, tensors: list[Tensor], args: tuple[object, ...], kwargs: dict[str, object]
 ) -> None:
-    """Raw pixels are a mistake only where a graph that was captured for real numbers says so."""
+    """Raw pixels, and other real numbers than the weights, are a mistake only where the model does not take them."""
     try:
         model(*args, **kwargs)
-    except CaptureError as error:
-        if not tensors or any(tensor.is_floating_point() for tensor in tensors):
-            raise
-        raise CalibrationError(
-            f"calibration batch {position} holds {tensors[0].dtype} only: give the floats that the model is trained "
-            "on, that is the output of the image processor, not raw pixels."
-        ) from error
+    except RuntimeError as error:
+        real = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        own = {parameter.dtype for parameter in model.parameters()}
+        if tensors and not real and isinstance(error, CaptureError):
+            raise CalibrationError(
+                f"calibration batch {position} holds {tensors[0].dtype} only: give the floats that the model is "
+                "trained on, that is the output of the image processor, not raw pixels."
+            ) from error
+        if own and real and own.isdisjoint(real) and not isinstance(error, HfQatError):
+            raise CalibrationError(
+                f"calibration batch {position} holds {real[0]}, and the weights of {type(model).__name__} are "
+                f"{', '.join(map(str, own))}: give it in that, as by batch.float(). ({error})"
+            ) from error
+        raise

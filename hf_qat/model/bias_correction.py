@@ -41,6 +41,16 @@ def shift_biases(shifts: Mapping[QATLayer, Tensor]) -> None:
         layer.__dict__[CORRECTED] = before, _copy(layer.shifted_bias())
 
 
+def are_perhaps_corrected(model: nn.Module) -> bool:
+    """Whether the model came with ranges, as of a checkpoint, which has corrected biases alone: with no way back.
+
+    A second correction would be added to the first.
+    """
+    layers = qat_layers(model).values()
+    came_with_ranges = any(int(layer.weight_quantizer.observed) for layer in layers)
+    return came_with_ranges and not any(CORRECTED in vars(layer) for layer in layers)
+
+
 @contextmanager
 def corrections_taken_back(model: nn.Module) -> Iterator[None]:
     """Take back what an earlier calibration has added to biases, where nothing has changed them since.

@@ -5,6 +5,7 @@ The first resort before training. Bias correction: Nagel et al. 2019, §4.2 (the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import islice
@@ -15,13 +16,14 @@ from torch.utils import _pytree as pytree
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.checks import one_of
-from hf_qat.config.qat_config import EFFORTS
+from hf_qat.config.qat_config import EFFORTS, QATConfig
 from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.progress import Bar, length_of, progress
 from hf_qat.model.batches import run_batches
 from hf_qat.model.bias_correction import (
     BIAS_CORRECTION_BATCHES,
+    are_perhaps_corrected,
     bias_shifts,
     corrections_taken_back,
     shift_biases,
@@ -37,6 +39,8 @@ from hf_qat.quantization.collectives import min_over_ranks
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,8 +75,9 @@ def calibrate(
             will do; of one of pairs, pass the first halves: `(images for images, labels in loader)`.
         num_batches: use at most so many.
         bias_correction: shift biases so that every layer's mean output is that of the float model, or learn them with
-            the rest; those that do not require gradients stay as they are. As the model's config says, if left out.
-            What an earlier one has added is taken back before, unless biases were trained or loaded since.
+            the rest; those that do not require gradients stay as they are. What an earlier one has added is taken back
+            before, unless biases were trained or loaded since. As the model's config says, if left out; but not in a
+            model that came with ranges, from a checkpoint: its biases may be corrected ones.
         live_batch_norms: batch norms that normalise by each batch meanwhile, as they are about to in training from
             scratch, where their own statistics are of nothing yet. Biases and weights then stay as they are.
         effort: `"fast"`, one pass over the batches; or `"best"`. As the model's config says, if left out.
@@ -87,13 +92,24 @@ def calibrate(
     """
     given, model = model, uncompiled(model)
     config = require_stage(model, Stage.PREPARED, "calibrate").config
-    bias_correction = config.bias_correction if bias_correction is None else bias_correction
+    bias_correction = _corrects_by_default(model, config) if bias_correction is None else bias_correction
     effort = config.calibration_effort if effort is None else one_of("effort", effort, EFFORTS)
     best = effort == "best" and not live_batch_norms
     corrects = bias_correction and not live_batch_norms
     with corrections_taken_back(model) if corrects else nullcontext():
         _calibrate(model, batches, num_batches, corrects, live_batch_norms, best)
     return given
+
+
+def _corrects_by_default(model: nn.Module, config: QATConfig) -> bool:
+    """What the recipe says, but for biases that may be corrected already."""
+    again = config.bias_correction and are_perhaps_corrected(model)
+    if again:
+        logger.warning(
+            "The model came with ranges, as one from a checkpoint does, and its biases stay as they are: they may "
+            "have been corrected before. calibrate(..., bias_correction=True) corrects them nevertheless."
+        )
+    return config.bias_correction and not again
 
 
 def _calibrate(

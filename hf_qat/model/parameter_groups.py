@@ -28,6 +28,11 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
     Examples:
         optimizer = torch.optim.AdamW(hf_qat.parameter_groups(model, lr=1e-4, weight_decay=0.01))
+
+        A scheduler that takes rates of its own needs one for each group, or all get the same:
+
+        rates = [group["lr"] for group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=1000)
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     others = {id(scale) for scale in scale_parameters(model)}

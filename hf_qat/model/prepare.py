@@ -69,13 +69,14 @@ def prepare_qat(
         ConfigError: a glob of `exclude` or `overrides` matches no module.
         NonFiniteError: a weight holds NaN or infinity; the message names it.
         CaptureError: forward cannot become a graph, the message names the module and the line; a parameter is not
-            in float32; or the model is compiled.
+            in float32; the model is compiled, or has adapters of peft.
 
     Whatever is raised, the model is left as it was.
     """
     _require_float(model)
     require_python(model)
     _require_never_compiled(model)
+    _require_merged(model)
     _require_trainable(model)
     config = QATConfig() if config is None else config
     config.check_globs([path for path, _ in model.named_modules() if path])
@@ -125,6 +126,21 @@ def _require_never_compiled(model: nn.Module) -> None:
             raise CaptureError(
                 f"{path or 'the model'} of {type(model).__name__} was compiled by compile(): prepare the model "
                 "before, or a copy of it (copy.deepcopy leaves that behind), and compile what is prepared."
+            )
+
+
+def _require_merged(model: nn.Module) -> None:
+    """Refuse adapters: a device would compute their layers beside those they adapt, and rounds both.
+
+    What they save, and what they merge later, knows nothing of quantizers.
+    """
+    for path, module in model.named_modules():
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise CaptureError(
+                f"{path or 'the model'} is a {type(module).__name__} of peft, which saves its adapters alone, without "
+                "the quantizers of the rest: merge first, by model = model.merge_and_unload(), and prepare what that "
+                "returns. (Where add_adapter has put them in: save them, load them into the float model by "
+                "peft.PeftModel.from_pretrained, and merge that.)"
             )
 
 

@@ -77,6 +77,8 @@ class QuantizeDequantize(ConvertedModule):
     def extra_repr(self) -> str:
         """Width, scale and zero point."""
         kind = f"{'int' if self.spec.signed else 'uint'}{self.spec.bits}"
+        if self.scale.is_meta:
+            return kind
         return f"{kind}, scale={float(self.scale):.6g}, zero_point={int(self.zero_point)}"
 
 

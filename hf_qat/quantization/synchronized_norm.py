@@ -62,11 +62,13 @@ class _SumOfRanks(torch.autograd.Function):
 
 @torch.no_grad()
 def _remember(bn: Any, mean: Tensor, variance: Tensor) -> None:
-    """Move the running statistics, as `nn.BatchNorm2d` does; no momentum means the average of all batches."""
-    if bn.running_mean is None:
+    """Move the running statistics, as `nn.BatchNorm2d` does; no momentum means the average of all that are counted."""
+    if bn.running_mean is None or not bn.track_running_stats:
         return
-    bn.num_batches_tracked.add_(1)
-    momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    momentum = bn.momentum or 0.0
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        momentum = 1 / float(bn.num_batches_tracked) if bn.momentum is None else momentum
     bn.running_mean.lerp_(mean, momentum)
     bn.running_var.lerp_(variance, momentum)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,6 +119,7 @@ def warn_against_recipe(model: nn.Module, config: QATConfig, optimizer: torch.op
             f"Weight decay draws {len(decayed)} learned scales and offsets towards 1 and 0, which nothing in the data "
             "asks for. Leave them out of it: `parameter_groups(model, ...)` makes groups for an optimizer of your own."
         )
+    _warn_of_one_peak(groups, scales, config.scale_lr_multiplier)
     if is_untrained(model) or untrained_batch_norms(model):  # has much to learn before it is a matter of codes
         return
     bits = min(config.weight_scheme.bits, config.activation_scheme.bits)
@@ -135,6 +136,17 @@ def warn_against_recipe(model: nn.Module, config: QATConfig, optimizer: torch.op
         )
 
 
+def _warn_of_one_peak(groups: Sequence[dict[str, Any]], scales: Collection[int], multiplier: float) -> None:
+    """Say so where a scheduler such as `OneCycleLR` has put its one rate in the place of those of the groups."""
+    peaks = {all(id(p) in scales for p in group["params"]): group.get("max_lr") for group in groups}
+    if multiplier != 1 and peaks.get(True) is not None and peaks[True] == peaks.get(False):
+        logger.warning(
+            f"The scheduler gives learned scales the learning rate of the weights, and not {multiplier:g} times as "
+            'much as scale_lr_multiplier says. Give it a rate for each group: max_lr=[group["lr"] for group in '
+            "optimizer.param_groups]."
+        )
+
+
 @torch.no_grad()
 def relative_step(model: nn.Module, rate: float) -> float:
     """By how much a step of Adam at this learning rate changes the weights of a layer: each one by about `rate`.
@@ -148,11 +160,12 @@ def relative_step(model: nn.Module, rate: float) -> float:
 
 
 def _rate_of_weights(optimizer: torch.optim.Optimizer, scales: Collection[int]) -> float:
-    """The highest learning rate of anything but scales, before a schedule; 0 for an optimizer that is no Adam."""
+    """The highest learning rate of anything but scales, of a whole schedule; 0 for an optimizer that is no Adam."""
     if "adam" not in type(getattr(optimizer, "optimizer", optimizer)).__name__.lower():
         return 0.0
     of_weights = [group for group in optimizer.param_groups if any(id(p) not in scales for p in group["params"])]
-    return max((float(group.get("initial_lr", group["lr"]) or 0.0) for group in of_weights), default=0.0)
+    rates = [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in of_weights]
+    return max((float(rate or 0.0) for rate in rates), default=0.0)
 
 
 def warn_of_lost_accuracy(accuracy: Accuracy, stage: str, images: int) -> None:

@@ -339,6 +339,15 @@ def test_a_float_checkpoint_is_prepared_if_a_config_is_passed(tmp_path: Path) ->
     validate_quantization_for_training(model)
 
 
+def test_a_training_checkpoint_is_not_prepared_a_second_time_by_a_config_that_says_nothing_of_it(
+    saved: dict[str, Path],
+) -> None:
+    plain = transformers.AutoConfig.from_pretrained(saved["resnet"] / "prepared")
+    del plain.quantization_config
+    with pytest.raises(WeightsError, match=r"model.safetensors holds \d+ scales of quantizers.*leave out config="):
+        load(saved["resnet"] / "prepared", config=plain, quantization_config=QATConfig())
+
+
 def test_the_pipeline_finds_the_class_of_an_image(saved: dict[str, Path], tmp_path: Path) -> None:
     directory = saved["vit"] / "converted"
     processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def test_the_report_names_and_counts_what_does_not_fit_and_the_rest_is_loaded(
 
 
 def test_a_long_list_is_cut_and_the_rest_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    load_weights(hand_written(), {f"x{k}": torch.zeros(1) for k in range(11)})
+    load_weights(hand_written(), {**{f"x{k}": torch.zeros(1) for k in range(11)}, "head.bias": torch.zeros(5)})
     assert "unexpected   11: x0, x1, x2, x3, x4 and 6 more\n" in capsys.readouterr().out
 
 
@@ -133,6 +134,31 @@ def test_half_precision_is_loaded_into_float32(donor: nn.Module) -> None:
 def test_the_prefix_of_data_parallel_is_stripped(donor: nn.Module) -> None:
     model = hand_written()
     load_weights(model, nn.ModuleDict({"module": donor}).state_dict(), strict=True)
+    assert unchanged(model, donor.state_dict())
+
+
+@pytest.mark.parametrize("is_prepared", [False, True], ids=["float", "prepared"])
+def test_a_checkpoint_of_lightning_is_read(is_prepared: bool, donor: nn.Module, tmp_path: Path) -> None:
+    module = nn.ModuleDict({"model": donor, "criterion": nn.CrossEntropyLoss(weight=torch.ones(3))})
+    torch.save({"epoch": 3, "state_dict": module.state_dict(), "optimizer_states": [{}]}, tmp_path / "last.ckpt")
+    model = prepared() if is_prepared else hand_written()
+    report = load_weights(model, tmp_path / "last.ckpt")
+    assert report.unexpected == ("criterion.weight",) and not report.missing
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in donor.state_dict().items())
+
+
+def test_of_a_student_and_a_teacher_neither_is_taken_for_the_model(donor: nn.Module) -> None:
+    both = nn.ModuleDict({"student": donor, "teacher": hand_written()})
+    with pytest.raises(WeightsError, match=r"no tensor of .*its keys are student\.stem.*of the model stem\.weight"):
+        load_weights(hand_written(), both.state_dict())
+
+
+@pytest.mark.parametrize("key", ["state_dict", "state_dict_ema", "model_ema"])
+def test_what_timm_and_torchvision_save_with_their_options_is_read(key: str, donor: nn.Module, tmp_path: Path) -> None:
+    torch.save({key: donor.state_dict(), "epoch": 3, "args": argparse.Namespace(lr=0.1)}, tmp_path / "last.pth.tar")
+    model = hand_written()
+    load_weights(model, tmp_path / "last.pth.tar", strict=True)
     assert unchanged(model, donor.state_dict())
 
 

@@ -181,9 +181,10 @@ def test_paths_that_cannot_be_written_to_are_refused(own_network, tmp_path):
         export_onnx(own_network, tmp_path / "file" / "model.onnx")
 
 
-def test_an_unknown_opset_is_refused(own_network, tmp_path):
-    with pytest.raises(ExportError, match="opset_version=16 .*17, 18, 21"):
-        export_onnx(own_network, tmp_path / "model.onnx", opset_version=16)
+@pytest.mark.parametrize("opset", [16, "17", 17.0])
+def test_an_unknown_opset_is_refused(opset, own_network, tmp_path):
+    with pytest.raises(ExportError, match=f"opset_version={opset!r} .*the numbers 17, 18, 21"):
+        export_onnx(own_network, tmp_path / "model.onnx", opset_version=opset)
 
 
 @pytest.mark.parametrize("package", ["onnxscript", "onnxruntime"])

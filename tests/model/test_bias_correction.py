@@ -266,6 +266,23 @@ def test_biases_that_were_trained_or_loaded_since_are_what_the_next_correction_b
     assert torch.equal(model.first.bias, other.first.bias) and torch.equal(model.second.bias, other.second.bias)
 
 
+def test_biases_that_were_loaded_with_their_ranges_are_corrected_again_only_if_that_is_asked_for(chain, caplog):
+    model, x = calibrate(prepared(chain), [chain[1]]), chain[1]
+    calibrate(model, [x])  # it knows what to take back
+    assert "came with ranges" not in caplog.text
+    loaded = prepared(chain)
+    loaded.load_state_dict(model.state_dict())
+    again = copy.deepcopy(loaded)
+    loaded.second.weight_quantizer.observed.zero_()  # as of a new head
+    for count in (1, 2):
+        calibrate(loaded, [x])
+        assert caplog.text.count("came with ranges") == count
+    for name in ("first", "second"):
+        assert torch.equal(getattr(loaded, name).bias, getattr(model, name).bias)
+    calibrate(again, [x], bias_correction=True)
+    assert not torch.equal(again.first.bias, model.first.bias)
+
+
 def test_a_calibration_that_fails_leaves_the_corrections_of_the_one_before(chain):
     model, x = calibrate(prepared(chain), [chain[1]]), chain[1]
     before = copy.deepcopy(model.state_dict())

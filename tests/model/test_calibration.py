@@ -188,9 +188,10 @@ def nan(x: Tensor) -> Tensor:
         ([torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], r"batch 0 holds torch.uint8 only: .*image processor"),
         ([{"x": torch.zeros(2, 3, 32, 32, dtype=torch.int64)}], r"batch 0 holds torch.int64 only"),
         ([torch.zeros(2, 3, 32, 32), nan(torch.zeros(2, 3, 32, 32))], r"batch 1 holds NaN or infinity"),
+        ([torch.zeros(2, 3, 32, 32, dtype=torch.float64)], r"batch 0 holds torch.float64, .* are torch.float32"),
         ([torch.full((2, 3, 32, 32), float("inf"))], r"batch 0 holds NaN or infinity"),
     ],
-    ids=["empty", "exhausted", "uint8", "int64", "nan", "inf"],
+    ids=["empty", "exhausted", "uint8", "int64", "nan", "float64", "inf"],
 )
 def test_data_that_no_range_can_come_of_is_refused_and_nothing_changes(data, message):
     model = prepared().train()

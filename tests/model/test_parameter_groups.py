@@ -59,3 +59,15 @@ def test_a_module_around_prepared_models_and_a_part_of_one_have_the_rates_of_the
     assert len(rates) == sum(1 for _ in whole.parameters())
     *_, group = hf_qat.parameter_groups(whole[0][0][0], lr=0.1, weight_decay=0.5)
     assert group["lr"] == pytest.approx(0.3)
+
+
+def test_a_scheduler_with_a_rate_for_each_group_keeps_their_ratio():
+    optimizer = torch.optim.SGD(hf_qat.parameter_groups(model(), lr=0.1, weight_decay=0.5))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=10)
+    for _ in range(10):
+        weights, _, scales = (group["lr"] for group in optimizer.param_groups)
+        assert scales == pytest.approx(3 * weights)
+        optimizer.step()
+        if scheduler.last_epoch < 9:
+            scheduler.step()

@@ -296,6 +296,14 @@ def test_torchscript_is_refused_by_its_path_and_the_model_stays_as_it_is(kind):
         prepare_qat(SCRIPTS[kind](nn.Conv2d(3, 3, 1)), QATConfig(), x)
 
 
+def test_adapters_are_to_be_merged_before():
+    # Stands for what peft.get_peft_model puts in the place of a layer.
+    adapter = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    model = nn.Sequential(nn.Linear(4, 4), adapter(4, 4))
+    with pytest.raises(CaptureError, match=r"^1 is a Linear of peft.*merge first, by model = model.merge_and_unload"):
+        prepare_qat(model, example_inputs=torch.randn(2, 4))
+
+
 def test_a_compiled_model_is_refused_with_the_order_that_works():
     x = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(nn.Conv2d(3, 4, 3), backend="eager")

@@ -77,6 +77,7 @@ def test_a_converted_quantizer_computes_an_activation_that_it_is_given():
 def test_a_converted_quantizer_describes_itself():
     made = QuantizeDequantize(QuantizerSpec(signed=False, symmetric=False), torch.tensor(0.125), torch.tensor(7.0))
     assert made.extra_repr() == "uint8, scale=0.125, zero_point=7"
+    assert made.to("meta").extra_repr() == "uint8"
 
 
 @pytest.mark.parametrize(

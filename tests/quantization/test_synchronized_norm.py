@@ -19,12 +19,21 @@ NORMS = {
     "without statistics": {"track_running_stats": False},
 }
 
+#: What users set on a norm that is there.
+CHANGED = {
+    "that counts no batches": {"num_batches_tracked": None},
+    "that counts no batches and averages them": {"num_batches_tracked": None, "momentum": None},
+    "whose statistics stay": {"track_running_stats": False},
+}
+
 #: How many of the ten images the first process has.
 SHARE = 3
 
 
 def norm_of(name: str) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(4, **NORMS[name])
+    norm = nn.BatchNorm2d(4, **NORMS.get(name, {}))
+    for attribute, value in CHANGED.get(name, {}).items():
+        setattr(norm, attribute, value)
     for position, parameter in enumerate(norm.parameters()):
         nn.init.uniform_(parameter, 0.5, 1.5, generator=torch.Generator().manual_seed(position))
     return norm
@@ -49,7 +58,7 @@ def run(norm: nn.BatchNorm2d, part: slice) -> dict[str, Tensor]:
 
 def in_parts(rank: int) -> dict[str, dict[str, Tensor]]:
     results = {}
-    for name in NORMS:
+    for name in (*NORMS, *CHANGED):
         norm = norm_of(name)
         synchronize_batch_norms(norm)
         results[name] = run(norm, slice(None, SHARE) if rank == 0 else slice(SHARE, None))
@@ -61,7 +70,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list:
     return on_two_ranks(in_parts, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", [*NORMS, *CHANGED])
 def test_two_processes_compute_what_batch_norm_does_on_the_whole_batch(name: str, ranks: list):
     expected = run(norm_of(name).double(), slice(None))
     first, second = (result[name] for result in ranks)

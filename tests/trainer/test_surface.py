@@ -79,15 +79,20 @@ def labels_required(kind: type[Trainer], directory: Path) -> object:
     return trained(trainer), trainer.predict(rows(4)).predictions.shape
 
 
-def lora(kind: type[Trainer], directory: Path) -> object:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
-    model = peft.get_peft_model(vit(), config)
-    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    steps = trained(kind(model, arguments(directory, max_steps=2, label_names=["labels"]), train_dataset=rows()))
-    after = dict(model.named_parameters())
-    return steps, {name for name, value in before.items() if not torch.equal(value, after[name])} <= names
+class Wrapped(nn.Module):
+    """What of its signature tells nothing of the names of labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = vit()
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.base(**kwargs)
+
+
+def names_of_no_argument(kind: type[Trainer], directory: Path) -> object:
+    args = arguments(directory, max_steps=2, label_names=["labels"], remove_unused_columns=False)
+    return trained(kind(Wrapped(), args, train_dataset=rows()))
 
 
 def no_data_in_the_constructor(kind: type[Trainer], directory: Path) -> object:
@@ -230,7 +235,7 @@ def a_stream(kind: type[Trainer], directory: Path) -> object:
 SURFACE: dict[str, Row] = {
     "label_names of the arguments": label_names,
     "forward requires labels": labels_required,
-    "forward takes **kwargs: LoRA by peft": lora,
+    "forward takes **kwargs": names_of_no_argument,
     "no data set in the constructor": no_data_in_the_constructor,
     "attributes set after super().__init__()": attributes_after_the_constructor,
     "get_train_dataloader of one's own, and no data set": a_loader_of_ones_own,
@@ -256,7 +261,6 @@ SLOW = (
 )
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("row", [pytest.param(r, marks=[pytest.mark.slow] if r in SLOW else []) for r in SURFACE])
 def test_what_is_tried_gives_the_same_as_with_trainer(tmp_path: Path, row: str):
     plain, ours = (SURFACE[row](kind, tmp_path / kind.__name__) for kind in (Trainer, QATTrainer))

@@ -114,6 +114,17 @@ def test_what_is_no_adam_may_have_any_rate(caplog):
     assert "learning rate" not in caplog.text
 
 
+@pytest.mark.parametrize("one", [True, False], ids=["one peak", "a peak for each group"])
+def test_a_scheduler_that_gives_scales_the_rate_of_weights_is_warned_of_and_its_peak_counts(one: bool, caplog):
+    model = small_net()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.02, 0.0))
+    peaks = 0.02 if one else [group["lr"] for group in optimizer.param_groups]
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=10)
+    warn_against_recipe(model, QATConfig(), optimizer)
+    assert ("gives learned scales the learning rate of the weights, and not 10 times" in caplog.text) is one
+    assert "changes half of the layers by more than" in caplog.text
+
+
 def test_decay_of_scales_is_warned_of_with_their_number(caplog):
     model = small_net()
     own = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.01)

@@ -51,9 +51,9 @@ def dry_runs(model: nn.Module, inputs: Inputs | TwoSizes, search: Search) -> tup
         raise
     except Exception as error:
         leaves = pytree.tree_leaves(as_call(inputs))
-        shapes = [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        shapes = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in leaves if isinstance(leaf, Tensor)]
         raise CaptureError(
-            f"{type(model).__name__} does not run on the example inputs of shapes {shapes}: {error}. Pass "
+            f"{type(model).__name__} does not run on the example inputs ({', '.join(shapes)}): {error}. Pass "
             "example_inputs= that its forward accepts."
         ) from error
     add_run(recorded, repeated, run=1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -46,13 +47,26 @@ def as_call(inputs: Inputs | TwoSizes) -> tuple[tuple[Any, ...], dict[str, Any]]
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
-        return (), {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
+        kwargs = {name: value for name, value in inputs.items() if name not in LABEL_NAMES}
+        _refuse_arrays(kwargs.values())
+        return (), kwargs
     if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        _refuse_arrays(inputs)
         return tuple(inputs), {}
+    _refuse_arrays([inputs])
     raise CaptureError(
         f"inputs must be a tensor, a tuple or a dict of tensors, not {type(inputs).__name__}: pass what you would "
         "pass to the model's forward."
     )
+
+
+def _refuse_arrays(values: Iterable[object]) -> None:
+    for value in values:
+        if isinstance(value, np.ndarray):
+            raise CaptureError(
+                f"inputs hold an array of NumPy, {value.dtype}: give a tensor of torch, as an image processor makes "
+                'with return_tensors="pt", or by torch.from_numpy(array).float().'
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -197,7 +197,7 @@ def is_costly(graph: fx.Graph) -> bool:
     for node in graph.nodes:
         if node.op == "call_function" and node.target in PRODUCTS:
             first, second = (node.args[k].meta["val"] for k in (0, 1))
-            inner = second.numel() // second.shape[0] if node.target in WEIGHTED else first.shape[-1]
+            inner = second.numel() // max(1, second.shape[0]) if node.target in WEIGHTED else first.shape[-1]
             result = node.meta["val"].numel()
             if free_unbacked_symbols(result * inner):
                 return False  # as many as there are True in a mask: nobody knows before it is computed

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from hf_qat.config.targets import Restrictions
+from hf_qat.errors import CaptureError
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.layer_calls import layer_calls
@@ -133,6 +134,12 @@ def _install(captured: CapturedModule, fusion: Fusion, plan: ChildPlan, restrict
     layer, node = captured.get_submodule(fusion.path), fusion.call
     if isinstance(layer, QATLayer):
         return
+    weight: Any = layer.weight
+    if not weight.numel():
+        raise CaptureError(
+            f"the weight of {fusion.path}, {type(layer).__name__}, is of shape {tuple(weight.shape)} and has no "
+            "values, hence no scale: take the layer out of the model, or exclude it."
+        )
     axis = weight_axis(node)
     spec = plan[fusion.path].weight_spec(axis)
     if node.target in TRANSPOSED and restrictions.per_tensor_transposed:

@@ -1,10 +1,12 @@
 import copy
 import logging
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_qat import calibrate, prepare_qat
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.capture import capture
 
@@ -128,3 +130,14 @@ def test_a_cache_that_training_empties_does_not_hide_a_parameter():
     capture(model, torch.randn(2, 4))
     model(torch.randn(2, 4)).sum().backward()
     assert model.head.table.grad.tolist() == [2.0, 2.0, 2.0, 0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["alone", "tuple", "dict"])
+def test_arrays_of_numpy_are_refused_with_what_makes_tensors_of_them(wrap):
+    model, array = nn.Sequential(nn.Linear(4, 2)), np.zeros((2, 4))
+    with pytest.raises(CaptureError, match=r'array of NumPy, float64: .*return_tensors="pt"'):
+        prepare_qat(model, example_inputs=wrap(array))
+    prepared = prepare_qat(model, example_inputs=torch.zeros(2, 4))
+    with pytest.raises(CaptureError, match="array of NumPy"):
+        calibrate(prepared, [wrap(array)])
+    calibrate(prepared, [{"input": torch.ones(2, 4), "labels": array}])  # these are left out

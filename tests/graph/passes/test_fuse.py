@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_qat import QATConfig, calibrate, convert, fake_quant_disabled, freeze_batch_norm, prepare_qat
+from hf_qat.errors import CaptureError
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import fake_quantizers
 from tests.models import spread
@@ -271,6 +272,15 @@ def test_an_excluded_layer_stays_what_it_was_with_its_batch_norm_alive():
         assert torch.equal(model.train()(x), float_model.train()(x))
     assert torch.equal(model.behind[1].running_mean, float_model.behind[1].running_mean)
     assert not any(path.startswith("behind") for path in fake_quantizers(model))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(("exclude", "refused"), [((), "layer"), ("layer", "norm")], ids=["no outputs", "no inputs"])
+def test_a_weight_without_values_is_refused_by_name(exclude, refused):
+    model = Pair(nn.Linear(4, 0), nn.Linear(0, 3))
+    with pytest.raises(CaptureError, match=rf"the weight of {refused}, Linear, is of shape .* has no values"):
+        prepare_qat(model, QATConfig(exclude=exclude), torch.randn(2, 4))
+    assert not qat_layers(model)
 
 
 def test_bits_of_first_and_last_layer_are_the_targets_edge_bits():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,7 +28,8 @@ def read(value: Mapping[str, Any]) -> Image.Image:
         ConfigError: it cannot be read.
     """
     try:
-        image: Image.Image = datasets.Image().decode_example(dict(value))
+        content = Path(value["path"]).read_bytes() if _is_file(value) else value["bytes"]  # so that no file stays open
+        image: Image.Image = datasets.Image().decode_example({**value, "bytes": content})
     except UNREADABLE as error:
         raise _unreadable(value, error) from error
     return image
@@ -43,11 +45,16 @@ def require_readable(dataset: datasets.Dataset, column: str) -> None:
             raise ConfigError(f"a row has no {column!r}: give a picture in each.")
         if value["bytes"] is not None:
             return
-        if "://" not in str(value["path"]):  # of a remote file, `datasets` keeps the address
+        if _is_file(value):
             try:
                 Image.open(value["path"]).close()
             except UNREADABLE as error:
                 raise _unreadable(value, error) from error
+
+
+def _is_file(value: Mapping[str, Any]) -> bool:
+    """Whether the picture is a file of this machine: of another one, `datasets` keeps the address."""
+    return value["bytes"] is None and value["path"] is not None and "://" not in value["path"]
 
 
 def _unreadable(value: Mapping[str, Any], error: Exception) -> ConfigError:

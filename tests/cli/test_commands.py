@@ -124,18 +124,16 @@ class TestTrain:
         assert "hf-qat analyze: error: cannot read" in capsys.readouterr().err
 
     def test_it_goes_on_from_the_newest_checkpoint_and_exports_in_the_place_of_before(self, folder, tmp_path, capsys):
-        """Two of three epochs are behind it, which the log of the second run does not have."""
+        """Two of three epochs are behind it."""
         arguments = ["--model_name_or_path", folder / "float", "--dataset_name", folder / "photos", "--use_cpu"]
         arguments += ["--output_dir", tmp_path / "out", "--report_to", "none", "--disable_tqdm", "True"]
         assert main(["train", *map(str, arguments), "--num_train_epochs", "2"]) == 0
         capsys.readouterr()
         resumed = [*map(str, arguments), "--num_train_epochs", "3", "--resume_from_checkpoint"]
         assert main(["train", *resumed, "True"]) == 0
-        state = json.loads((tmp_path / "out/checkpoint-27/trainer_state.json").read_text())
-        assert state["global_step"] == 27
-        assert [name.name for name in sorted((tmp_path / "out").glob("checkpoint-*"))] == [
-            f"checkpoint-{step}" for step in (18, 27, 9)
-        ]
+        logged = re.findall(r"'loss': .*'epoch': '([\d.]+)'", capsys.readouterr().out)
+        assert logged and 2 < min(map(float, logged)) <= max(map(float, logged)) == 3
+        assert (tmp_path / "out/checkpoint-27").is_dir()
         assert main(["train", *resumed, str(tmp_path / "out" / "checkpoint-99")]) == 2
         assert "checkpoint-99 is no checkpoint to resume from" in capsys.readouterr().err
 

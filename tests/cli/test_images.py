@@ -118,7 +118,7 @@ def test_a_picture_that_is_cut_off_is_named_when_it_is_read(photos):
     content = (photos / "dogs" / "0.png").read_bytes()
     (photos / "dogs" / "0.png").write_bytes(content[: len(content) // 2])
     images = load(photos)
-    encode = encoder(DataArguments(""), TASKS["image-classification"], None, images, Labels(range(2)))
+    encode = encoder(DataArguments(""), TASKS["image-classification"], lambda *_, **__: {}, images, Labels(range(2)))
     with pytest.raises(ConfigError, match=r"dogs/0\.png cannot be read as a picture"):
         for part in (images.train, images.evaluation):
             encode({"image": list(part["image"]), "label": list(part["label"])})

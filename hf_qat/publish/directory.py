@@ -47,7 +47,7 @@ class Contents:
         real_inputs: whether the comparison was on real inputs; else on random ones.
         plot: whether there is a figure of the accuracy by stage.
         any_batch: whether the ONNX file takes batches of any size; else one image at a time.
-        inputs: names of the ONNX file's inputs.
+        inputs: name, shape and type in numpy of the ONNX file's inputs; a free batch is 1, another free size `FREE`.
         takes_photos: whether the processor makes all of them of a photo, of whatever size that is.
         bundle_takes_photos: whether `infer.py` of TIDL's part does so.
     """
@@ -59,7 +59,7 @@ class Contents:
     real_inputs: bool
     plot: bool = False
     any_batch: bool = True
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     takes_photos: bool = False
     bundle_takes_photos: bool = False
 
@@ -121,10 +121,21 @@ def write_contents(
         processor is not None,
         bool(batches),
         any_batch=any_batch,
-        inputs=tuple(value.name for value in file.graph.input),
+        inputs=tuple(map(_described, file.graph.input)),
         takes_photos=processor is not None and makes_inputs(processor, file),
         bundle_takes_photos=(directory / TIDL / target / "config.yaml").is_file(),
     )
+
+
+#: Of an example of a file's input, where height and width are free.
+FREE = 224
+
+
+def _described(value: onnx.ValueInfoProto) -> tuple[str, tuple[int, ...], str]:
+    """Name, shape and type of an input of a file."""
+    tensor = value.type.tensor_type
+    sizes = [size.dim_value or (FREE if axis else 1) for axis, size in enumerate(tensor.shape.dim)]
+    return value.name, tuple(sizes), onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
 
 
 #: Width and height of two photos that are unlike those that a model was made with.

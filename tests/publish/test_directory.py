@@ -63,7 +63,7 @@ def test_a_processor_that_config_yaml_has_no_words_for_does_not_cost_the_bundle(
     bundle = tmp_path / "tidl" / "AM68A"
     assert contents.tidl is not None and (bundle / "model" / "resnet.onnx").is_file()
     assert (bundle / "config.yaml").is_file() == contents.bundle_takes_photos == takes_photos
-    assert contents.takes_photos == takes_photos and contents.inputs == ("pixel_values",)
+    assert contents.takes_photos == takes_photos and contents.inputs == (("pixel_values", (1, 3, 32, 32), "float32"),)
 
 
 def test_without_images_the_file_is_verified_on_random_ones_and_tidl_gets_none(

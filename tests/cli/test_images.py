@@ -1,4 +1,4 @@
-"""Pictures of all kinds, as models take them, against numbers that were written into the files."""
+"""Folders and lists of pictures as data sets, and what is said of those that cannot be used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from PIL import Image
 from hf_qat.cli.arguments import DataArguments
 from hf_qat.cli.images import Images, encoder, load_images
 from hf_qat.cli.labels import Labels
-from hf_qat.cli.pictures import in_colour
 from hf_qat.cli.tasks import TASKS
 from hf_qat.errors import ConfigError
 from tests.commands import data_sets_cached_in
@@ -23,44 +22,6 @@ from tests.commands import data_sets_cached_in
 
 #: From black to white, 8 bits.
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
-
-
-def read(array: np.ndarray, path: Path) -> Image.Image:
-    Image.fromarray(array).save(path)
-    with Image.open(path) as image:
-        image.load()
-        return image
-
-
-@pytest.mark.parametrize("kind", ["png", "tif"])
-@pytest.mark.parametrize(
-    "values",
-    [RAMP, RAMP.astype(np.uint16) * 257, np.stack([RAMP] * 3, -1), np.stack([RAMP, RAMP, RAMP, RAMP], -1)],
-    ids=["8 bits", "16 bits", "RGB", "RGBA"],
-)
-def test_a_ramp_from_black_to_white_is_one_in_every_kind_of_file(values, kind, tmp_path):
-    image = in_colour(read(values, tmp_path / f"ramp.{kind}"))
-    assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), np.stack([RAMP] * 3, -1))
-
-
-def test_integers_of_32_bits_mean_what_they_reach_to(tmp_path):
-    for depth in (1, 257):
-        image = read(RAMP.astype(np.int32) * depth, tmp_path / "ramp.tif")
-        assert image.mode == "I"
-        np.testing.assert_array_equal(np.asarray(in_colour(image))[..., 0], RAMP)
-
-
-def test_a_palette_is_looked_up():
-    image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
-    image.putpalette([10, 20, 30, 200, 100, 0])
-    assert np.asarray(in_colour(image)).tolist() == [[[10, 20, 30], [200, 100, 0]]]
-
-
-def test_floating_point_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="8 or 16 bits"):
-        in_colour(read(RAMP / np.float32(255), tmp_path / "ramp.tif"))
-
 
 LINE = '{"image": "0.png", "label": 0}'
 

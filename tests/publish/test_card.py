@@ -18,7 +18,6 @@ from hf_qat import calibrate, convert, prepare_qat
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.publish.card import CardFacts, CardOptions, render
 from hf_qat.publish.directory import ONNX, makes_inputs, write_contents
-from hf_qat.publish.hub_tasks import loader_of, task_of
 from hf_qat.publish.summary import summarize
 from tests.exported import BASE, Exported, tiny_resnet
 from tests.models import spread
@@ -157,32 +156,6 @@ def test_nothing_is_said_of_what_was_not_measured():
     assert "Verification" not in text and "onnxruntime" not in text.split("## Versions")[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "task", "loader"),
-    [
-        ("ResNetForImageClassification", "image-classification", "AutoModelForImageClassification"),
-        ("LevitForImageClassificationWithTeacher", "image-classification", "LevitForImageClassificationWithTeacher"),
-        ("Mask2FormerForUniversalSegmentation", "image-segmentation", "Mask2FormerForUniversalSegmentation"),
-        ("Swin2SRForImageSuperResolution", "image-to-image", "Swin2SRForImageSuperResolution"),
-        ("VideoMAEForVideoClassification", "video-classification", "VideoMAEForVideoClassification"),
-        ("SamModel", "mask-generation", "SamModel"),
-        ("SamVisionModel", "image-feature-extraction", "SamVisionModel"),
-        ("VitMatteForImageMatting", "image-segmentation", "VitMatteForImageMatting"),
-        ("SuperPointForKeypointDetection", "keypoint-detection", "SuperPointForKeypointDetection"),
-        ("SuperGlueForKeypointMatching", "keypoint-detection", "SuperGlueForKeypointMatching"),
-        ("OwlViTForObjectDetection", "zero-shot-object-detection", "OwlViTForObjectDetection"),
-        ("YolosForObjectDetection", "object-detection", "AutoModelForObjectDetection"),
-        ("CLIPModel", "zero-shot-image-classification", "CLIPModel"),
-        ("ViTModel", "image-feature-extraction", "ViTModel"),
-        ("OfSomebody", "image-feature-extraction", "AutoModel"),
-    ],
-)
-def test_a_model_is_loaded_by_a_class_that_has_all_its_layers(name: str, task: str, loader: str):
-    model = type(name, (nn.Module,), {})()
-    assert (task_of(model).tag, loader_of(model)) == (task, loader)
-    assert hasattr(transformers, loader)
-
-
 def test_the_usage_of_a_model_without_an_auto_class_of_the_table_loads_it(tmp_path: Path):
     size = {"image_size": 32, "patch_size": 8, "encoder_stride": 8}
     config = transformers.ViTConfig(
@@ -239,8 +212,8 @@ def test_the_code_for_onnx_runtime_gives_the_file_all_its_inputs_and_the_batch_i
         np.testing.assert_allclose(names["outputs"][0], model(**given)["logits"][:1].detach().numpy(), atol=1e-5)
 
 
-def test_code_that_takes_a_photo_is_left_out_where_a_photo_is_not_all_that_a_model_takes():
-    """A matte is made from a trimap, too: no pipeline of segmentation and no processor of photos alone does it."""
+def test_a_processor_that_wants_more_than_a_photo_does_not_make_the_inputs_of_one():
+    """A matte is made from a trimap, too."""
     processor = transformers.VitMatteImageProcessorPil(size_divisor=32)
     file = onnx.helper.make_graph(
         [],
@@ -249,4 +222,3 @@ def test_code_that_takes_a_photo_is_left_out_where_a_photo_is_not_all_that_a_mod
         [],
     )
     assert not makes_inputs(processor, onnx.helper.make_model(file))
-    assert not task_of(type("VitMatteForImageMatting", (nn.Module,), {})()).pipeline

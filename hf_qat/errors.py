@@ -60,6 +60,10 @@ class ExportError(HfQatError, RuntimeError):
     """A model or a path that cannot be exported to."""
 
 
+class ProcessorError(ExportError):
+    """An image processor that `config.yaml` of a TIDL bundle has no words for, or that made other images."""
+
+
 class FixedBatchError(ExportError):
     """A model whose number of images in a batch cannot be left free in ONNX."""
 

@@ -34,8 +34,8 @@ class DataArguments:
     dataset_name: str = field(
         metadata={
             "help": "A folder of images (one folder a class, or with a metadata.jsonl), a JSONL file with a path "
-            "under `image` in each line (and under `label` or `depth`, where that is a picture), or a data set's name "
-            "on the Hub."
+            "under `image` in each line (and under `label` or `depth`, where that is a picture; objects are "
+            '{"bbox": [[x, y, width, height]], "category": ["cat"]}), or a data set\'s name on the Hub.'
         }
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Of a data set on the Hub with several."})

@@ -32,11 +32,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=count, default=16, help="Images at a time.")
     model, data, qat, other = parse(parser, argv)
     from hf_qat.cli.results import REPORT, stages_of, summary, write_report
-    from hf_qat.cli.session import open_session, training_arguments  # so that --help need not wait for PyTorch
+    from hf_qat.cli.session import open_session, require_exportable, training_arguments  # PyTorch, not for --help
     from hf_qat.model.switches import fake_quant_disabled
 
     config = qat.to_config()
+    require_exportable(other.output_dir, config)
     session = open_session(model, data, labelled=False)
+    session.require_trainable(config)
     args = training_arguments(
         str(other.output_dir),
         per_device_train_batch_size=other.batch_size,

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hf-qat check",
         description="Say, layer by layer and before anyone owns a board, what Texas Instruments' TIDL takes of an "
         "ONNX file: on the accelerator, on the Arm core, or not at all; why, and what to do. Works on any ONNX file. "
-        "Exits with 1 if the file is refused.",
+        "Exits with 1 if the file is refused. For example: hf-qat check model.onnx --target AM68A",
         allow_abbrev=False,
     )
     parser.add_argument("file", type=Path, help="the ONNX file")

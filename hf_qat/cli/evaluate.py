@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,9 @@ def main(argv: Sequence[str]) -> None:
     file = Path(model.model_name_or_path) if model.model_name_or_path.endswith(".onnx") else None
     if file is not None:
         model = replace(model, model_name_or_path=str(checkpoint_of(file)))
-    metrics = measure(open_session(model, data), file, other.batch_size)
+    session = open_session(model, data, learns=False)
+    metrics = measure(session, file, other.batch_size)
+    print(f"On {len(session.evaluation)} images:", file=sys.stderr)  # the JSON goes to programs
     print(json.dumps(quality(metrics), indent=2))
 
 

@@ -21,11 +21,12 @@ def main(argv: Sequence[str]) -> None:
     """
     options = parse_with_config(_parser(), argv)
     from hf_qat.cli.arguments import ModelArguments  # so that --help need not wait for its imports
-    from hf_qat.cli.session import load_model
+    from hf_qat.cli.session import load_saved
     from hf_qat.cli.tasks import find_task
     from hf_qat.export.onnx import export_onnx
 
-    model = load_model(ModelArguments(options.checkpoint, options.revision), find_task(options.task))
+    task = None if options.task is None else find_task(options.task)
+    model = load_saved(ModelArguments(options.checkpoint, options.revision), task)
     print(export_onnx(model, options.file, opset_version=options.opset, dynamic_batch=options.dynamic_batch))
 
 
@@ -38,8 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", help="a folder, or the name on the Hub, of what hf_qat has saved")
     parser.add_argument("file", type=Path, help="the ONNX file to write")
-    parser.add_argument("--task", default="image-classification", help="of the model (default: %(default)s)")
+    parser.add_argument("--task", help="of the model (default: that of the class it was saved from)")
     parser.add_argument("--revision", default="main", help="on the Hub: a branch, a tag or a commit")
     parser.add_argument("--opset", type=int, default=17, choices=(17, 18, 21), help="default: %(default)s")
-    parser.add_argument("--dynamic-batch", action="store_true", help="take batches of any size; else one image")
+    parser.add_argument(
+        "--dynamic-batch", "--dynamic_batch", action="store_true", help="take batches of any size; else one image"
+    )
     return parser

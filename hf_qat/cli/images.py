@@ -11,12 +11,12 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from hf_qat.cli import pictures
 from hf_qat.cli.arguments import DataArguments
 from hf_qat.cli.labels import Labels
 from hf_qat.cli.tasks import Task
 from hf_qat.cli.tasks.classes import Classes
 from hf_qat.errors import ConfigError
-from hf_qat.tidl.templates.infer import eight_bits
 
 
 #: Names that splits to evaluate on have, the better one first.
@@ -37,7 +37,9 @@ class Images:
     classes: Classes
 
 
-def load_images(options: DataArguments, task: Task, processor: Any, labelled: bool = True) -> Images:
+def load_images(
+    options: DataArguments, task: Task, processor: Any, labelled: bool = True, learns: bool = True
+) -> Images:
     """Read the images, and split them if need be.
 
     Args:
@@ -45,56 +47,86 @@ def load_images(options: DataArguments, task: Task, processor: Any, labelled: bo
         task: what is asked of them.
         processor: of the model, which may mean other labels than the images have.
         labelled: whether labels are needed.
+        learns: whether some are to learn from; else a split to evaluate on that stands alone is not split.
 
     Raises:
-        ConfigError: nothing there, or a column is missing; with what there is.
+        ConfigError: nothing there, or a column is missing; with what there is. A file is missing or no picture.
     """
+    _check(options)
+    column = options.label_column_name or task.label_column
+    pictured = [options.image_column_name, *([column] if task.labels_are_images else [])]
+    splits = _load(options, pictured)
+    train = splits["train"] if "train" in splits else next(iter(splits.values()))
+    _require_pictures(train, options.image_column_name, "image_column_name", options)
+    known = train.features.get(column)
+    if not labelled and (known is None or (task.labels_are_images and not isinstance(known, datasets.Image))):
+        return Images(_first(train, options.max_train_samples, pictured[:1]), None, Classes())
+    alone = len(splits) == 1 and next(iter(splits)) in EVALUATION
+    train, evaluation = (train, train) if alone and not learns else _parts(splits, train, options)
+    for part in (train, evaluation):
+        require = _require_pictures if task.labels_are_images else _require_column
+        require(part, column, "label_column_name", options)
+    both = [_undecoded(part.select_columns([column]), pictured) for part in (train, evaluation)]
+    classes = task.classes(processor, datasets.concatenate_datasets(both), column)
+    return Images(
+        _first(train, options.max_train_samples, pictured),
+        _first(evaluation, options.max_eval_samples, pictured),
+        classes,
+    )
+
+
+def _check(options: DataArguments) -> None:
+    """Raise `ConfigError` for numbers that leave no image."""
     if not 0.0 < options.train_val_split < 1.0:
         raise ConfigError(f"train_val_split must lie between 0 and 1, not {options.train_val_split}.")
     for option in ("max_train_samples", "max_eval_samples"):
         number = getattr(options, option)
         if number is not None and number < 1:
             raise ConfigError(f"{option} must be 1 or more, not {number}: of no image, nothing can be said.")
-    column = options.label_column_name or task.label_column
-    splits = _load(options, [options.image_column_name, *([column] if task.labels_are_images else [])])
-    train = splits["train"] if "train" in splits else next(iter(splits.values()))
-    _require_column(train, options.image_column_name, "image_column_name", options)
-    if column not in train.column_names and not labelled:
-        return Images(_first(train, options.max_train_samples), None, Classes())
-    _require_column(train, column, "label_column_name", options)
+
+
+def _parts(
+    splits: datasets.DatasetDict, train: datasets.Dataset, options: DataArguments
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """What to train on and what to evaluate on: two splits, or two parts of the one there is."""
     name = next((name for name in EVALUATION if name in splits and splits[name] is not train), None)
     if name is not None:
-        evaluation = splits[name]
-        _require_column(evaluation, column, "label_column_name", options)
-    else:
-        # The part to evaluate on is rounded up.
-        if math.ceil(len(train) * options.train_val_split) >= len(train):
-            raise ConfigError(
-                f"{options.dataset_name} has {len(train)} images, too few for a train_val_split of "
-                f"{options.train_val_split}: none are left to train on."
-            )
-        parts = train.train_test_split(options.train_val_split, seed=0)
-        train, evaluation = parts["train"], parts["test"]
-    both = datasets.concatenate_datasets([part.select_columns([column]) for part in (train, evaluation)])
-    classes = task.classes(processor, both, column)
-    return Images(_first(train, options.max_train_samples), _first(evaluation, options.max_eval_samples), classes)
+        return train, splits[name]
+    # The part to evaluate on is rounded up.
+    if math.ceil(len(train) * options.train_val_split) >= len(train):
+        raise ConfigError(
+            f"{options.dataset_name} has {len(train)} images, too few for a train_val_split of "
+            f"{options.train_val_split}: none are left to train on."
+        )
+    parts = train.train_test_split(options.train_val_split, seed=0)
+    return parts["train"], parts["test"]
 
 
-def _load(options: DataArguments, pictures: Sequence[str]) -> datasets.DatasetDict:
-    """All splits; `pictures` are the columns where a JSONL file has paths, as far as it has them."""
+def _load(options: DataArguments, pictured: Sequence[str]) -> datasets.DatasetDict:
+    """All splits; `pictured` are the columns where a JSONL file has paths, as far as it has them."""
     path = Path(options.dataset_name)
     if path.is_dir():
-        if not any(path.iterdir()):
-            raise ConfigError(f"{path} is empty: it is to hold images, one folder for each class.")
-        return datasets.load_dataset("imagefolder", data_dir=str(path))
+        return _from_folder(path)
     if path.is_file():
-        return _from_jsonl(path, options.image_column_name, pictures)
+        return _from_jsonl(path, options.image_column_name, pictured)
     if options.dataset_name.count("/") > 1 or path.suffix:
         raise ConfigError(f"there is no folder and no file {options.dataset_name}.")
     return datasets.load_dataset(options.dataset_name, options.dataset_config_name)
 
 
-def _from_jsonl(path: Path, column: str, pictures: Sequence[str]) -> datasets.DatasetDict:
+def _from_folder(path: Path) -> datasets.DatasetDict:
+    if not any(path.iterdir()):
+        raise ConfigError(f"{path} is empty: it is to hold images, one folder for each class.")
+    try:
+        return datasets.load_dataset("imagefolder", data_dir=str(path))
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(
+            f"{path} cannot be read as a folder of images, one folder for each class or with metadata.jsonl: {reason}"
+        ) from error
+
+
+def _from_jsonl(path: Path, column: str, pictured: Sequence[str]) -> datasets.DatasetDict:
     try:
         splits = datasets.load_dataset("json", data_files=str(path))
     except (datasets.exceptions.DatasetGenerationError, StopIteration) as error:
@@ -102,7 +134,7 @@ def _from_jsonl(path: Path, column: str, pictures: Sequence[str]) -> datasets.Da
         raise ConfigError(f"{path} holds no JSON object in each line: {reason}") from error
     if column not in splits["train"].column_names:
         raise ConfigError(f"{path} has no {column!r} in its lines: each is to name an image, relative to the file.")
-    named = [name for name in pictures if name in splits["train"].column_names]
+    named = [name for name in pictured if name in splits["train"].column_names]
 
     def absolute(row: dict[str, Any], number: int) -> dict[str, Any]:
         wrong = next((name for name in named if not isinstance(row[name], str)), None)
@@ -117,15 +149,44 @@ def _from_jsonl(path: Path, column: str, pictures: Sequence[str]) -> datasets.Da
 
 
 def _require_column(dataset: datasets.Dataset, column: str, option: str, options: DataArguments) -> None:
-    if column not in dataset.column_names:
+    if column in dataset.column_names:
+        return
+    if dataset.column_names == [options.image_column_name] and Path(options.dataset_name).is_dir():
         raise ConfigError(
-            f"{options.dataset_name} has no column {column!r}; it has {', '.join(dataset.column_names)}. Name the "
-            f"right one by --{option}."
+            f"{options.dataset_name} says nothing of its images: give a folder with one folder for each class, two of "
+            f"them at least; or write a metadata.jsonl into it, with {column!r} in each line."
+        )
+    raise ConfigError(
+        f"{options.dataset_name} has no column {column!r}; it has {', '.join(dataset.column_names)}. Name the "
+        f"right one by --{option}."
+    )
+
+
+def _require_pictures(dataset: datasets.Dataset, column: str, option: str, options: DataArguments) -> None:
+    _require_column(dataset, column, option, options)
+    if not isinstance(dataset.features[column], datasets.Image):
+        raise ConfigError(
+            f"the column {column!r} of {options.dataset_name} holds no pictures. Name the right one by --{option}; a "
+            "JSONL file has their paths there."
         )
 
 
-def _first(dataset: datasets.Dataset, samples: int | None) -> datasets.Dataset:
-    return dataset if samples is None else dataset.shuffle(seed=0).select(range(min(samples, len(dataset))))
+def _first(dataset: datasets.Dataset, samples: int | None, pictured: Sequence[str]) -> datasets.Dataset:
+    """So many rows, or all, with their pictures as they lie in their files, each of which can be read."""
+    if samples is not None:
+        dataset = dataset.shuffle(seed=0).select(range(min(samples, len(dataset))))
+    dataset = _undecoded(dataset, pictured)
+    for column in pictured:
+        pictures.require_readable(dataset, column)
+    return dataset
+
+
+def _undecoded(dataset: datasets.Dataset, pictured: Sequence[str]) -> datasets.Dataset:
+    """The same with pictures as they lie in their files: where one cannot be read, its name can be said."""
+    for column in pictured:
+        if column in dataset.column_names:
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
 
 
 def encoder(
@@ -138,23 +199,20 @@ def encoder(
     def number_of(value: object) -> int:
         return labels.numbers[images.classes.number_of(value)]
 
+    def learned(label: Any, image: Image.Image) -> Any:
+        known = pictures.read(label) if task.labels_are_images else label
+        if task.check is not None:
+            task.check(image, known)
+        return known if task.renumbered is None else task.renumbered(known, number_of)
+
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pictures = [in_colour(image) for image in rows[options.image_column_name]]
-        learned = rows[column] if labelled else []
-        if task.renumbered is not None:
-            learned = [task.renumbered(each, number_of) for each in learned]
-        return task.encode(processor, pictures, learned)
+        shown, wanted = [], []
+        for position, value in enumerate(rows[options.image_column_name]):
+            image = pictures.read(value)
+            with pictures.naming(value):
+                shown.append(pictures.in_colour(image))
+                if labelled:
+                    wanted.append(learned(rows[column][position], image))
+        return task.encode(processor, shown, wanted)
 
     return encode
-
-
-def in_colour(image: Image.Image) -> Image.Image:
-    """A picture as models take it: RGB, 8 bits each. Of 16 bits the upper 8 are taken.
-
-    Raises:
-        ConfigError: its values are floating-point numbers, of which nobody knows what is white.
-    """
-    if image.mode == "F":
-        raise ConfigError("an image holds floating-point numbers: save it with 8 or 16 bits.")
-    rgb: Image.Image = eight_bits(image).convert("RGB")
-    return rgb

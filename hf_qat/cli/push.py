@@ -52,8 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("repo", help="user/model, or model for the user of the token")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", help="a branch, made if it is not there (default: main)")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--path-in-repo", default="", metavar="PATH", help="put the files into this directory there")
+    parser.add_argument("--create-pr", "--create_pr", action="store_true", help="open a pull request")
+    parser.add_argument(
+        "--path-in-repo", "--path_in_repo", default="", metavar="PATH", help="put the files into this directory there"
+    )
     parser.add_argument(
         "--ignore", action="append", default=[], metavar="PATTERN", help="leave out such names in the directory too"
     )

@@ -18,8 +18,12 @@ from hf_qat.cli.images import encoder, load_images
 from hf_qat.cli.labels import Labels, labels_for
 from hf_qat.cli.tasks import Task, find_task
 from hf_qat.cli.tasks.classes import Classes
+from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError, listed
+from hf_qat.files.atomic import require_replaceable
+from hf_qat.model.state import state_of
+from hf_qat.trainer.publishing import compiled_in
 from hf_qat.trainer.trainer import QATTrainer
 
 
@@ -40,6 +44,17 @@ class Session:
     train: Any
     evaluation: Any
     classes: list[str] = field(default_factory=list)
+
+    def require_trainable(self, config: QATConfig) -> None:
+        """Raise `ConfigError` for a checkpoint of integers, or of a training by another recipe than `config`."""
+        state, name = state_of(self.model), self.model.name_or_path
+        if state is not None and state.stage is Stage.CONVERTED:
+            raise ConfigError(f"{name} is quantized already, for inference only: give the float model.")
+        if state is not None and state.config.with_checkpoint(None) != config:
+            raise ConfigError(
+                f"{name} is a checkpoint of a training for {state.config.target} by other options than these. Give "
+                "the float model; with --resume_from_checkpoint, an interrupted training goes on."
+            )
 
     def trainer(self, args: TrainingArguments, config: QATConfig) -> QATTrainer:
         """A `QATTrainer` of it all.
@@ -77,18 +92,27 @@ class Session:
         }
 
 
+def require_exportable(directory: Path, config: QATConfig) -> None:
+    """Raise `ExportError` for a directory that an export cannot take, before the time for one is spent."""
+    require_replaceable(directory, compiled_in(config.target))
+
+
 def training_arguments(output_dir: str, **more: Any) -> TrainingArguments:
     """Arguments of a trainer that is not to train."""
     return TrainingArguments(output_dir, remove_unused_columns=False, report_to=[], **more)
 
 
-def open_session(model: ModelArguments, data: DataArguments, labelled: bool = True, trains: bool = False) -> Session:
+def open_session(
+    model: ModelArguments, data: DataArguments, labelled: bool = True, trains: bool = False, learns: bool = True
+) -> Session:
     """Load the images, the processor and the model.
 
     Args:
         model, data: which.
         labelled: whether the images must have labels, and those the model's; else they may be left aside.
         trains: whether the model learns the classes of the images: then a head that does not fit is made anew.
+        learns: whether anything, if only ranges, is found from the images; else they are all there to evaluate on,
+            where their only split is named so.
 
     Raises:
         ConfigError: something is missing, or the classes are not the model's; with what to do.
@@ -96,7 +120,7 @@ def open_session(model: ModelArguments, data: DataArguments, labelled: bool = Tr
     task = find_task(data.task)
     _require_findable(model)
     processor = load_processor(model)
-    images = load_images(data, task, processor, labelled)
+    images = load_images(data, task, processor, labelled, learns)
     try:
         labels = labels_for(images.classes, label_names(model), trains)
     except ConfigError as error:
@@ -187,13 +211,42 @@ def load_model(model: ModelArguments, task: Task, labels: Labels | None = None, 
     return loaded
 
 
+def load_saved(model: ModelArguments, task: Task | None) -> Any:
+    """A converted model, in its task's class, or if that is left out in the class that it was saved from.
+
+    Raises:
+        ConfigError: there is none, it is of another task, or it is not converted.
+    """
+    _require_findable(model)
+    with _loading(model):
+        config = transformers.AutoConfig.from_pretrained(model.model_name_or_path, revision=model.revision)
+    if task is None:
+        class_name = next(iter(config.architectures or ()), "AutoModel")
+        saved_from = getattr(transformers, class_name, transformers.AutoModel)
+        with _loading(model):
+            loaded = saved_from.from_pretrained(model.model_name_or_path, revision=model.revision)
+    else:
+        loaded = load_model(model, task)
+    state = state_of(loaded)
+    if state is None or state.stage is not Stage.CONVERTED:
+        what = "a float model" if state is None else "a checkpoint to train on from"
+        raise ConfigError(
+            f"{model.model_name_or_path} is {what}, and only an int8 checkpoint can be exported: `hf-qat calibrate` "
+            "or `hf-qat train` make one, and export it."
+        )
+    return loaded
+
+
 @contextmanager
 def _loading(model: ModelArguments) -> Iterator[None]:
     """What goes wrong inside becomes a line that names the model."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load {model.model_name_or_path}: {_first_line(error)}") from error
+        reason = _first_line(error)
+        if reason.startswith("Unrecognized configuration class"):
+            reason = "it is a model of another --task than this. " + reason
+        raise ConfigError(f"cannot load {model.model_name_or_path}: {reason}") from error
 
 
 def _first_line(error: Exception) -> str:

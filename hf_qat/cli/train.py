@@ -6,18 +6,23 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import send_to_device
 from transformers import TrainingArguments
+from transformers.hf_argparser import string_to_bool
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_qat.cli.arguments import DataArguments, ModelArguments, QATArguments
 from hf_qat.cli.parsing import parse, parser_of
 from hf_qat.cli.results import REPORT, stages_of, summary, write_report
-from hf_qat.cli.session import Session, open_session
+from hf_qat.cli.session import Session, open_session, require_exportable
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError
 from hf_qat.model.in_float import by_reason, float_operations
 from hf_qat.model.prepare import prepare_qat
+from hf_qat.model.state import state_of
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.trainer.histories import RangeHistory
@@ -51,16 +56,21 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = parser_of("train", DESCRIPTION, ModelArguments, DataArguments, QATArguments, TrainingArguments)
     parser.set_defaults(logging_steps=LOGGED_AFTER, eval_strategy="epoch")
-    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Say what would be done, and stop.")
+    # As the flags of TrainingArguments, so that a file can say `dry_run: true`.
+    truth: dict[str, Any] = {"type": string_to_bool, "nargs": "?", "const": True, "default": False}
+    parser.add_argument("--dry_run", "--dry-run", **truth, help="Say what would be done, and stop.")
     model, data, qat, args, other = parse(parser, argv)
     config = qat.to_config()
     args.learning_rate = qat.learning_rate(args.learning_rate)
     args.remove_unused_columns = False  # images become pixels only when a batch is read
+    output = Path(str(args.output_dir))
+    args.resume_from_checkpoint = _resumable(output, args.resume_from_checkpoint)
+    require_exportable(output / EXPORT, config)
     session = open_session(model, data, trains=True)
+    session.require_trainable(config)
     if other.dry_run:
         print(_outlook(session, config, args))
         return
-    output = Path(str(args.output_dir))
     trainer, history = session.trainer(args, config), RangeHistory()
     trainer.add_callback(history)
     evaluated = _measure_and_train(trainer)
@@ -80,12 +90,34 @@ def _measure_and_train(trainer: QATTrainer) -> dict[str, dict[str, float]]:
     return {"float": in_float, "calibrated": calibrated, "qat": trainer.evaluate()}
 
 
+def _resumable(output: Path, checkpoint: str | None) -> str | None:
+    """The checkpoint to go on from: the one that is named, or where "True" is, as in scripts, the newest.
+
+    Raises:
+        ConfigError: it is not there; before any time is spent.
+    """
+    if checkpoint is None or checkpoint.lower() == "false":
+        return None
+    if checkpoint.lower() == "true":
+        newest: str | None = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if newest is None:
+            raise ConfigError(f"{output} has no checkpoint to resume from: leave --resume_from_checkpoint out.")
+        return newest
+    if not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+        raise ConfigError(
+            f"{checkpoint} is no checkpoint to resume from, as it has no {TRAINER_STATE_NAME}: name a folder such as "
+            f"{output / 'checkpoint-500'}, or True for the newest."
+        )
+    return checkpoint
+
+
 def _outlook(session: Session, config: QATConfig, args: TrainingArguments) -> str:
     """What would be done: layers, what stays in float, the size of the file, the number of steps and their time."""
     model = copy.deepcopy(session.model)
     if len(session.train) < 2:
         raise ConfigError("there is one image only: nothing can be learned from that.")
-    prepare_qat(model, config, session.inputs(range(2)))
+    if state_of(model) is None:
+        prepare_qat(model, config, session.inputs(range(2)))
     layers = qat_layers(model)
     weights = sum(layer.weight.numel() * layer.weight_quantizer.spec.bits / 8 for layer in layers.values())
     everything = sum(parameter.numel() for parameter in session.model.parameters())

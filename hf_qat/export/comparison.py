@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hf_qat.errors import ExportError
 from hf_qat.export.report import Agreement
 
 
@@ -41,7 +42,18 @@ class Comparison:
         self.errors, self.energies = [0.0] * len(self.steps), [0.0] * len(self.steps)
 
     def add(self, expected: Sequence[tuple[str, np.ndarray]], results: Sequence[np.ndarray]) -> None:
-        """One batch: the named outputs of torch, and those that are compared with them."""
+        """One batch: the named outputs of torch, and those that are compared with them.
+
+        Raises:
+            ExportError: an output has another shape, as the number of key points may, which their scores decide.
+        """
+        for (name, wanted), got in zip(expected, results, strict=True):
+            if wanted.shape != got.shape:
+                raise ExportError(
+                    f"the output {name!r} has the shape {wanted.shape} in torch and {got.shape} where it is compared: "
+                    "how much there is of it depends on values, which differ by rounding. export_onnx(..., "
+                    "verify=False) writes the file; compare what comes before it is chosen."
+                )
         results = _in_order_of_queries(expected, results)
         for k, ((name, wanted), got, step) in enumerate(zip(expected, results, self.steps, strict=True)):
             differences = _differences(wanted, got)

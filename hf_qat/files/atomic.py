@@ -68,7 +68,7 @@ def whole_directory(directory: Path, compiled: str) -> Iterator[Path]:
         ExportError: it holds something else, or cannot be written to.
     """
     settle(directory)
-    _check_replaceable(directory, compiled)
+    require_replaceable(directory, compiled)
     with beside(directory) as aside:
         made = aside / directory.name
         made.mkdir()
@@ -180,7 +180,8 @@ def sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _check_replaceable(directory: Path, compiled: str) -> None:
+def require_replaceable(directory: Path, compiled: str) -> None:
+    """Raise `ExportError` for what `whole_directory` would not replace; of the same arguments."""
     if directory.is_file():
         raise ExportError(f"cannot write {directory}: it is a file. Name a directory.")
     if not directory.exists() or not any(directory.iterdir()):

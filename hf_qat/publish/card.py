@@ -15,7 +15,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
@@ -27,6 +26,7 @@ from hf_qat.model.analysis.table import cells, decibels
 from hf_qat.publish.accuracy import MEASURED_AS, Accuracy
 from hf_qat.publish.directory import PLOT, Contents
 from hf_qat.publish.figures import figures
+from hf_qat.publish.hub_tasks import loader_of, task_of
 from hf_qat.publish.markdown import in_code, in_text
 from hf_qat.publish.summary import Summary
 from hf_qat.tidl.report import TidlReport
@@ -34,25 +34,6 @@ from hf_qat.version import __version__
 
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-
-#: What the name of a Hugging Face class ends in → the Hub's name of its task, and the auto class that loads it; `None`
-#: where not every version of transformers has one.
-TASKS = {
-    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
-    "ForImageClassificationWithTeacher": ("image-classification", None),
-    "ForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation"),
-    "ForInstanceSegmentation": ("image-segmentation", None),
-    "ForUniversalSegmentation": ("image-segmentation", None),
-    "DetrForSegmentation": ("image-segmentation", None),
-    "ForObjectDetection": ("object-detection", "AutoModelForObjectDetection"),
-    "ForDepthEstimation": ("depth-estimation", "AutoModelForDepthEstimation"),
-    "ForKeypointDetection": ("keypoint-detection", None),
-    "ForPoseEstimation": ("keypoint-detection", None),
-    "ForImageSuperResolution": ("image-to-image", None),
-    "ForVideoClassification": ("video-classification", None),
-    "Backbone": ("image-feature-extraction", "AutoBackbone"),
-}
-OTHER_TASK = ("image-feature-extraction", None)
 
 #: Packages whose versions a card names.
 PACKAGES = ("transformers", "torch", "onnx", "onnxruntime")
@@ -110,14 +91,14 @@ class CardFacts:
 
 def render(facts: CardFacts, options: CardOptions) -> ModelCard:
     """The card of a repository."""
-    task, auto_class = task_of(facts.model)
+    task = task_of(facts.model)
     text: ModelCard = ModelCard.from_template(
-        _metadata(facts, options, task),
+        _metadata(facts, options, task.tag),
         template_path=str(TEMPLATE),
         title=options.model_name or facts.repo_id.rpartition("/")[2],
         base_model=_base_model(facts.model, options),
         class_name=type(facts.model).__name__,
-        auto_class=auto_class,
+        auto_class=loader_of(facts.model),
         task=task,
         repo_id=facts.repo_id,
         facts=facts,
@@ -131,7 +112,7 @@ def render(facts: CardFacts, options: CardOptions) -> ModelCard:
         recipe=yaml.safe_dump(_recipe(facts.config), sort_keys=False, width=math.inf).strip(),
         onnx=None if facts.contents is None else facts.contents.onnx,
         session_options=None if facts.contents is None else facts.contents.onnx.session_options,
-        main_input=getattr(facts.model, "main_input_name", "pixel_values"),
+        inputs=() if facts.contents is None else facts.contents.inputs,
         verification=_verification(facts.contents.onnx) if facts.contents is not None else [],
         tidl=None if facts.contents is None else facts.contents.tidl,
         why_no_tidl="" if facts.contents is None else in_text(facts.contents.why_no_tidl),
@@ -140,13 +121,6 @@ def render(facts: CardFacts, options: CardOptions) -> ModelCard:
         versions=_versions(),
     )
     return text
-
-
-def task_of(model: nn.Module) -> tuple[str, str]:
-    """The Hub's name of a model's task, and the class that loads it: its own, where no auto class is sure to."""
-    name = type(model).__name__
-    task, auto_class = next((row for ending, row in TASKS.items() if name.endswith(ending)), OTHER_TASK)
-    return task, auto_class or (name if hasattr(transformers, name) else "AutoModel")
 
 
 def _metadata(facts: CardFacts, options: CardOptions, task: str) -> ModelCardData:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
-from hf_qat.errors import CalibrationError, ConfigError, ExportError, FixedBatchError
+from hf_qat.errors import CalibrationError, ConfigError, ExportError, FixedBatchError, ProcessorError
 from hf_qat.export import ExportReport, export_onnx, require_agreement, verify_onnx
 from hf_qat.files.atomic import written_whole
 from hf_qat.model.state import require_stage
@@ -44,6 +47,9 @@ class Contents:
         real_inputs: whether the comparison was on real inputs; else on random ones.
         plot: whether there is a figure of the accuracy by stage.
         any_batch: whether the ONNX file takes batches of any size; else one image at a time.
+        inputs: name, shape and type in numpy of the ONNX file's inputs; a free batch is 1, another free size `FREE`.
+        takes_photos: whether the processor makes all of them of a photo, of whatever size that is.
+        bundle_takes_photos: whether `infer.py` of TIDL's part does so.
     """
 
     onnx: ExportReport
@@ -53,6 +59,9 @@ class Contents:
     real_inputs: bool
     plot: bool = False
     any_batch: bool = True
+    inputs: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    takes_photos: bool = False
+    bundle_takes_photos: bool = False
 
 
 def save_model(model: nn.Module, directory: Path, processor: Any | None) -> None:
@@ -103,7 +112,59 @@ def write_contents(
         report = verify_onnx(model, path, [dict(batch) for batch in batches])
         require_agreement(report)
     tidl, why_not = _write_tidl(model, directory / TIDL, processor, batches)
-    return Contents(report, tidl, why_not, processor is not None, bool(batches), any_batch=any_batch)
+    file = onnx.load(path, load_external_data=False)
+    target = require_stage(model, Stage.CONVERTED, "export").config.target
+    return Contents(
+        report,
+        tidl,
+        why_not,
+        processor is not None,
+        bool(batches),
+        any_batch=any_batch,
+        inputs=tuple(map(_described, file.graph.input)),
+        takes_photos=processor is not None and makes_inputs(processor, file),
+        bundle_takes_photos=(directory / TIDL / target / "config.yaml").is_file(),
+    )
+
+
+#: Of an example of a file's input, where height and width are free.
+FREE = 224
+
+
+def _described(value: onnx.ValueInfoProto) -> tuple[str, tuple[int, ...], str]:
+    """Name, shape and type of an input of a file."""
+    tensor = value.type.tensor_type
+    sizes = [size.dim_value or (FREE if axis else 1) for axis, size in enumerate(tensor.shape.dim)]
+    return value.name, tuple(sizes), onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+
+
+#: Width and height of two photos that are unlike those that a model was made with.
+PHOTOS = ((97, 61), (60, 140))
+
+
+def makes_inputs(processor: Any, file: onnx.ModelProto) -> bool:
+    """Whether a processor makes all inputs of an ONNX file of one photo, of whatever size.
+
+    It does not where a model wants two photos, a map beside it, points or words, or one size that it does not make.
+    """
+    for size in PHOTOS:
+        try:
+            made = processor(Image.new("RGB", size), return_tensors="np")
+        except Exception:  # processors say in many ways that they want something else
+            return False
+        if not all(_fits(made.get(value.name), value) for value in file.graph.input):
+            return False
+    return True
+
+
+def _fits(array: Any, value: onnx.ValueInfoProto) -> bool:
+    """Whether an input of a file takes an array: its fixed sizes are those of the array."""
+    sizes = value.type.tensor_type.shape.dim
+    if not isinstance(array, np.ndarray) or array.ndim != len(sizes):
+        return False
+    return all(
+        not size.HasField("dim_value") or size.dim_value == n for size, n in zip(sizes, array.shape, strict=True)
+    )
 
 
 def _write_tidl(
@@ -115,11 +176,14 @@ def _write_tidl(
         return None, ""
     if not batches:
         return None, "there was no data set to take calibration frames from."
+    frames = [dict(batch) for batch in batches]
     images = isinstance(getattr(processor, "image_processor", processor), BaseImageProcessor)
     try:
-        export_tidl(
-            model, directory / target, target, [dict(batch) for batch in batches], processor if images else None
-        )
+        try:
+            export_tidl(model, directory / target, target, frames, processor if images else None)
+        except ProcessorError as error:
+            logger.warning("The bundle for TIDL is without config.yaml: %s", error)
+            export_tidl(model, directory / target, target, frames)
     except (ExportError, ConfigError, CalibrationError) as error:
         shutil.rmtree(directory, ignore_errors=True)
         # All else is of use without it, perhaps after days of training: so it is said, and not raised.

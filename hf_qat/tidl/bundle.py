@@ -34,7 +34,7 @@ from hf_qat.tidl.clip import clips_for_quantizers
 from hf_qat.tidl.config_yaml import Described, Task, config, dataset, task_of
 from hf_qat.tidl.devices import Device, find_device
 from hf_qat.tidl.frames import Frames, frames_of, write_frames
-from hf_qat.tidl.preprocess import Recipe, check_size, recipe_of
+from hf_qat.tidl.preprocess import Recipe, check_size, recipe_of, require_image_processor
 from hf_qat.tidl.readme import Readme, readme
 from hf_qat.tidl.report import TidlReport
 from hf_qat.tidl.runtime_options import PREQUANTIZED, Ranges, runtime_options
@@ -61,6 +61,7 @@ class _Content:
     frames: Frames
     metrics: dict[str, float]
     recipe: Recipe | None
+    several_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
@@ -111,15 +112,21 @@ def export_tidl(
     """
     require_stage(model, Stage.CONVERTED, "export")
     device = _device(target, ranges)
+    found, task = frames_of(model, calibration_data, frames), task_of(model)
+    several = len(found.frames[0]) > 1
+    if processor is not None:
+        processor = require_image_processor(processor)
     content = _Content(
         name=_name(model, name),
         device=device,
         ranges=ranges,
-        task=task_of(model),
+        task=task,
         labels=_labels(model, labels),
-        frames=frames_of(model, calibration_data, frames),
+        frames=found,
         metrics={key: float(value) for key, value in (metrics or {}).items()},
-        recipe=None if processor is None else recipe_of(processor),
+        # Where config.yaml is left out anyway, it does not matter whether it has words for the processor.
+        recipe=None if processor is None or task is None or several else recipe_of(processor),
+        several_inputs=several,
     )
     with whole_directory(Path(directory), ARTIFACTS) as made:
         _write_model(model, made, content)
@@ -229,8 +236,10 @@ def _write_config(made: Path, file: ModelProto, content: _Content, options: dict
         colours = content.task is not None and content.task.type == "segmentation"
         offset = 0 if content.recipe is None else content.recipe.label_offset
         _write_yaml(made / "dataset.yaml", dataset(content.name, content.labels, colours, offset))
+    if content.several_inputs:
+        return _left_out(_SEVERAL.format(", ".join(content.frames.frames[0])))
     if content.recipe is None or content.task is None:
-        return _left_out(_NO_PROCESSOR if content.recipe is None else _NO_TASK)
+        return _left_out(_NO_TASK if content.task is None else _NO_PROCESSOR)
     if content.task.backend == "cv2" and content.recipe.preprocess["interpolation"] is not None:
         return _left_out(_NO_FILTER)
     described = Described(
@@ -249,8 +258,10 @@ def _write_config(made: Path, file: ModelProto, content: _Content, options: dict
 
 
 _NO_PROCESSOR = (
-    "export_tidl got no processor, so how images are prepared is not known (give it the model's image processor)"
+    "export_tidl got no processor that it can describe, so how images are prepared is not known (give it the model's "
+    "image processor)"
 )
+_SEVERAL = "it describes how one image is prepared, and this model takes more: {}"
 _NO_TASK = "edgeai-benchmark cannot read the outputs of this kind of model"
 _NO_FILTER = (
     "edgeai-benchmark resizes images for detection with OpenCV, which has only the bilinear filter in common with "

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from hf_qat.errors import ExportError
+from hf_qat.errors import ExportError, ProcessorError
 from hf_qat.tidl.templates.infer import preprocess_image, resized
 
 
@@ -48,12 +48,10 @@ def recipe_of(processor: BaseImageProcessor) -> Recipe:
     """What a processor does to an image, and to labels.
 
     Raises:
-        ExportError: the processor does something that the schema has no words for; its result and the recipe's differ.
+        ProcessorError: it does something that the schema has no words for; its result and the recipe's differ.
+        ExportError: it is no image processor.
     """
-    processor = getattr(processor, "image_processor", processor)  # of a composite of image processor and tokenizer
-    if not hasattr(processor, "to_dict"):
-        given = f"{type(processor).__name__} {processor!r}" if isinstance(processor, str) else type(processor).__name__
-        raise ExportError(f"processor is to be an image processor, as AutoImageProcessor loads one, not {given}.")
+    processor = require_image_processor(processor)
     settings = processor.to_dict()
     resize, crop = _sizes(settings, type(processor).__name__)
     resample = int(settings.get("resample", BILINEAR))
@@ -74,6 +72,19 @@ def recipe_of(processor: BaseImageProcessor) -> Recipe:
     return Recipe(preprocess, session, label_offset=int(bool(settings.get("do_reduce_labels"))))
 
 
+def require_image_processor(processor: Any) -> Any:
+    """The image processor, also of a composite of one and a tokenizer.
+
+    Raises:
+        ExportError: it is none.
+    """
+    found = getattr(processor, "image_processor", processor)
+    if not hasattr(found, "to_dict"):
+        given = f"{type(found).__name__} {found!r}" if isinstance(found, str) else type(found).__name__
+        raise ExportError(f"processor is to be an image processor, as AutoImageProcessor loads one, not {given}.")
+    return found
+
+
 def check_size(preprocess: Mapping[str, Any], shape: Sequence[int]) -> None:
     """The recipe must end in images of the size that the model takes.
 
@@ -82,14 +93,16 @@ def check_size(preprocess: Mapping[str, Any], shape: Sequence[int]) -> None:
         shape: of the model's input, (N, C, H, W).
 
     Raises:
-        ExportError: another size, or one that depends on the image.
+        ProcessorError: another size, or one that depends on the image.
     """
     made = preprocess["crop"] if preprocess["crop"] is not None else preprocess["resize"]
     if made is None or (preprocess["crop"] is None and isinstance(made, int)):
-        raise ExportError("the processor makes images of many sizes; give one with a crop, or with height and width.")
+        raise ProcessorError(
+            "the processor makes images of many sizes; give one with a crop, or with height and width."
+        )
     made = [made, made] if isinstance(made, int) else made
     if list(shape[-2:]) != made:
-        raise ExportError(
+        raise ProcessorError(
             f"the processor makes images of {made[0]}x{made[1]}, the calibration data has {shape[-2]}x{shape[-1]}: "
             "give the processor that the data was made with."
         )
@@ -115,7 +128,7 @@ def _size(size: Any, name: str) -> int | list[int]:
         return int(size["shortest_edge"])
     if keys == {"height", "width"}:
         return [int(size["height"]), int(size["width"])]
-    raise ExportError(
+    raise ProcessorError(
         f"{name} resizes to {dict(size or {})}, for which config.yaml has no words: give a processor whose size is "
         '{"height": …, "width": …} or {"shortest_edge": …}, since the model takes images of one size.'
     )
@@ -148,11 +161,14 @@ def _check(processor: BaseImageProcessor, preprocess: Mapping[str, Any], session
     """
     pixels = np.random.default_rng(0).integers(0, 256, (*TEST_SIZE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((TEST_SIZE[1] * 2, TEST_SIZE[0] * 2), Image.Resampling.BICUBIC)
-    wanted = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])
-    got = preprocess_image(image, dict(preprocess), dict(session))
     name = type(processor).__name__
+    try:
+        wanted = np.asarray(processor(images=image, return_tensors="np")["pixel_values"])
+    except Exception as error:  # processors say in many ways that an image is not all that they want
+        raise ProcessorError(f"{name} takes more than an image: {' '.join(str(error).split())}") from error
+    got = preprocess_image(image, dict(preprocess), dict(session))
     if wanted.shape != got.shape:
-        raise ExportError(
+        raise ProcessorError(
             f"{name} makes {list(wanted.shape)} of an image, config.yaml's recipe {list(got.shape)}: it does "
             "something that edgeai-benchmark has no words for. Give one that resizes, crops and normalizes only."
         )
@@ -160,7 +176,7 @@ def _check(processor: BaseImageProcessor, preprocess: Mapping[str, Any], session
     shared = wanted[..., rows:, columns:] - got[..., : got.shape[-2] - rows, : got.shape[-1] - columns]
     steps = np.abs(shared).max(axis=(0, 2, 3)) / np.array(session["input_scale"])
     if steps.max() > 1.0 + 1e-3:
-        raise ExportError(
+        raise ProcessorError(
             f"{name} and config.yaml's recipe differ by {steps.max():.1f} steps of 8 bits on a test image: it does "
             "something that edgeai-benchmark has no words for. Give a processor that resizes, crops and normalizes "
             "only, in that order."

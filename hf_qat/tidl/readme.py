@@ -102,6 +102,7 @@ def readme(facts: Readme, template: str) -> str:
         frames=facts.frames,
         config=facts.why_no_config or "how images are prepared, what the outputs mean",
         benchmark=_benchmark(facts),
+        photo=" photo.jpg" if facts.why_no_config is None else "",
         notes="\n".join(f"- {note}" for note in facts.check.notes),
     )
 

@@ -62,6 +62,11 @@ def converted_copy(model: nn.Module) -> nn.Module:
     return convert(model)
 
 
+def compiled_in(target: str) -> str:
+    """Where an export holds what TI's compiler made, which is never replaced."""
+    return f"{TIDL}/{target}/{ARTIFACTS}"
+
+
 def export(
     trainer: Trainer,
     facts: CardFacts,
@@ -93,7 +98,7 @@ def export(
         measure(trainer, facts.measured_as, model, None, example)
         return facts
     target = require_stage(model, Stage.CONVERTED, "export").config.target
-    with whole_directory(directory, f"{TIDL}/{target}/{ARTIFACTS}") as made:
+    with whole_directory(directory, compiled_in(target)) as made:
         contents = write_contents(model, made, trainer.processing_class, inputs)
         measured = measure(trainer, facts.measured_as, model, made / ONNX, example)
         warn_of_lost_accuracy(measured, facts.measured_as, facts.images)

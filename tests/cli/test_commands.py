@@ -123,6 +123,45 @@ class TestTrain:
         assert main(["analyze", str(file), "--dataset_name", str(folder / "photos"), *reference]) == 2
         assert "hf-qat analyze: error: cannot read" in capsys.readouterr().err
 
+    def test_it_goes_on_from_the_newest_checkpoint_and_exports_in_the_place_of_before(self, folder, tmp_path, capsys):
+        """Two of three epochs are behind it."""
+        arguments = ["--model_name_or_path", folder / "float", "--dataset_name", folder / "photos", "--use_cpu"]
+        arguments += ["--output_dir", tmp_path / "out", "--report_to", "none", "--disable_tqdm", "True"]
+        assert main(["train", *map(str, arguments), "--num_train_epochs", "2"]) == 0
+        capsys.readouterr()
+        resumed = [*map(str, arguments), "--num_train_epochs", "3", "--resume_from_checkpoint"]
+        assert main(["train", *resumed, "True"]) == 0
+        logged = re.findall(r"'loss': .*'epoch': '([\d.]+)'", capsys.readouterr().out)
+        assert logged and 2 < min(map(float, logged)) <= max(map(float, logged)) == 3
+        assert (tmp_path / "out/checkpoint-27").is_dir()
+        assert main(["train", *resumed, str(tmp_path / "out" / "checkpoint-99")]) == 2
+        assert "checkpoint-99 is no checkpoint to resume from" in capsys.readouterr().err
+
+    def test_quantized_models_are_refused_in_words_of_the_command_line(self, trained, folder, tmp_path, capsys):
+        arguments = ["--dataset_name", str(folder / "photos"), "--output_dir", str(tmp_path / "out")]
+        assert main(["calibrate", "--model_name_or_path", str(trained / "export"), *arguments]) == 2
+        assert "export is quantized already, for inference only: give the float model" in capsys.readouterr().err
+        assert main(["export", str(folder / "float"), str(tmp_path / "model.onnx")]) == 2
+        assert "float is a float model, and only an int8 checkpoint" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "calibrate"])
+def test_a_directory_that_cannot_be_replaced_is_said_before_the_images_are_read(command, folder, tmp_path, capsys):
+    export = tmp_path / "export" if command == "train" else tmp_path
+    export.mkdir(exist_ok=True)
+    (export / "mine.txt").write_text("mine")
+    arguments = ["--model_name_or_path", str(folder / "float"), "--dataset_name", str(folder / "no/such/folder")]
+    assert main([command, *arguments, "--output_dir", str(tmp_path)]) == 2
+    assert f"{export} is not empty" in capsys.readouterr().err
+
+
+def test_there_is_nothing_to_resume_from_in_a_new_directory(model, tmp_path, capsys):
+    arguments = ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "True"]
+    assert main(["train", *model, *arguments]) == 2
+    assert "out has no checkpoint to resume from" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(model, folder, tmp_path, capsys):
     arguments = ["--output_dir", str(tmp_path / "out"), "--dry_run", "--num_train_epochs", "2", "--use_cpu"]
@@ -154,8 +193,10 @@ def test_a_training_is_logged_and_evaluated_often_enough_for_its_report(capsys):
 
 def test_options_come_from_a_file_and_what_is_typed_wins(model, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("target: w4a8\nper_device_train_batch_size: 17\nuse_cpu: true\nexclude: [classifier]\n")
-    assert main(["train", *model, "--config", str(recipe), "--dry_run", "--target", "int8"]) == 0
+    recipe.write_text(
+        "target: w4a8\nper_device_train_batch_size: 17\nuse_cpu: true\nexclude: [classifier]\ndry_run: true\n"
+    )
+    assert main(["train", *model, "--config", str(recipe), "--target", "int8"]) == 0
     printed = capsys.readouterr().out
     assert "for int8" in printed and "of 17 images" in printed and "7 layers" in printed
 

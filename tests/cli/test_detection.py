@@ -18,6 +18,7 @@ from PIL import Image
 from hf_qat.cli.main import main
 from hf_qat.cli.tasks import detection
 from hf_qat.cli.tasks.detection import mean_average_precision, metrics
+from hf_qat.errors import ConfigError
 from tests.commands import data_sets_cached_in, one_step
 from tests.models import tiny_yolos
 
@@ -62,6 +63,11 @@ class TestMeanAveragePrecision:
     def test_no_detection_at_all_is_none(self):
         assert mean_average_precision([truth(1, SQUARE)], [], 1) == {"map": 0, "map_50": 0}
 
+    def test_without_an_object_there_is_nothing_to_measure_by(self):
+        """COCO would say -1."""
+        with pytest.raises(ConfigError, match="nothing to measure by"):
+            mean_average_precision([], [found(1, SQUARE, 0.9)], 1)
+
     def test_it_prints_nothing(self, capsys):
         mean_average_precision([truth(1, SQUARE)], [found(1, SQUARE, 0.9)], 1)
         assert not capsys.readouterr().out
@@ -87,6 +93,55 @@ def test_outputs_in_batches_are_measured_in_pixels_of_each_image(scores):
         predictions=[(logits, box), (logits, box)], label_ids=[[label(0, 50, 200)], [label(1, 120, 80)]]
     )
     assert metrics(family(), prediction)["map"] == pytest.approx(1 / 2)  # of one class all, of the other none
+
+
+GOOD = {"bbox": [[8, 8, 16, 16]], "category": [1]}
+
+
+class TestObjects:
+    def classes_of(self, *objects: object) -> tuple[str, ...]:
+        data = datasets.Dataset.from_list([{"objects": each} for each in objects])
+        return detection.classes(None, data, "objects").names
+
+    def test_a_list_of_objects_means_the_same_as_a_list_of_each_of_their_fields(self):
+        listed = [{"bbox": [8, 8, 16, 16], "category": 1}, {"bbox": [0, 0, 4, 4], "category": 0}]
+        assert self.classes_of(listed) == ("0", "1")
+        wanted = {"bbox": [[8, 8, 16, 16], [0, 0, 4, 4]], "category": [7, 6]}
+        assert detection.renumbered(listed, lambda number: number + 6) == wanted
+
+    @pytest.mark.parametrize("nothing", [None, {"bbox": [], "category": []}, {"bbox": None, "category": None}])
+    def test_an_image_may_have_none(self, nothing):
+        assert self.classes_of(GOOD, nothing) == ("0", "1")
+        assert detection.renumbered(nothing, int) == {"bbox": [], "category": []}
+
+    @pytest.mark.parametrize(
+        ("wrong", "words"),
+        [
+            ({"bbox": [[8, 8, 16]], "category": [1]}, r"image 2 has a box \[8, 8, 16\]"),
+            ({"bbox": [[8, 8, -1, 4]], "category": [1]}, r"image 2 has a box \[8, 8, -1, 4\]"),
+            ({"bbox": [[8, 8, None, 4]], "category": [1]}, "image 2 has a box"),
+            ({"bbox": [[8, 8, 4, 4]], "category": [1, 0]}, "image 2 has 1 boxes and 2 categories"),
+            ({"bbox": [[8, 8, 4, 4]]}, "image 2 has 1 boxes and 0 categories"),
+        ],
+    )
+    def test_what_is_no_object_is_said_with_the_number_of_its_image(self, wrong, words):
+        with pytest.raises(ConfigError, match=words):
+            self.classes_of(GOOD, wrong)
+
+    def test_other_names_and_shares_of_an_image_are_refused(self):
+        with pytest.raises(ConfigError, match="with bbox and category, and has bbox, label"):
+            self.classes_of({"bbox": [[8, 8, 16, 16]], "label": [1]})
+        with pytest.raises(ConfigError, match="in pixels, not in shares"):
+            self.classes_of({"bbox": [[0.1, 0.1, 0.5, 0.5]], "category": [1]})
+
+    def test_corners_in_the_place_of_sizes_are_warned_of(self, monkeypatch):
+        said: list[str] = []
+        monkeypatch.setattr(detection.logger, "warning_once", said.append)
+        image = Image.new("RGB", (32, 24))
+        detection.warn_of_boxes_outside(image, {"bbox": [[8, 8, 24, 16.5]], "category": [0]})
+        assert not said
+        detection.warn_of_boxes_outside(image, {"bbox": [[16, 8, 32, 16]], "category": [0]})
+        assert len(said) == 1 and "not two corners" in said[0]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from math import e, log
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,8 @@ import transformers
 from PIL import Image
 
 from hf_qat.cli.main import main
-from hf_qat.cli.tasks import segmentation
+from hf_qat.cli.tasks import TASKS, segmentation
+from hf_qat.errors import ConfigError
 from tests.commands import data_sets_cached_in, last_json, one_step
 
 
@@ -36,8 +39,9 @@ def test_measures_of_a_map_with_one_pixel_wrong():
     truth = np.array([[[0, 0, 1], [1, 255, 255]]])
     said = np.array([[[0, 1, 1], [1, 0, 1]]])
     logits = np.moveaxis(np.eye(3, dtype=np.float32)[said], -1, 1)
-    for predictions in (logits, (logits, None)):
-        found = segmentation.metrics(None, SimpleNamespace(predictions=predictions, label_ids=truth))
+    for outputs in (torch.tensor(logits), (torch.tensor(logits), None)):
+        classes = segmentation.classes_of_pixels(outputs, torch.tensor(truth))
+        found = segmentation.metrics(None, SimpleNamespace(predictions=classes.numpy(), label_ids=truth))
         assert found == pytest.approx({"mean_iou": (1 / 2 + 2 / 3) / 2, "pixel_accuracy": 3 / 4})
 
 
@@ -46,12 +50,41 @@ def test_logits_of_a_coarser_grid_are_brought_to_that_of_the_truth():
     logits[:, 1, :, 1] = 4.0
     logits[:, 0, :, 0] = 4.0
     truth = np.repeat(np.array([[[0, 0, 1, 1]]]), 4, axis=1)
-    found = segmentation.metrics(None, SimpleNamespace(predictions=logits, label_ids=truth))
+    classes = segmentation.classes_of_pixels(torch.tensor(logits), torch.tensor(truth))
+    assert classes.shape == truth.shape and classes.element_size() == 2  # what an evaluation keeps of each pixel
+    found = segmentation.metrics(None, SimpleNamespace(predictions=classes.numpy(), label_ids=truth))
     assert found == {"mean_iou": 1.0, "pixel_accuracy": 1.0}
 
 
+def test_masks_without_a_class_measure_nothing():
+    nothing = np.full((1, 2, 2), segmentation.IGNORED)
+    with pytest.raises(ConfigError, match="nothing to measure by"):
+        segmentation.metrics(None, SimpleNamespace(predictions=np.zeros((1, 2, 2)), label_ids=nothing))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [(np.zeros((4, 4, 3), np.uint8), "3 channels"), (np.zeros((4, 4), np.float32), "floating-point numbers")],
+)
+def test_a_mask_that_holds_no_classes_is_named(values, words, tmp_path):
+    path = tmp_path / "mask.tif"
+    Image.fromarray(values).save(path)
+    with pytest.raises(ConfigError, match=f"mask.tif: a mask has {words}"):
+        segmentation.classes(None, {"label": [{"path": str(path), "bytes": None}]}, "label")
+
+
+@pytest.mark.parametrize(("size", "fits"), [((48, 32), True), ((24, 16), True), ((32, 48), False), ((48, 48), False)])
+def test_a_mask_has_the_shape_of_its_image(size, fits):
+    check = TASKS["semantic-segmentation"].check
+    with nullcontext() if fits else pytest.raises(ConfigError, match=f"has {size[0]}x{size[1]} pixels.* 48x32"):
+        check(Image.new("RGB", (48, 32)), Image.new("L", size))
+
+
 def test_classes_are_numbers_up_to_the_largest_and_what_is_ignored_is_none():
-    masks = {"label": [mask(), np.full((2, 2), 255)]}
+    pictures = [io.BytesIO(), io.BytesIO()]
+    for values, picture in zip([mask(), np.full((2, 2), 255, np.uint8)], pictures, strict=True):
+        Image.fromarray(values).save(picture, "png")
+    masks = {"label": [{"path": None, "bytes": picture.getvalue()} for picture in pictures]}
     assert segmentation.classes(None, masks, "label").names == ("0", "1", "2")
     reducing = transformers.SegformerImageProcessorPil(do_reduce_labels=True)
     assert segmentation.classes(reducing, masks, "label").names == ("0", "1")  # 0 is no class, 1 and 2 are 0 and 1

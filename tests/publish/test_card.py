@@ -3,8 +3,10 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -14,8 +16,8 @@ from torch import nn
 
 from hf_qat import calibrate, convert, prepare_qat
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.publish.card import CardFacts, CardOptions, render, task_of
-from hf_qat.publish.directory import ONNX, write_contents
+from hf_qat.publish.card import CardFacts, CardOptions, render
+from hf_qat.publish.directory import ONNX, makes_inputs, write_contents
 from hf_qat.publish.summary import summarize
 from tests.exported import BASE, Exported, tiny_resnet
 from tests.models import spread
@@ -154,23 +156,6 @@ def test_nothing_is_said_of_what_was_not_measured():
     assert "Verification" not in text and "onnxruntime" not in text.split("## Versions")[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "task", "loader"),
-    [
-        ("ResNetForImageClassification", "image-classification", "AutoModelForImageClassification"),
-        ("LevitForImageClassificationWithTeacher", "image-classification", "LevitForImageClassificationWithTeacher"),
-        ("Mask2FormerForUniversalSegmentation", "image-segmentation", "Mask2FormerForUniversalSegmentation"),
-        ("Swin2SRForImageSuperResolution", "image-to-image", "Swin2SRForImageSuperResolution"),
-        ("VideoMAEForVideoClassification", "video-classification", "VideoMAEForVideoClassification"),
-        ("ViTModel", "image-feature-extraction", "ViTModel"),
-        ("OfSomebody", "image-feature-extraction", "AutoModel"),
-    ],
-)
-def test_a_model_is_loaded_by_a_class_that_has_all_its_layers(name: str, task: str, loader: str):
-    assert task_of(type(name, (nn.Module,), {})()) == (task, loader)
-    assert hasattr(transformers, loader)
-
-
 def test_the_usage_of_a_model_without_an_auto_class_of_the_table_loads_it(tmp_path: Path):
     size = {"image_size": 32, "patch_size": 8, "encoder_stride": 8}
     config = transformers.ViTConfig(
@@ -207,7 +192,7 @@ def test_the_code_for_onnx_runtime_gives_the_file_all_its_inputs_and_the_batch_i
     batch = {"pixel_values": torch.randn(2, 3, 8, 8), "pixel_mask": torch.ones(2, 8, 8)}
     model = prepare_qat(Masked(transformers.PretrainedConfig()).eval(), QATConfig(), batch)
     convert(calibrate(model, [batch]))
-    contents = replace(write_contents(model, tmp_path, None, [batch]), processor=True)
+    contents = write_contents(model, tmp_path, None, [batch])
     summary = summarize(model, contents.onnx.float_ops)
     facts = CardFacts(model, "me/masked", QATConfig(), {}, "calibrated", {}, 0, None, summary, contents)
     text = str(render(facts, CardOptions()))
@@ -217,6 +202,23 @@ def test_the_code_for_onnx_runtime_gives_the_file_all_its_inputs_and_the_batch_i
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(tmp_path / ONNX))
     monkeypatch.setattr("transformers.image_utils.load_image", lambda name: None)
     monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda name: lambda *_, **__: one)
-    names: dict[str, list[np.ndarray]] = {}
-    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
-    np.testing.assert_allclose(names["outputs"][0], model(**batch)["logits"][:1].detach().numpy(), atol=1e-5)
+    for takes_photos in (False, True):  # arrays that the user has, or what the processor makes
+        facts = replace(facts, contents=replace(contents, takes_photos=takes_photos))
+        code = re.findall(r"```python\n(.*?)```", str(render(facts, CardOptions())), re.DOTALL)[1]
+        assert ("AutoImageProcessor" in code) == takes_photos
+        names: dict[str, Any] = {}
+        exec(code, names)
+        given = batch if takes_photos else {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
+        np.testing.assert_allclose(names["outputs"][0], model(**given)["logits"][:1].detach().numpy(), atol=1e-5)
+
+
+def test_a_processor_that_wants_more_than_a_photo_does_not_make_the_inputs_of_one():
+    """A matte is made from a trimap, too."""
+    processor = transformers.VitMatteImageProcessorPil(size_divisor=32)
+    file = onnx.helper.make_graph(
+        [],
+        "matte",
+        [onnx.helper.make_tensor_value_info("pixel_values", onnx.TensorProto.FLOAT, ["n", 4, "h", "w"])],
+        [],
+    )
+    assert not makes_inputs(processor, onnx.helper.make_model(file))

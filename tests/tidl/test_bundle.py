@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -292,6 +294,53 @@ class TestRefusals:
                 [HUGGING_FACE["resnet"].pixels(2)],
                 name="google/vit",
             )
+
+
+class TwoInputs(nn.Module):
+    """A classifier of a picture and a mask beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3, stride=2)
+
+    def forward(self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(pixel_values * pixel_mask)
+
+
+class ForImageClassification(TwoInputs):
+    """By its name one whose outputs edgeai-benchmark reads."""
+
+
+class Trimaps(ViTImageProcessorPil):
+    """Wants a map beside each image, as for mattes."""
+
+    def __call__(self, images: object, trimaps: object, **options: object) -> object:
+        return super().__call__(images, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (ForImageClassification, "this model takes more: pixel_values, pixel_mask"),
+        (TwoInputs, "this model takes more"),
+    ],
+)
+def test_a_model_of_several_inputs_has_frames_of_all_and_its_images_are_not_said_to_be_prepared(
+    kind, reason, tmp_path
+):
+    torch.manual_seed(0)
+    batch = {"pixel_values": torch.randn(3, 3, 16, 16), "pixel_mask": torch.ones(3, 1, 16, 16)}
+    model = convert(calibrate(prepare_qat(kind(), QATConfig("AM68A"), batch), [batch]))
+    bundle = export_tidl(model, tmp_path / "b", "AM68A", [batch], Trimaps(size={"height": 16, "width": 16}))
+    with np.load(bundle / "calibration" / "frame_000.npz") as frame:
+        assert set(frame) == set(batch)
+    text = (bundle / "README.md").read_text()
+    assert reason in text and "photo.jpg" not in text and not (bundle / "config.yaml").exists()
+    done = subprocess.run(
+        [sys.executable, bundle / "infer.py", "--cpu", "--out", tmp_path / "outputs"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "outputs").iterdir())) == 3
 
 
 def test_an_earlier_bundle_is_replaced_as_a_whole(converted, copied, exported_once):

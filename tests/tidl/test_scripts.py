@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import onnxruntime
@@ -144,6 +147,29 @@ def test_without_tidl_the_model_runs_on_plain_onnx_runtime(copied, stand_in, tmp
     assert stand_in.sessions[0]["providers"] == ["CPUExecutionProvider"]
 
 
+def test_a_bundle_needs_neither_pytorch_nor_this_package(copied, tmp_path):
+    """In a new process, where importing them fails; the classes that it prints are those of ONNX Runtime here."""
+    directory = copied("resnet", "AM68A")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    image.save(tmp_path / "photo.png")
+    (tmp_path / "alone.py").write_text(
+        textwrap.dedent("""
+            import runpy, sys
+            for name in ("hf_qat", "torch", "transformers", "onnx", "datasets"):
+                sys.modules[name] = None
+            sys.argv = sys.argv[1:]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        """)
+    )
+    arguments = ["alone.py", str(directory / "infer.py"), "--cpu", "photo.png", "--out", "outputs"]
+    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    session = onnxruntime.InferenceSession(directory / "model" / "resnet.onnx", providers=["CPUExecutionProvider"])
+    pixels = ViTImageProcessorPil(size={"height": 32, "width": 32})(images=image, return_tensors="np")["pixel_values"]
+    wanted = session.run(None, {"pixel_values": pixels})[0]
+    np.testing.assert_allclose(np.load(tmp_path / "outputs" / "photo.npz")["logits"], wanted, atol=0.1)
+
+
 class TestTroubles:
     """Each ends with one line that says what to do."""
 
@@ -172,6 +198,20 @@ class TestTroubles:
         with pytest.raises(SystemExit, match=r"did not write \*_tidl_net.bin, \*_tidl_io_\*.bin, onnxrtMetaData.txt"):
             stand_in.run(directory / "compile.py")
         assert not (directory / "artifacts" / "compiled_from.json").exists()
+
+    @pytest.mark.parametrize(
+        "content", [None, b"no picture", b"\x89PNG\r\n\x1a\n"], ids=["missing", "other", "cut off"]
+    )
+    def test_an_image_that_cannot_be_read(self, content, copied, stand_in, tmp_path):
+        if content is not None:
+            (tmp_path / "photo.png").write_bytes(content)
+        with pytest.raises(SystemExit, match=r"cannot read .*photo\.png as an image: "):
+            stand_in.run(copied("resnet", "AM68A") / "infer.py", "--cpu", str(tmp_path / "photo.png"))
+
+    def test_images_without_what_prepares_them(self, copied, stand_in, monkeypatch):
+        monkeypatch.setitem(sys.modules, "yaml", None)
+        with pytest.raises(SystemExit, match="yaml.*pip install pillow pyyaml"):
+            stand_in.run(copied("resnet", "AM68A") / "infer.py", "--cpu", "photo.png")
 
     def test_inferring_before_compiling(self, copied, stand_in):
         with pytest.raises(SystemExit, match="holds no compiled model"):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
+from hf_qat.cli import pictures
 from hf_qat.cli.tasks import classification, depth, detection, segmentation
 from hf_qat.cli.tasks.classes import Classes
 from hf_qat.config.targets import did_you_mean
@@ -31,6 +33,8 @@ class Task:
         loss: Trainer's `compute_loss_func`, where models have no loss of their own.
         renumbered: (what is learned of an image, class → the model's number) → the same by the model's numbers;
             `None` where it is a picture.
+        check: (image, what is to be learned of it) → nothing; raises `ConfigError` where the two cannot belong
+            together.
         labels_are_images: whether a JSONL file names pictures under `label_column`.
     """
 
@@ -45,6 +49,7 @@ class Task:
     require: Callable[[], None] | None = None
     loss: Callable[..., Tensor] | None = None
     renumbered: Callable[[Any, Callable[[object], int]], Any] | None = None
+    check: Callable[[Image.Image, Any], None] | None = None
     labels_are_images: bool = False
 
 
@@ -65,6 +70,8 @@ TASKS = {
         segmentation.encode,
         segmentation.collate,
         segmentation.metrics,
+        segmentation.classes_of_pixels,
+        check=pictures.require_same_shape,
         labels_are_images=True,
     ),
     "object-detection": Task(
@@ -78,6 +85,7 @@ TASKS = {
         joins_batches=False,
         require=detection.require_pycocotools,
         renumbered=detection.renumbered,
+        check=detection.warn_of_boxes_outside,
     ),
     "depth-estimation": Task(
         "AutoModelForDepthEstimation",
@@ -87,6 +95,7 @@ TASKS = {
         depth.collate,
         depth.metrics,
         loss=depth.loss,
+        check=depth.check,
         labels_are_images=True,
     ),
 }

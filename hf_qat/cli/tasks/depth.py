@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from hf_qat.cli.pictures import require_same_shape
 from hf_qat.cli.tasks.classes import Classes
 from hf_qat.errors import ConfigError
 
@@ -57,16 +59,26 @@ def encode(processor: Any, images: Sequence[Any], labels: Sequence[Any]) -> dict
     return {**pixels, "labels": torch.stack(resized)}
 
 
+def check(image: Image.Image, label: Image.Image) -> None:
+    """Raise `ConfigError` for a depth map that holds no distances, or not those of the image's pixels."""
+    _require_distances(np.asarray(label))
+    require_same_shape(image, label)
+
+
 def _distances(label: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
     values = np.asarray(label)
+    _require_distances(values)
+    metres = values / MILLIMETRES if np.issubdtype(values.dtype, np.integer) else values
+    return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
+
+
+def _require_distances(values: np.ndarray[Any, Any]) -> None:
     if values.ndim != 2 or values.dtype == np.uint8:
         form = f"{values.dtype.itemsize * 8} bits" if values.ndim == 2 else f"{values.shape[-1]} channels"
         raise ConfigError(
             f"a depth map has {form}, which is a picture of distances: give PNGs of 16 bits in millimetres, or TIFFs "
             "of floating-point numbers in metres."
         )
-    metres = values / MILLIMETRES if np.issubdtype(values.dtype, np.integer) else values
-    return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -7,30 +7,94 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_qat.cli.tasks.classes import Classes, classes_of
 from hf_qat.errors import ConfigError
 
 
+logger = logging.get_logger(__name__)
+
+
+#: What an object has; each is a list with one entry for each object of an image.
+FIELDS = ("bbox", "category")
+
+#: Pixels that a box may reach over the edge of its image without a word: as much as rounding makes.
+OVER_THE_EDGE = 1.0
+
+
 def classes(processor: Any, dataset: Any, column: str) -> Classes:
-    """Those that the categories name or number; the processor is not needed."""
+    """Those that the categories name or number; the processor is not needed.
+
+    Raises:
+        ConfigError: objects that are none, with the number of their row; or boxes that cannot be in pixels.
+    """
     feature: Any = dataset.features[column]
     feature = getattr(feature, "feature", feature)
-    category: Any = feature["category"] if isinstance(feature, dict) else feature
+    if not isinstance(feature, Mapping) or not set(FIELDS) <= set(feature):
+        has = ", ".join(feature) if isinstance(feature, Mapping) else type(feature).__name__
+        raise ConfigError(
+            f"{column!r} is to hold objects with {' and '.join(FIELDS)}, and has {has or 'none'}: "
+            '{"bbox": [[x, y, width, height], …], "category": [number, …]} of each image.'
+        )
+    objects = [objects_of(label) for label in dataset[column]]
+    for row, each in enumerate(objects):
+        _check(row, each)
+    if any(each["bbox"] for each in objects) and all(max(box) <= 1 for each in objects for box in each["bbox"]):
+        raise ConfigError(f"no number in the boxes of {column!r} is above 1: give them in pixels, not in shares.")
+    category: Any = feature["category"]
     category = getattr(category, "feature", category)
-    return classes_of(category, (number for objects in dataset[column] for number in objects["category"]))
+    return classes_of(category, (number for each in objects for number in each["category"]))
+
+
+def objects_of(label: Any) -> dict[str, list[Any]]:
+    """The objects of an image by `FIELDS`, of both forms that data sets have, and of an image with none.
+
+    Args:
+        label: a mapping of lists, a list of mappings, or `None`.
+    """
+    if label is None or isinstance(label, Mapping):
+        return {name: list((label or {}).get(name) or []) for name in FIELDS}
+    return {name: [one.get(name) for one in label] for name in FIELDS}
+
+
+def _check(row: int, objects: Mapping[str, list[Any]]) -> None:
+    boxes, categories = (objects[name] for name in FIELDS)
+    if len(boxes) != len(categories):
+        raise ConfigError(f"image {row + 1} has {len(boxes)} boxes and {len(categories)} categories.")
+    for box in boxes:
+        numbers = [value for value in box or [] if isinstance(value, (int, float)) and math.isfinite(value)]
+        if not isinstance(box, list) or len(numbers) != 4 or len(box) != 4 or min(numbers[2:]) < 0:
+            raise ConfigError(f"image {row + 1} has a box {box!r}: each is to be [x, y, width, height], in pixels.")
 
 
 def renumbered(label: Any, number_of: Callable[[object], int]) -> dict[str, Any]:
     """The objects of an image, with the model's numbers of their categories."""
-    return {**label, "category": [number_of(category) for category in label["category"]]}
+    objects = objects_of(label)
+    return {**objects, "category": [number_of(category) for category in objects["category"]]}
+
+
+def warn_of_boxes_outside(image: Image.Image, label: Any) -> None:
+    """Log once that boxes reach out of an image: perhaps corners were given in the place of sizes.
+
+    A processor cuts off what lies outside, and leaves out boxes of which nothing is left, without a word.
+    """
+    right, bottom = (edge + OVER_THE_EDGE for edge in image.size)
+    for x, y, width, height in objects_of(label)["bbox"]:
+        if min(x, y) < -OVER_THE_EDGE or x + width > right or y + height > bottom:
+            logger.warning_once(
+                "Boxes reach out of their images. They are to be [x, y, width, height] in pixels, not two corners; "
+                "what lies outside is cut off."
+            )
 
 
 def encode(processor: Any, images: Sequence[Any], labels: Sequence[Any]) -> dict[str, Any]:
@@ -139,9 +203,11 @@ def mean_average_precision(
         images: their number; they are counted from 1.
 
     Raises:
-        ConfigError: `pycocotools` is not installed.
+        ConfigError: `pycocotools` is not installed, or there is no object.
     """
     require_pycocotools()
+    if not truth:
+        raise ConfigError("no image of the evaluation set has an object: there is nothing to measure by.")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

@@ -177,7 +177,7 @@ class GraphFacts:
         if node in self.prelude or node in self._masks:
             return "belongs to the softmax after it"
         if node in self._returned:
-            return "many probabilities, which are returned"
+            return "many probabilities, which are returned or compared"
         if node in self._error_amplifying:
             return "belongs to the logarithm, root, power, sine or sampling grid after it"
         if node in self._epsilon_guards:

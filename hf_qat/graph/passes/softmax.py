@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from hf_qat.graph.nodes import is_floating
-from hf_qat.graph.rules import Kind, Rule, is_scalar_multiple, rule_of
+from hf_qat.graph.rules import SIZES, Kind, Rule, is_scalar_multiple, rule_of
 
 
 aten = torch.ops.aten
@@ -141,11 +141,31 @@ def has_long_rows(node: fx.Node, rule: Rule, bits: int = 8) -> bool:
 
 
 def long_results(nodes: Iterable[fx.Node], rules: Rules) -> set[fx.Node]:
-    """The softmaxes of long rows whose probabilities the graph only returns."""
+    """The softmaxes of long rows whose probabilities the graph only returns, or compares and selects before.
+
+    A place where the scores of a neighbourhood are largest, as detectors of key points look for, is lost where
+    rounding makes neighbours equal.
+    """
     return {node for node in nodes if has_long_rows(node, rules[node]) and _is_only_returned(node, rules)}
 
 
-def _is_only_returned(node: fx.Node, rules: Rules) -> bool:
-    users = list(node.users)
-    passed = (rules[user].kind is Kind.PASS and _is_only_returned(user, rules) for user in users)
-    return bool(users) and all(user.op == "output" or through for user, through in zip(users, passed, strict=True))
+def _is_only_returned(softmax: fx.Node, rules: Rules) -> bool:
+    seen, stack = {softmax}, [softmax]
+    while stack:
+        node = stack.pop()
+        if not node.users:
+            return False
+        for user in node.users:
+            if user.op == "output" or user.target in SIZES or _is_decision(user) or user in seen:
+                continue
+            if rules[user].kind is not Kind.PASS and user.target not in SELECTIONS:
+                return False
+            seen.add(user)
+            stack.append(user)
+    return True
+
+
+def _is_decision(node: fx.Node) -> bool:
+    """Whether a comparison, or what numbers places: its value is no real number."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.is_floating_point()

@@ -71,16 +71,21 @@ def frames(here: Path, images: list[Path], input_name: str) -> Iterator[tuple[st
             with np.load(frame) as inputs:
                 yield frame.stem, dict(inputs)
         return
-    import yaml
-    from PIL import Image, ImageOps
-
+    try:
+        import yaml
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        sys.exit(str(error) + ": images are prepared by Pillow and PyYAML (pip install pillow pyyaml)")
     if not (here / "config.yaml").exists():
         sys.exit("this bundle has no config.yaml, so how to prepare an image is not known; see README.md")
     config = yaml.safe_load((here / "config.yaml").read_text(encoding="utf-8"))
     for name, path in zip(names_of(images), images, strict=True):
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)  # as data sets and pipelines turn what a camera has noted
-            yield name, {input_name: preprocess_image(upright, config["preprocess"], config["session"])}
+        try:
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image)  # as data sets and pipelines turn what a camera has noted
+        except OSError as error:
+            sys.exit("cannot read " + str(path) + " as an image: " + str(error))
+        yield name, {input_name: preprocess_image(upright, config["preprocess"], config["session"])}
 
 
 def names_of(images: list[Path]) -> list[str]:

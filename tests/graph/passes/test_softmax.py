@@ -165,4 +165,28 @@ def test_a_long_row_of_probabilities_that_is_returned_stays_float(classes, names
         *names,
     }
     reasons = [reason for _, operation, reason in model.float_operations if "softmax" in operation]
-    assert reasons == ([] if names else ["many probabilities, which are returned"])
+    assert reasons == ([] if names else ["many probabilities, which are returned or compared"])
+
+
+class Peaks(nn.Module):
+    """Key points, as SuperPoint finds them: probabilities that are the largest around them, and above a threshold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Conv2d(3, 65, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = nn.functional.pixel_shuffle(self.scores(x).softmax(1)[:, :-1], 8)
+        largest = places == nn.functional.max_pool2d(places, 9, 1, 4)
+        return torch.where(largest & (places > 0.01), places, torch.zeros_like(places))
+
+
+def test_peaks_among_many_probabilities_are_not_rounded_to_one_plain():
+    """Rounded to a 256th, a flat row of 65 has the same number everywhere, and each place is the largest around it."""
+    torch.manual_seed(0)
+    model, images = Peaks().eval(), torch.rand(2, 3, 16, 16)
+    wanted = int((model(images) > 0).sum())
+    prepared = calibrate(prepare_qat(model, QATConfig("int8"), images), [images])
+    found = int((prepared(images) > 0).sum())
+    assert wanted < 1000 and abs(found - wanted) < 0.2 * wanted
+    assert not any("softmax" in path for path in fake_quantizers(prepared))

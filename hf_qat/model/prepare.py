@@ -156,8 +156,7 @@ def _require_trainable(model: nn.Module) -> None:
         if parameter.is_floating_point() and parameter.dtype != torch.float32 and not alone:
             raise CaptureError(
                 f"{name} of {type(model).__name__} is {parameter.dtype}, and scales are found and trained in float32: "
-                "call model.float() before prepare_qat. For mixed precision, train under torch.autocast; a prepared "
-                "model can be cast, too."
+                "call model.float() before prepare_qat. For mixed precision, train under torch.autocast."
             )
 
 

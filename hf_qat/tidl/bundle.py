@@ -61,7 +61,11 @@ class _Content:
     frames: Frames
     metrics: dict[str, float]
     recipe: Recipe | None
-    several_inputs: bool = False
+
+    @property
+    def several_inputs(self) -> bool:
+        """Whether the model takes more than an image."""
+        return len(self.frames.frames[0]) > 1
 
     def __post_init__(self) -> None:
         if self.recipe is not None:
@@ -113,9 +117,6 @@ def export_tidl(
     require_stage(model, Stage.CONVERTED, "export")
     device = _device(target, ranges)
     found, task = frames_of(model, calibration_data, frames), task_of(model)
-    several = len(found.frames[0]) > 1
-    if processor is not None:
-        processor = require_image_processor(processor)
     content = _Content(
         name=_name(model, name),
         device=device,
@@ -124,9 +125,7 @@ def export_tidl(
         labels=_labels(model, labels),
         frames=found,
         metrics={key: float(value) for key, value in (metrics or {}).items()},
-        # Where config.yaml is left out anyway, it does not matter whether it has words for the processor.
-        recipe=None if processor is None or task is None or several else recipe_of(processor),
-        several_inputs=several,
+        recipe=_recipe(processor, task, found),
     )
     with whole_directory(Path(directory), ARTIFACTS) as made:
         _write_model(model, made, content)
@@ -134,6 +133,14 @@ def export_tidl(
             pack_artifacts(made, artifacts)
     logger.info("%s: ready for TI's compiler; README.md has the commands", directory)
     return Path(directory)
+
+
+def _recipe(processor: BaseImageProcessor | None, task: Task | None, found: Frames) -> Recipe | None:
+    """How images are made ready; `None` where `config.yaml` is left out, whether it has words for that or not."""
+    if processor is None:
+        return None
+    processor = require_image_processor(processor)
+    return None if task is None or len(found.frames[0]) > 1 else recipe_of(processor)
 
 
 def _device(target: str, ranges: Ranges) -> Device:

@@ -45,7 +45,7 @@ STEPS = 600
 ROUNDING_RATE, SCALE_RATE, BIAS_RATE = 1e-2, 5e-3, 3e-3
 
 #: What a decibel of the model's outputs counts for, where one of the mean over all quantized tensors counts for 1.
-OUTPUT_WEIGHT = 0.5
+OUTPUT_WEIGHT = 1.0
 
 #: The share of the batches that are not learned from, at most so many: what is learned of few images need not hold for
 #: others, and these tell how far it does.

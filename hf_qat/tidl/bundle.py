@@ -110,8 +110,7 @@ def export_tidl(
         StageError: the model is not converted.
         ConfigError: no such device, no such form of ranges on it, `name` is no file name, or `labels` are not those of
             the model's classes.
-        CalibrationError: no frames, NaN in one, or frames of several sizes.
-        CaptureError: batches that are no tensors.
+        CalibrationError, CaptureError: no frames, NaN in one, frames of several sizes, or of no tensors.
         ExportError: TIDL would refuse the model; the processor cannot be expressed; the directory holds something
             else; the artifacts are of another model.
     """

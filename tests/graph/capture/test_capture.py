@@ -365,7 +365,9 @@ def test_a_child_that_is_called_in_too_many_ways_is_refused():
 
 def test_example_inputs_on_which_the_model_does_not_run_are_named():
     model = resnet()
-    with pytest.raises(CaptureError, match=r"ResNetForImageClassification .*\[\(2, 5, 32, 32\)\].*example_inputs="):
+    with pytest.raises(
+        CaptureError, match=r"ResNetForImageClassification .*\(\(2, 5, 32, 32\) torch.float32\).*example_inputs="
+    ):
         capture(model, {"pixel_values": torch.randn(2, 5, 32, 32)})
     assert not captured_modules(model)
 

@@ -61,7 +61,7 @@ class ExportError(HfQatError, RuntimeError):
 
 
 class ProcessorError(ExportError):
-    """An image processor that `config.yaml` of a TIDL bundle has no words for, or that made other images."""
+    """An image processor that `config.yaml` of a TIDL bundle has no words for."""
 
 
 class FixedBatchError(ExportError):

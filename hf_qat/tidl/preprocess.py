@@ -93,7 +93,8 @@ def check_size(preprocess: Mapping[str, Any], shape: Sequence[int]) -> None:
         shape: of the model's input, (N, C, H, W).
 
     Raises:
-        ProcessorError: another size, or one that depends on the image.
+        ProcessorError: a size that depends on the image.
+        ExportError: another one: the calibration data was made otherwise.
     """
     made = preprocess["crop"] if preprocess["crop"] is not None else preprocess["resize"]
     if made is None or (preprocess["crop"] is None and isinstance(made, int)):
@@ -102,7 +103,7 @@ def check_size(preprocess: Mapping[str, Any], shape: Sequence[int]) -> None:
         )
     made = [made, made] if isinstance(made, int) else made
     if list(shape[-2:]) != made:
-        raise ProcessorError(
+        raise ExportError(
             f"the processor makes images of {made[0]}x{made[1]}, the calibration data has {shape[-2]}x{shape[-1]}: "
             "give the processor that the data was made with."
         )

@@ -123,6 +123,7 @@ class TestTrain:
         assert main(["analyze", str(file), "--dataset_name", str(folder / "photos"), *reference]) == 2
         assert "hf-qat analyze: error: cannot read" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_it_goes_on_from_the_newest_checkpoint_and_exports_in_the_place_of_before(self, folder, tmp_path, capsys):
         """Two of three epochs are behind it."""
         arguments = ["--model_name_or_path", folder / "float", "--dataset_name", folder / "photos", "--use_cpu"]

@@ -5,7 +5,7 @@ What is learned, from images without labels: which of its two nearest codes each
 of one block do in BRECQ (Li et al. 2021): each gets its input from the quantized layers before it, and the error is
 measured wherever a value is quantized, against the float model on the same images. What is maximised is the mean
 signal-to-noise ratio of all these tensors in decibels: one decibel counts the same for logits that pooling has made
-precise as for feature maps full of rounding noise. What the model returns counts beside all of them (`OUTPUT_WEIGHT`).
+precise as for feature maps full of rounding noise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.utils import logging
 from hf_qat.graph.capture.inputs import Inputs, device_of
 from hf_qat.graph.capture.modes import evaluating
 from hf_qat.graph.progress import progress
-from hf_qat.model.analysis.noise import comparable, real_numbers, run, sqnr_over_ranks
+from hf_qat.model.analysis.noise import run, sqnr_over_ranks
 from hf_qat.model.batches import call_of
 from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
@@ -43,9 +43,6 @@ STEPS = 600
 #: Rates of Adam at the first step, from where they fall to 0 by a cosine: of positions between two codes, of scales
 #: (log2) and offsets, and of biases, in units of the standard deviation of what the layer puts out.
 ROUNDING_RATE, SCALE_RATE, BIAS_RATE = 1e-2, 5e-3, 3e-3
-
-#: What a decibel of the model's outputs counts for, where one of the mean over all quantized tensors counts for 1.
-OUTPUT_WEIGHT = 1.0
 
 #: The share of the batches that are not learned from, at most so many: what is learned of few images need not hold for
 #: others, and these tell how far it does.
@@ -150,12 +147,11 @@ class _Student:
     def _collect(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.outputs.append(output)
 
-    def _run(self, batch: Inputs) -> tuple[list[Tensor], list[Tensor]]:
-        """What quantizers put out, in the order of their calls, and what the model returns."""
+    def _run(self, batch: Inputs) -> list[Tensor]:
         args, kwargs = call_of(batch, device_of(self.model))
-        returned = real_numbers(self.model(*args, **kwargs))
+        self.model(*args, **kwargs)
         collected, self.outputs = self.outputs, []
-        return collected, returned
+        return collected
 
     @torch.no_grad()
     def measure_outputs(self, batch: Inputs) -> None:
@@ -174,17 +170,15 @@ class _Student:
             self._run(batch)
 
     def error(self, batch: Inputs) -> Tensor:
-        """Noise-to-signal in decibels, the mean over quantized tensors and that over outputs: (), differentiable."""
+        """Mean over all quantized tensors of the noise-to-signal ratio in decibels: (), differentiable."""
         with torch.no_grad(), fake_quant_disabled(self.model):
-            wanted, expected = self._run(batch)
+            wanted = self._run(batch)
         with computing_by(self.layers, self._change()):
-            found, returned = self._run(batch)
+            found = self._run(batch)
         # A detector that selects other boxes may go other ways from there on.
         every = zip(found, wanted, strict=False)
         pairs = [(got, want) for got, want in every if got.shape == want.shape and got.numel()]
-        error = _mean_noise(pairs)
-        outputs = comparable(returned, expected)
-        return error + OUTPUT_WEIGHT * _mean_noise(outputs) if outputs else error
+        return torch.stack([_noise_to_signal(got, want) for got, want in pairs]).mean()
 
     def judge(self, batches: Sequence[Inputs]) -> Callable[[], float]:
         """Tells, each time it is called, how near the outputs for some batches are to those in float by now.
@@ -238,11 +232,6 @@ class _Student:
 
 def _learns(tensor: Tensor | None) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
-
-
-def _mean_noise(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The mean of `_noise_to_signal` over pairs of what was found and what is wanted."""
-    return torch.stack([_noise_to_signal(got, want) for got, want in pairs]).mean()
 
 
 def _noise_to_signal(got: Tensor, want: Tensor) -> Tensor:

@@ -163,13 +163,9 @@ def run(model: nn.Module, batch: Inputs) -> list[Tensor]:
             pass
     finally:
         handle.remove()
-    return real_numbers(kept)
-
-
-def real_numbers(output: object) -> list[Tensor]:
-    """The tensors of real numbers in what a model returned, in order, as float32."""
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return [x.float() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+    return [
+        x.float() for x in torch.utils._pytree.tree_leaves(kept) if isinstance(x, Tensor) and x.is_floating_point()
+    ]
 
 
 def outputs_sqnr(model: nn.Module, batches: Sequence[Inputs]) -> float:

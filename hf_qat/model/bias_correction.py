@@ -41,6 +41,14 @@ def shift_biases(shifts: Mapping[QATLayer, Tensor]) -> None:
         layer.__dict__[CORRECTED] = before, _copy(layer.shifted_bias())
 
 
+def remember_biases(model: nn.Module) -> None:
+    """Note that biases are those of the float model, where nothing was added to them yet."""
+    for layer in qat_layers(model).values():
+        bias = layer.shifted_bias()
+        if bias is not None and CORRECTED not in vars(layer):
+            layer.__dict__[CORRECTED] = _copy(bias), _copy(bias)
+
+
 def are_perhaps_corrected(model: nn.Module) -> bool:
     """Whether the model came with ranges, as of a checkpoint, which has corrected biases alone: with no way back.
 

@@ -26,6 +26,7 @@ from hf_qat.model.bias_correction import (
     are_perhaps_corrected,
     bias_shifts,
     corrections_taken_back,
+    remember_biases,
     shift_biases,
 )
 from hf_qat.model.eager import in_eager_mode, uncompiled
@@ -96,6 +97,8 @@ def calibrate(
     effort = config.calibration_effort if effort is None else one_of("effort", effort, EFFORTS)
     best = effort == "best" and not live_batch_norms
     corrects = bias_correction and not live_batch_norms
+    if not are_perhaps_corrected(model):
+        remember_biases(model)
     with corrections_taken_back(model) if corrects else nullcontext():
         _calibrate(model, batches, num_batches, corrects, live_batch_norms, best)
     return given

@@ -254,6 +254,15 @@ def test_a_calibration_without_correction_leaves_the_correction_of_the_one_befor
     assert all(torch.equal(value, once[key]) for key, value in twice.items())
 
 
+def test_a_first_calibration_without_correction_leaves_it_to_the_next_one(chain, caplog):
+    model, x = calibrate(prepared(chain), [chain[1]], bias_correction=False), chain[1]
+    assert torch.equal(model.first.bias, chain[0].first.bias)
+    expected = calibrate(prepared(chain), [x]).state_dict()
+    found = calibrate(model, [x]).state_dict()
+    assert torch.equal(found["first.bias"], expected["first.bias"])
+    assert not torch.equal(found["first.bias"], chain[0].first.bias) and "came with ranges" not in caplog.text
+
+
 def test_biases_that_were_trained_or_loaded_since_are_what_the_next_correction_begins_with(chain):
     model, other = calibrate(prepared(chain), [chain[1]]), prepared(chain)
     with torch.no_grad():

@@ -63,11 +63,12 @@ def load_images(
         return Images(_first(train, options.max_train_samples, pictured[:1]), None, Classes())
     alone = len(splits) == 1 and next(iter(splits)) in EVALUATION
     train, evaluation = (train, train) if alone and not learns else _parts(splits, train, options)
-    for part in (train, evaluation):
+    parts = [train] if evaluation is train else [train, evaluation]
+    for part in parts:
         require = _require_pictures if task.labels_are_images else _require_column
         require(part, column, "label_column_name", options)
-    both = [_undecoded(part.select_columns([column]), pictured) for part in (train, evaluation)]
-    classes = task.classes(processor, datasets.concatenate_datasets(both), column)
+    labels = [_undecoded(part.select_columns([column]), pictured) for part in parts]
+    classes = task.classes(processor, datasets.concatenate_datasets(labels), column)
     return Images(
         _first(train, options.max_train_samples, pictured),
         _first(evaluation, options.max_eval_samples, pictured),

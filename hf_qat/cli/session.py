@@ -217,16 +217,7 @@ def load_saved(model: ModelArguments, task: Task | None) -> Any:
     Raises:
         ConfigError: there is none, it is of another task, or it is not converted.
     """
-    _require_findable(model)
-    with _loading(model):
-        config = transformers.AutoConfig.from_pretrained(model.model_name_or_path, revision=model.revision)
-    if task is None:
-        class_name = next(iter(config.architectures or ()), "AutoModel")
-        saved_from = getattr(transformers, class_name, transformers.AutoModel)
-        with _loading(model):
-            loaded = saved_from.from_pretrained(model.model_name_or_path, revision=model.revision)
-    else:
-        loaded = load_model(model, task)
+    loaded = _load_as_saved(model) if task is None else load_model(model, task)
     state = state_of(loaded)
     if state is None or state.stage is not Stage.CONVERTED:
         what = "a float model" if state is None else "a checkpoint to train on from"
@@ -235,6 +226,16 @@ def load_saved(model: ModelArguments, task: Task | None) -> Any:
             "or `hf-qat train` make one, and export it."
         )
     return loaded
+
+
+def _load_as_saved(model: ModelArguments) -> Any:
+    """The model, in the class that it was saved from."""
+    _require_findable(model)
+    with _loading(model):
+        config = transformers.AutoConfig.from_pretrained(model.model_name_or_path, revision=model.revision)
+        class_name = next(iter(config.architectures or ()), "AutoModel")
+        saved_from = getattr(transformers, class_name, transformers.AutoModel)
+        return saved_from.from_pretrained(model.model_name_or_path, revision=model.revision)
 
 
 @contextmanager

@@ -93,26 +93,27 @@ def calibrate(
     """
     given, model = model, uncompiled(model)
     config = require_stage(model, Stage.PREPARED, "calibrate").config
-    bias_correction = _corrects_by_default(model, config) if bias_correction is None else bias_correction
+    perhaps_corrected = are_perhaps_corrected(model)
+    if bias_correction is None:
+        bias_correction = _corrects_by_default(config, perhaps_corrected)
     effort = config.calibration_effort if effort is None else one_of("effort", effort, EFFORTS)
     best = effort == "best" and not live_batch_norms
     corrects = bias_correction and not live_batch_norms
-    if not are_perhaps_corrected(model):
+    if not perhaps_corrected:
         remember_biases(model)
     with corrections_taken_back(model) if corrects else nullcontext():
         _calibrate(model, batches, num_batches, corrects, live_batch_norms, best)
     return given
 
 
-def _corrects_by_default(model: nn.Module, config: QATConfig) -> bool:
+def _corrects_by_default(config: QATConfig, perhaps_corrected: bool) -> bool:
     """What the recipe says, but for biases that may be corrected already."""
-    again = config.bias_correction and are_perhaps_corrected(model)
-    if again:
+    if config.bias_correction and perhaps_corrected:
         logger.warning(
             "The model came with ranges, as one from a checkpoint does, and its biases stay as they are: they may "
             "have been corrected before. calibrate(..., bias_correction=True) corrects them nevertheless."
         )
-    return config.bias_correction and not again
+    return config.bias_correction and not perhaps_corrected
 
 
 def _calibrate(

@@ -28,7 +28,7 @@ from hf_qat.model.python_code import operations_in_python
 from hf_qat.model.quantized_share import warn_of_float_layers
 from hf_qat.model.rollback import unchanged_on_failure
 from hf_qat.model.saved_config import attach_quantization_config
-from hf_qat.model.state import STATE, QATState, quantized_parts, state_of
+from hf_qat.model.state import STATE, QATState, quantized_parts
 from hf_qat.model.state_dict import initialize_weight_scales, install_hooks
 from hf_qat.quantization.layers import QATLayer, install_freezable_norm
 from hf_qat.quantization.quantizer import fake_quantizers
@@ -88,8 +88,7 @@ def prepare_qat(
 def _require_float(model: nn.Module) -> None:
     """Refuse what is prepared or converted already, and a module around it: its quantizers would be captured again."""
     for path, module in quantized_parts(model).items():
-        state = state_of(module)
-        stage = None if state is None else state.stage
+        stage = vars(module)[STATE].stage
         if not path:
             raise StageError(f"{type(model).__name__} is {stage} already; prepare a copy of the float model.")
         raise StageError(

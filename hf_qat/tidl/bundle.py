@@ -62,11 +62,6 @@ class _Content:
     metrics: dict[str, float]
     recipe: Recipe | None
 
-    @property
-    def several_inputs(self) -> bool:
-        """Whether the model takes more than an image."""
-        return len(self.frames.frames[0]) > 1
-
     def __post_init__(self) -> None:
         if self.recipe is not None:
             check_size(self.recipe.preprocess, next(iter(self.frames.frames[0].values())).shape)
@@ -140,7 +135,7 @@ def _recipe(processor: BaseImageProcessor | None, task: Task | None, found: Fram
     if processor is None:
         return None
     processor = require_image_processor(processor)
-    return None if task is None or len(found.frames[0]) > 1 else recipe_of(processor)
+    return None if task is None or found.several_inputs else recipe_of(processor)
 
 
 def _device(target: str, ranges: Ranges) -> Device:
@@ -243,7 +238,7 @@ def _write_config(made: Path, file: ModelProto, content: _Content, options: dict
         colours = content.task is not None and content.task.type == "segmentation"
         offset = 0 if content.recipe is None else content.recipe.label_offset
         _write_yaml(made / "dataset.yaml", dataset(content.name, content.labels, colours, offset))
-    if content.several_inputs:
+    if content.frames.several_inputs:
         return _left_out(_SEVERAL.format(", ".join(content.frames.frames[0])))
     if content.recipe is None or content.task is None:
         return _left_out(_NO_TASK if content.task is None else _NO_PROCESSOR)

@@ -41,6 +41,11 @@ class Frames:
     frames: list[Frame]
     call: tuple[tuple[Any, ...], dict[str, Any]]
 
+    @property
+    def several_inputs(self) -> bool:
+        """Whether the model takes more than an image."""
+        return len(self.frames[0]) > 1
+
     def as_batch(self) -> Inputs:
         """All frames as one batch, as forward takes it."""
         args, kwargs = pytree.tree_map_only(_Named, lambda place: self._all(place.name), self.call)

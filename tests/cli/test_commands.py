@@ -106,6 +106,7 @@ class TestTrain:
         assert "opset 17" in capsys.readouterr().out
         assert main(["check", str(tmp_path / "again.onnx"), "--target", "AM68A"]) == 0
 
+    @pytest.mark.slow
     def test_analyze_compares_it_with_itself(self, trained, folder, tmp_path, capsys):
         arguments = ["--model_name_or_path", str(trained / "export"), "--dataset_name", str(folder / "photos")]
         assert main(["analyze", *arguments, "--html", str(tmp_path / "a.html")]) == 0

@@ -155,6 +155,7 @@ class TestCommands:
             assert main(["evaluate", *options(folder, "float", as_jsonl(folder, "one.jsonl", images))]) == 0
             assert last_json(capsys.readouterr().out)["accuracy"] == 1.0
 
+    @pytest.mark.slow
     def test_images_of_other_classes_are_no_measure_and_calibrate_without_one(self, folder, tmp_path, capsys):
         images = as_jsonl(folder, "others.jsonl", {"light": "beach", "dark": "dark"})
         assert main(["evaluate", *options(folder, "float", images)]) == 2

@@ -35,6 +35,7 @@ def at_once(work: Callable[[int], Any]) -> list[Any]:
         return list(pool.map(begin, range(THREADS)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_thread_gets_the_model_that_it_would_get_alone(tmp_path: Path):
     model, pixels = HUGGING_FACE["resnet"].make(), HUGGING_FACE["resnet"].pixels(4)

@@ -45,7 +45,10 @@ def trained(model: nn.Module, images: Tensor, effort: str) -> dict[str, Tensor]:
     return seen | {**convert(model).state_dict(), "answer": model(images)}
 
 
-@pytest.mark.parametrize(("config", "effort"), [*((name, "fast") for name in CONFIGS), ("learned", "best")])
+@pytest.mark.parametrize(
+    ("config", "effort"),
+    [*((name, "fast") for name in CONFIGS), pytest.param("learned", "best", marks=pytest.mark.slow)],
+)
 def test_a_model_is_calibrated_trained_and_converted_as_without_one(config: str, effort: str):
     layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU6(), nn.Conv2d(6, 4, 3), nn.Hardswish(), nn.Conv2d(4, 2, 1)
     model, images = nn.Sequential(*layers), torch.randn(8, 3, 9, 9)

@@ -66,6 +66,7 @@ def norm_of_gradients(model: nn.Module, x: Tensor) -> float:
     return math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
 
 
+@pytest.mark.slow
 def test_a_new_vit_has_gradients_like_those_in_float_by_default_and_else_by_what_the_warning_advises(caplog):
     sizes = {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192}
     float_model = ViTForImageClassification(

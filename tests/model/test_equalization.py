@@ -130,7 +130,7 @@ def test_uneven_channels_of_a_layer_norm_lose_less(target: str):
     assert after < 0.6 * before
 
 
-@pytest.mark.parametrize("make", [vit, swin])
+@pytest.mark.parametrize("make", [vit, pytest.param(swin, marks=pytest.mark.slow)])
 def test_transformers_compute_what_they_did(make):
     batches = images(16, 32)
     model = make().eval()

@@ -160,6 +160,7 @@ def test_a_compiled_model_is_looked_at_as_it_is_written(in_place: bool):
     assert compiled == (1, 0) and graphs_and_breaks()[1] == 0
 
 
+@pytest.mark.slow
 def test_what_is_converted_through_its_compiled_form_is_saved_and_computes_as_any_other(tmp_path: Path):
     case = HUGGING_FACE["resnet"]
     pixels = case.pixels(2)

@@ -25,7 +25,13 @@ NAME = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param({}, marks=[pytest.mark.slow]), {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str
+    "how",
+    [
+        pytest.param({}, marks=[pytest.mark.slow]),
+        pytest.param({"bf16": True}, marks=pytest.mark.slow),
+        {"gradient_accumulation_steps": 2},
+    ],
+    ids=str,
 )
 def test_it_trains_what_it_trains_without(how, tmp_path, monkeypatch):
     float_model, calls = vit(hidden_dropout_prob=0.1), []
@@ -44,6 +50,7 @@ def test_it_trains_what_it_trains_without(how, tmp_path, monkeypatch):
     assert twice > 1.5 * once
 
 
+@pytest.mark.slow
 def test_what_keeps_every_second_layer_keeps_it(tmp_path):
     trainer = trainer_of(vit(layers=4), tmp_path, **{NAME: True, f"{NAME}_kwargs": {"every_n_layers": 2}})
     if NAME == "gradient_checkpointing":

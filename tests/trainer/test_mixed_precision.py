@@ -48,7 +48,8 @@ def loss(directory: Path, make: Callable[[], nn.Module], bf16: bool, before: boo
     return trainer.state.log_history[0]["loss"]
 
 
-@pytest.mark.parametrize("make", [pytest.param(vit, marks=[pytest.mark.slow]), OnePart])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [vit, OnePart])
 def test_the_precision_is_that_of_the_training_and_not_of_the_one_before(tmp_path: Path, make):
     fresh = {bf16: loss(tmp_path, make, bf16, None) for bf16 in (False, True)}
     assert fresh[False] != fresh[True]

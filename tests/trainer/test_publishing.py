@@ -256,6 +256,7 @@ class TestSaving:
         assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["target"] == "AM68A"
         assert (tmp_path / "preprocessor_config.json").exists()
 
+    @pytest.mark.slow
     def test_its_card_says_what_was_measured_before_and_after_training(self, tmp_path: Path):
         trainer = publisher(tmp_path, "AM68A", eval_strategy="steps", eval_steps=2, max_steps=4)
         calibrated = trainer.evaluate()["eval_accuracy"]

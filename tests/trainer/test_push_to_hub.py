@@ -51,6 +51,7 @@ def trainer(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return trainer
 
 
+@pytest.mark.slow
 def test_what_was_pushed_works_in_a_new_process(
     trainer: QATTrainer, exported: Exported, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -252,6 +252,7 @@ class TestTroubles:
             trainer(hub_private_repo=True)
 
 
+@pytest.mark.slow
 def test_qat_trainer_resumes_bit_for_bit_from_the_checkpoint_on_the_hub(hub, tmp_path):
     hub_options = {"push_to_hub": True, "hub_model_id": "user/vit", "hub_strategy": "checkpoint"}
     first = trainer_of(prepared(vit), tmp_path / "a", save_strategy="steps", save_steps=2, **hub_options)

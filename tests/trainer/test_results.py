@@ -41,7 +41,7 @@ class TestResuming:
             (vit_with_dropout, {}),
             pytest.param(vit_with_dropout, FOLLOWED, marks=pytest.mark.slow),
             pytest.param(resnet, {}, marks=pytest.mark.slow),
-            (resnet, FOLLOWED),
+            pytest.param(resnet, FOLLOWED, marks=pytest.mark.slow),
             pytest.param(segformer, {}, marks=pytest.mark.slow),
         ],
         ids=["vit learned", "vit followed", "resnet learned", "resnet followed", "segformer learned"],

@@ -142,6 +142,7 @@ def test_a_subclass_trains_with_quantizers(tmp_path: Path, subclass: Subclass):
     assert {int(quantizer.observed > 0) for quantizer in fake_quantizers(trainer.model).values()} == {1}
 
 
+@pytest.mark.slow
 def test_a_loss_of_the_users_own_is_mixed_with_that_of_a_teacher_if_it_calls_super(tmp_path: Path):
     args = arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2)
     logged = []

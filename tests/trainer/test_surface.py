@@ -257,6 +257,8 @@ SLOW = (
     "label_names and eval_dataset set after the constructor",
     "compute_loss, and log inside it",
     "images of several sizes",
+    "methods given to one trainer",
+    "forward takes **kwargs",
     "a stream as the train set",
 )
 

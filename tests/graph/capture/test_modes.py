@@ -104,6 +104,7 @@ def test_a_captured_part_that_is_frozen_as_a_whole_can_be_unfrozen():
         torch.testing.assert_close(ours, float_model(x).logits)
 
 
+@pytest.mark.slow
 def test_biases_that_are_kept_for_evaluation_do_not_stand_in_the_way_of_the_proof():
     """LeViT keeps them with their graph of gradients, which a first backward pass frees."""
     config = transformers.LevitConfig(

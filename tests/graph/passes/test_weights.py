@@ -309,7 +309,9 @@ def tiny_bit() -> BitForImageClassification:
     return BitForImageClassification(config).eval()
 
 
-@pytest.mark.parametrize("converted", [False, True], ids=["prepared", "converted"])
+@pytest.mark.parametrize(
+    "converted", [pytest.param(False, marks=pytest.mark.slow), True], ids=["prepared", "converted"]
+)
 def test_a_bit_model_with_such_weights_is_saved_and_loaded(tmp_path: Path, converted):
     pixels = drawn(2, 3, 32, 32)
     model = prepare_qat(tiny_bit(), QATConfig(), {"pixel_values": pixels})

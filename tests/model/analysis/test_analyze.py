@@ -203,7 +203,7 @@ def test_ranges_that_newer_images_go_beyond_are_named_with_the_share_of_values(f
     assert float(beyond[0].split("%")[0]) / 100 == pytest.approx(share, abs=0.01)
 
 
-@pytest.mark.parametrize("make", [resnet, vit])
+@pytest.mark.parametrize("make", [resnet, pytest.param(vit, marks=pytest.mark.slow)])
 def test_what_is_advised_for_a_value_can_be_written_and_gives_it_more_bits(make):
     """Each override in the words of a finding, as one would copy it."""
     x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -130,12 +130,11 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, spent: Tensor | None = None) -> Tensor:
     """`grad` where `low * step < x < high * step`, else 0; one pass where the bounds are numbers.
 
-    It is a new tensor, or written into `spent`, which has the sizes of `x`: a CPU takes longer to get new memory from
-    the system than to write it.
+    Not where `low < x / step < high`: of a value that was quantized before, to an end of the same range, the rounding
+    of the division would decide. It is a new tensor, or written into `spent`, which has the sizes of `x`: a CPU takes
+    longer to get new memory from the system than to write it.
     """
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
-        return _where_between(grad, torch.div(x, step), low, high)
-    if is_cheap(step):
+    if is_cheap(step) and not isinstance(low, Tensor):
         unit = float(step)
         bounds = low * unit, high * unit
         passed: Tensor
@@ -144,10 +143,11 @@ def pass_inside(grad: Tensor, x: Tensor, step: Tensor, low: Bound, high: Bound, 
         else:
             passed = torch.ops.aten.hardtanh_backward.grad_input(grad, x, *bounds, grad_input=spent)
         return passed
-    return pass_between(grad, torch.div(x, step), low, high)
+    return _where_between(grad, x, low * step, high * step)
 
 
 def _where_between(grad: Tensor, y: Tensor, low: Bound, high: Bound) -> Tensor:
+    """`grad` where `low < y < high`, else 0."""
     return torch.where((y > low) & (y < high), grad, grad.new_zeros(()))
 
 

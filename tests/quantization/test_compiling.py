@@ -24,6 +24,8 @@ from hf_qat import (
 )
 from hf_qat.quantization.converted import QuantizedLayer
 from hf_qat.quantization.layers import plain
+from hf_qat.quantization.quantizer import FakeQuantize
+from hf_qat.quantization.spec import QuantizerSpec
 from tests.models import HUGGING_FACE, made_once
 
 
@@ -221,3 +223,17 @@ def test_arguments_of_an_operation_are_tuples_all_the_way_down():
     nested = torch.fx.immutable_collections.immutable_list([1, 2])
     assert plain([nested, None, 1, [nested]]) == ((1, 2), None, 1, ((1, 2),))
     assert type(plain([nested])[0]) is tuple
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "observed"])
+def test_what_was_quantized_by_the_same_scale_before_passes_the_gradients_that_it_passes_in_eager(learned: bool):
+    """In float32, 255 * scale / scale can be less than 255; it is no value inside the range for that."""
+    scales = torch.exp2(torch.linspace(-3.0, -2.0, 100))
+    quantizer = FakeQuantize(QuantizerSpec(8, signed=False, symmetric=True, learned=learned))
+    quantizer.observed.fill_(1)
+    run = torch.compile(quantizer, backend="eager")
+    for scale in scales[255 * scales / scales < 255][:3]:
+        quantizer.set_qparams(scale)
+        x = (torch.tensor([0.0, 1.0, 254.0, 255.0]) * quantizer.scale.detach()).requires_grad_()
+        run(x).sum().backward()
+        assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]

@@ -103,12 +103,11 @@ def _quantize_backward(
         index = start + tl.arange(0, BLOCK)
         x = tl.load(x_at + index, mask=index < n, other=0.0).to(tl.float32)
         grad = tl.load(grad_at + index, mask=index < n, other=0.0).to(tl.float32)
-        y = divide(x, scale)
-        inside = (y > low) & (y < high)
+        inside = (x > low * scale) & (x < high * scale)  # as `pass_inside`
         if dx_at is not None:
             tl.store(dx_at + index, tl.where(inside, grad, 0.0).to(dx_at.dtype.element_ty), mask=index < n)
         if sums_at is not None:
-            changed += grad * (to_codes(y, low, high) * scale - tl.where(inside, x, 0.0))
+            changed += grad * (to_codes(divide(x, scale), low, high) * scale - tl.where(inside, x, 0.0))
             outside += tl.where(inside, 0.0, grad)
         start += programs * BLOCK
     if sums_at is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> a
     """Parse arguments, and before them, as if they had been typed first, those of a YAML file.
 
     The file holds the names of options without dashes: `private: true` is `--private`, `revision: dev` is
-    `--revision dev`. What is typed wins.
+    `--revision dev`; an option that is null, or an empty list, is left out. What is typed wins.
 
     Args:
         parser: gets an option `--config`.
@@ -36,7 +37,8 @@ def words_with_config(argv: Sequence[str], spell_out: bool = False) -> list[str]
 
     Args:
         argv: what follows the command; the file may be the name of a recipe that comes with the package.
-        spell_out: write truth values out, `--fp16 False`, as the flags of TrainingArguments take them.
+        spell_out: write truth values, lists and mappings out, `--fp16 True`, `--fsdp-config {"version": 2}`, as the
+            flags of TrainingArguments take them.
 
     Raises:
         ConfigError: the file is no YAML mapping.
@@ -66,10 +68,15 @@ def _words(file: Path, spell_out: bool) -> list[str]:
 
 def _option(file: Path, name: str, value: object, spell_out: bool) -> list[str]:
     flag = f"--{name.replace('_', '-')}"
+    if value is None or value == []:
+        return []
+    if spell_out and isinstance(value, Mapping):
+        return [f"{flag}={json.dumps(value, default=str)}"]
     if spell_out and isinstance(value, (list, bool)):
-        return [flag, *map(str, value if isinstance(value, list) else [value])]
+        words = value if isinstance(value, list) else [value]
+        return [flag, *("no" if word is False else str(word) for word in words)]  # `save_strategy: no`, to YAML false
     if isinstance(value, bool):
         return [flag] if value else []
     if not isinstance(value, (str, int, float)):
         raise ConfigError(f"{file}: {name} is {value!r}, and must be a text, a number, true or false.")
-    return [flag, str(value)]
+    return [f"{flag}={value}"]  # one word, as a value may begin with a dash

@@ -26,14 +26,19 @@ def parse(parser: HfArgumentParser, argv: Sequence[str]) -> tuple[Any, ...]:
     """The dataclasses, and a namespace with the other options, of what is typed and of the file of `--config`.
 
     Raises:
-        ConfigError: a value that a dataclass refuses, or the file is no YAML mapping.
+        ConfigError: an option that is not known, a value that a dataclass refuses, or the file is no YAML mapping.
         SystemExit: wrong options, or `--help`.
     """
     words = words_with_config(argv, spell_out=True)
     try:
-        return tuple(parser.parse_args_into_dataclasses(args=words, look_for_args_file=False))
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            args=words, look_for_args_file=False, return_remaining_strings=True
+        )
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    if unknown:
+        raise ConfigError(f"unknown here: {' '.join(unknown)}. `{parser.prog} --help` lists the options.")
+    return tuple(parsed)
 
 
 def count(word: str) -> int:

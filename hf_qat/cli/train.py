@@ -96,7 +96,7 @@ def _resumable(output: Path, checkpoint: str | None) -> str | None:
     Raises:
         ConfigError: it is not there; before any time is spent.
     """
-    if checkpoint is None or checkpoint.lower() == "false":
+    if checkpoint is None or checkpoint.lower() in ("false", "no"):
         return None
     if checkpoint.lower() == "true":
         newest: str | None = get_last_checkpoint(str(output)) if output.is_dir() else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_qat import QATConfig
 from hf_qat.cli.arguments import QATArguments
@@ -42,3 +43,32 @@ def test_the_learning_rate_is_a_share_of_the_float_one_or_what_was_given():
 def test_one_of_the_two_alone_is_refused(half: dict[str, float]):
     with pytest.raises(ConfigError, match="belong together"):
         QATArguments(**half).learning_rate(5e-5)
+
+
+def test_a_file_means_what_it_means_to_transformers(tmp_path: Path):
+    """Null, mappings, lists, and `no`, which YAML reads as false; against `HfArgumentParser.parse_yaml_file`."""
+    text = """
+        output_dir: out
+        lr_scheduler_type: cosine_with_min_lr
+        lr_scheduler_kwargs: {min_lr_rate: 0.1}
+        accelerator_config: {even_batches: false}
+        resume_from_checkpoint: null
+        label_names: [labels]
+        fp16: false
+        exclude: []
+    """
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(text)))
+    (_, expected) = HfArgumentParser((QATArguments, TrainingArguments)).parse_yaml_file(str(file))
+    file.write_text(file.read_text() + "save_strategy: no\n")
+    qat, args, _ = parse(parser_of("train", "", QATArguments, TrainingArguments), ["--config", str(file)])
+    assert args.save_strategy == "no" and expected.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    args.save_strategy = expected.save_strategy
+    assert args.to_dict() == expected.to_dict() and qat == QATArguments()
+
+
+def test_an_option_that_is_not_known_is_named(tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("lerning_rate: 1")
+    with pytest.raises(ConfigError, match=r"unknown here: --lerning-rate=1. `hf-qat train --help`"):
+        parse(parser_of("train", "", QATArguments, TrainingArguments), ["--config", str(file), "--output_dir", "out"])

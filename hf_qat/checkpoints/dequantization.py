@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_qat.checkpoints.stored_format import key_of, quantized_layers
 from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.random_state import random_state_kept
 from hf_qat.quantization.class_swap import original_class
 from hf_qat.quantization.converted import QuantizedLayer
 
@@ -42,7 +43,7 @@ def dequantize_(model: Model, dtype: torch.dtype | str | None = None) -> Model:
     config = copy.copy(model.config)
     del config.quantization_config
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with torch.random.fork_rng():
+    with random_state_kept(torch.get_default_device()):
         fresh = cls._from_config(config, dtype=torch.float32)
     state = fresh.state_dict()
     layers = quantized_layers(model)

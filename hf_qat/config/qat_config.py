@@ -212,12 +212,12 @@ class QATConfig(QuantizationConfigMixin):
 
     def overrides_for(self, path: str) -> dict[str, dict[str, Any]]:
         """What `overrides` change for one module, in order: `{"weights": {...}, "activations": {...}}`."""
-        merged: dict[str, dict[str, Any]] = {"weights": {}, "activations": {}}
+        found: dict[str, dict[str, Any]] = {"weights": {}, "activations": {}}
         for glob, changes in self.overrides.items():
             if _matches(glob, path):
                 for kind, values in changes.items():
-                    merged[kind] |= values
-        return merged
+                    found[kind] |= values
+        return found
 
     def excludes(self, path: str) -> bool:
         """Whether a module stays float: a glob of `exclude` matches its path or a parent's."""
@@ -263,7 +263,7 @@ class QATConfig(QuantizationConfigMixin):
 
     def with_checkpoint(self, checkpoint: Mapping[str, Any] | None) -> QATConfig:
         """The same recipe with another entry `checkpoint`; with `None`, the recipe alone."""
-        return type(self)(**{**self.to_dict(), "checkpoint": checkpoint})
+        return type(self)(**{**vars(self), "checkpoint": checkpoint})
 
     @classmethod
     def from_recipe(cls, name: str, **changes: Any) -> QATConfig:
@@ -312,8 +312,9 @@ class QATConfig(QuantizationConfigMixin):
         changes = {
             "overrides": merged(report.config.overrides, overrides),
             "exclude": [*report.config.exclude, *excluded],
+            "checkpoint": None,
         }
-        return cls(**{**report.config.with_checkpoint(None).to_dict(), **changes})
+        return cls(**{**vars(report.config), **changes})
 
     @overload
     @classmethod
@@ -383,7 +384,7 @@ class QATConfig(QuantizationConfigMixin):
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Change some arguments, checked as by the constructor; return those that are no arguments of a config."""
         known = {key: value for key, value in kwargs.items() if key in vars(self)}
-        vars(self).update(vars(type(self)(**{**self.to_dict(), **known})))
+        vars(self).update(vars(type(self)(**{**vars(self), **known})))
         return {key: value for key, value in kwargs.items() if key not in known}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from hf_qat.graph.capture.inputs import Inputs, device_of, with_batch
 from hf_qat.graph.capture.modes import evaluating, shadowed
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.plan import Port
+from hf_qat.graph.random_state import random_state_kept
 from hf_qat.quantization.class_swap import original_class
 
 
@@ -56,9 +57,10 @@ def _num_outputs(module: CapturedModule) -> int:
 
 def _reached(model: nn.Module, captured: Mapping[str, CapturedModule], inputs: Inputs) -> frozenset[Port]:
     leaves: dict[int, tuple[Port, Tensor]] = {}
-    args, kwargs = with_batch(inputs, BATCH_SIZE, device_of(model))
+    device, looking = device_of(model), _outputs_as_leaves(captured, leaves)
+    args, kwargs = with_batch(inputs, BATCH_SIZE, device)
     try:
-        with evaluating(model), torch.random.fork_rng(), torch.enable_grad(), _outputs_as_leaves(captured, leaves):
+        with evaluating(model), random_state_kept(device), torch.enable_grad(), looking:
             result = model(*args, **kwargs)
     except Exception as error:
         logger.debug("The model's own code does not run with gradients (%s).", error)

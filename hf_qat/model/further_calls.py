@@ -32,6 +32,7 @@ from hf_qat.graph.one_at_a_time import TURN
 from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
+from hf_qat.graph.random_state import random_state_kept
 from hf_qat.model.plan import make_plan
 
 
@@ -131,12 +132,7 @@ def _with_tensors_of(model: nn.Module, twin: nn.Module) -> nn.Module:
 def _as_when_prepared(model: nn.Module) -> Iterator[None]:
     """Inside, no mixed precision and no inference mode of the caller's is captured; random numbers come back."""
     device = device_of(model)
-    gpus = [device] if device.type == "cuda" else []
-    with (
-        torch.inference_mode(False),
-        torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng(gpus),
-    ):
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False), random_state_kept(device):
         yield
 
 

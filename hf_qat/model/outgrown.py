@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import LABEL_NAMES, device_of
 from hf_qat.graph.capture.modes import buffers_kept, evaluating
+from hf_qat.graph.random_state import random_state_kept
 from hf_qat.graph.user_hooks import without_user_hooks
 from hf_qat.model.call_in_training import Call
 from hf_qat.model.eager import in_eager_mode
@@ -216,14 +217,8 @@ def _unseen(model: nn.Module) -> Iterator[None]:
             if not isinstance(module, FSDPModule):  # whose hooks gather the weights
                 stack.enter_context(without_user_hooks(module))
         stack.enter_context(buffers_kept(model))
-        stack.enter_context(torch.random.fork_rng(_gpus(model)))
+        stack.enter_context(random_state_kept(device_of(model)))
         yield
-
-
-def _gpus(model: nn.Module) -> list[torch.device]:
-    """Those whose random numbers the model may draw."""
-    device = device_of(model)
-    return [device] if device.type == "cuda" else []
 
 
 def _renew(quantizer: FakeQuantize, watch: _Watch, cut_off: float) -> bool:

@@ -151,8 +151,11 @@ class QuantizedLayer(ConvertedModule):
         codes, bias = torch.round(x.double() / source.scale.double()), self._buffers["bias"]
         total = self.operation(codes, self.codes.double(), None if bias is None else bias.double(), *arguments)
         factor = source.scale * self.weight_scale / target.scale
-        channels = total.dim() - 1 if self.codes.dim() == 2 else total.dim() - self.codes.dim() + 1
-        return (total.float() * along(factor, total, channels)).round_().mul_(target.scale)
+        return (total.float() * along(factor, total, self.channel_dim(total))).round_().mul_(target.scale)
+
+    def channel_dim(self, output: Tensor) -> int:
+        """Axis of the channels in the output: 1 of a convolution's (0 unbatched), the last of a linear layer's."""
+        return output.dim() - 1 if self.codes.dim() == 2 else output.dim() - self.codes.dim() + 1
 
     def float_bias(self) -> Tensor | None:
         """(C,) float32, dequantized."""

@@ -25,8 +25,8 @@ from hf_qat.errors import CalibrationError
 from hf_qat.graph.capture.inputs import LABEL_NAMES, Inputs
 from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.graph.captured import captured_modules
+from hf_qat.graph.random_state import random_state_kept
 from hf_qat.quantization.collectives import min_over_ranks
-from hf_qat.trainer.random_state import random_state_kept
 
 
 logger = logging.get_logger(__name__)

@@ -19,11 +19,11 @@ from transformers.utils import logging
 from hf_qat.errors import listed
 from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.graph.captured import before_calibration
+from hf_qat.graph.random_state import random_state_kept
 from hf_qat.quantization.collectives import min_over_ranks
 from hf_qat.trainer.batches import first_batch, silent
 from hf_qat.trainer.ddp import copy_from_first_rank, leave_out_of_ddp, without_gradient
 from hf_qat.trainer.fsdp import is_sharded, saved_whole, shard
-from hf_qat.trainer.random_state import random_state_kept
 
 
 logger = logging.get_logger(__name__)

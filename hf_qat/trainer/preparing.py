@@ -20,6 +20,7 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.inputs import Inputs
+from hf_qat.graph.random_state import random_state_kept
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import require_stage, state_of
 from hf_qat.trainer import distributed
@@ -34,7 +35,6 @@ from hf_qat.trainer.batches import (
     without_labels,
 )
 from hf_qat.trainer.distillation import Distillation
-from hf_qat.trainer.random_state import random_state_kept
 
 
 logger = logging.get_logger(__name__)

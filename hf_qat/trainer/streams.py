@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_qat.trainer.random_state import random_state_kept
+from hf_qat.graph.random_state import random_state_kept
 
 
 logger = logging.get_logger(__name__)

@@ -433,6 +433,10 @@ def test_update_changes_known_arguments_with_all_checks():
     assert config.freeze_ranges_at == 0.9
 
 
+def test_a_config_of_a_target_without_restrictions_has_them_when_it_gets_one_with():
+    assert QATConfig.from_dict({"target": "int8"}, target="TDA4VM") == QATConfig("TDA4VM")
+
+
 # Versions
 
 

@@ -18,6 +18,7 @@ from hf_qat.graph.call_signature import CallSignature
 from hf_qat.graph.capture.clean import Extended
 from hf_qat.graph.capture.modes import buffers_kept, modes_kept, put_into_mode
 from hf_qat.graph.captured_graph import CapturedGraph
+from hf_qat.graph.random_state import random_state_kept
 
 
 #: Largest difference that counts as none, relative to the largest value of a tensor: that of another order of sums.
@@ -91,11 +92,7 @@ def _observe(module: nn.Module, run: Any, tensors: Sequence[Tensor], gradients: 
     given = [x.clone() if x.requires_grad else x for x in inputs]
     parameters = [p for p in module.parameters() if p.requires_grad] if gradients else []
     buffers = list(module.buffers())  # those of before the run, which may put others in their places
-    with (
-        buffers_kept(module),
-        torch.random.fork_rng(devices=_gpus(tensors)),
-        torch.set_grad_enabled(gradients),
-    ):
+    with buffers_kept(module), random_state_kept(*{x.device for x in tensors}), torch.set_grad_enabled(gradients):
         torch.manual_seed(SEED)
         try:
             outputs = pytree.tree_leaves(run(given))
@@ -108,11 +105,6 @@ def _observe(module: nn.Module, run: Any, tensors: Sequence[Tensor], gradients: 
             [buffer.clone() for buffer in buffers],
             [x.detach() for x in given],
         )
-
-
-def _gpus(tensors: Sequence[Tensor]) -> list[torch.device]:
-    """Those whose random numbers may be drawn."""
-    return list({x.device for x in tensors if x.device.type == "cuda"})
 
 
 def _gradients(outputs: list[Any], leaves: list[Tensor]) -> list[Tensor | None]:

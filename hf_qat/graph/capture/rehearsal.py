@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from hf_qat.graph.capture.call_record import Records, Search, add_run, record_run
+from hf_qat.graph.capture.inputs import device_of
 from hf_qat.graph.capture.meta_device import MetaCapture, without_weights
 from hf_qat.graph.capture.modes import buffers_kept, modes_kept
+from hf_qat.graph.random_state import random_state_kept
 
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ def rehearse(model: nn.Module, training: bool, runs: Sequence[Run], search: Sear
 
 def _rehearse(model: nn.Module, training: bool, runs: Sequence[Run], search: Search) -> Records:
     recorded: Records = {}
-    with torch.no_grad(), torch.random.fork_rng(), modes_kept(model):
+    with torch.no_grad(), random_state_kept(device_of(model)), modes_kept(model):
         model.train(training)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):

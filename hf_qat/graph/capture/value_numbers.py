@@ -27,6 +27,7 @@ from hf_qat.graph.capture.meta_device import META, without_weights
 from hf_qat.graph.capture.modes import put_into_mode
 from hf_qat.graph.capture.numbering import Numbering
 from hf_qat.graph.captured_graph import CapturedGraph
+from hf_qat.graph.random_state import random_state_kept
 
 
 logger = logging.getLogger(__name__)
@@ -258,7 +259,7 @@ def _observe(
         trace.name(leaf, ("input", k))
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         trace.name(tensor, ("module", name))
-    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients), _Data(), trace:
+    with random_state_kept(), torch.set_grad_enabled(gradients), _Data(), trace:
         given = [x.clone() for x in leaves]
         outputs = pytree.tree_leaves(run(given))
         seen = [x for x in outputs if isinstance(x, Tensor)]

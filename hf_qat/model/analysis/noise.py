@@ -217,7 +217,7 @@ def _comparing(model: nn.Module, sites: Sequence[Site], values: Values, found: M
 
 def _comparison(model: nn.Module, site: Site, values: Iterable[Tensor], noise: Noise) -> Callable[..., None]:
     expected = iter(values)
-    axis = None if site.layer is None else _channel_axis(model.get_submodule(site.layer))
+    layer: Any = None if site.layer is None else model.get_submodule(site.layer)
 
     def compare(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         value = output.float()
@@ -228,8 +228,8 @@ def _comparison(model: nn.Module, site: Site, values: Iterable[Tensor], noise: N
             activation = kwargs.get("activation")
             given = args[0].float() if activation is None else ACTIVATIONS[activation](args[0].float())
             noise.add_rounding(given, value, bounds(module))
-        if axis is not None and value.dim() > 1:
-            noise.add_channels(value, axis % value.dim())
+        if layer is not None and value.dim() > 1:
+            noise.add_channels(value, layer.channel_dim(value))
 
     return compare
 
@@ -239,12 +239,6 @@ def bounds(quantizer: Any) -> tuple[float, float]:
     spec, scale = quantizer.spec, quantizer.scale.detach().float()
     zero = torch.zeros_like(scale) if quantizer.zero_point is None else quantizer.zero_point.detach().float().round()
     return float(((spec.qmin - zero) * scale).min()), float(((spec.qmax - zero) * scale).max())
-
-
-def _channel_axis(layer: Any) -> int:
-    """Of a linear layer's result the last axis, of a convolution's the one before those of space."""
-    dimensions = len(layer.weight.shape)
-    return -1 if dimensions == 2 else 1 - dimensions
 
 
 @contextmanager

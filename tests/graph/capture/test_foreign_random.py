@@ -71,3 +71,27 @@ def test_the_state_of_the_numbers_is_afterwards_as_before():
         with refusing_foreign_random_numbers("body"):
             random.random(), np.random.rand()
     assert (random.random(), np.random.rand()) == expected
+    random.seed(3), np.random.seed(3)
+    with pytest.raises(ZeroDivisionError), refusing_foreign_random_numbers("body"):
+        random.random(), np.random.rand(), 1 / 0
+    assert (random.random(), np.random.rand()) == expected
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_training_draws_what_it_would_have_drawn_from_the_float_model(kind):
+    draw, model = DRAWS[kind], LayerDrop(DRAWS[kind])
+    random.seed(3), np.random.seed(3)
+    expected = draw()
+    random.seed(3), np.random.seed(3)
+    prepare_qat(model, example_inputs=torch.randn(3, 4))
+    assert draw() == expected
+
+
+def test_the_gpus_of_the_machine_are_not_asked_for_a_model_on_the_cpu(monkeypatch, recwarn):
+    """torch warns of several, once, and makes a context on each."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    prepare_qat(LayerDrop(random.random), example_inputs=torch.randn(3, 4))
+    assert not [str(warning.message) for warning in recwarn if "available devices" in str(warning.message)]

@@ -139,6 +139,14 @@ class TestPlantedFaults:
         assert worst.path == "first" and worst.dead_channels == 1
         assert worst.findings[0].what.startswith("1 of 16 channels")
 
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_a_dead_channel_of_a_batch_norm_alone(self, images, affine):
+        norm = nn.BatchNorm2d(3, affine=affine).eval()
+        norm.running_mean[1] = 100.0
+        model = calibrated(nn.Sequential(norm, nn.ReLU(), nn.Conv2d(3, 4, 3)), images)
+        (first,) = [layer for layer in analyze(model, images, sensitivity=False).layers if layer.path == "0"]
+        assert (first.channels, first.dead_channels) == (3, 1)
+
     def test_a_range_that_an_outlier_has_set(self, float_model, images):
         """One pixel of one image is ten thousand: the codes of all others are a handful."""
         spoilt = [x.clone() for x in images]

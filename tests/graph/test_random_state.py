@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_qat.trainer.random_state import random_state_kept
+from hf_qat.graph.random_state import random_state_kept
 
 
 def draw() -> tuple[float, float, float]:

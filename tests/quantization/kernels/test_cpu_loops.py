@@ -127,6 +127,7 @@ def test_pytorchs_own_threads_are_found():
 
 
 def test_a_quantizer_and_a_layer_compute_by_them():
+    assert cpu.compiles(torch.zeros(1))  # the first time, it tries a loop
     made = FakeQuantize(QuantizerSpec(signed=False, symmetric=False, learned=True))
     made.set_qparams(torch.tensor(0.125), torch.tensor(100.0))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,7 +1,9 @@
-"""The README's Python, run from top to bottom in a new process, as a user does who copies it."""
+"""The README's Python, run from top to bottom in a new process, as a user does who copies it; docstrings' examples."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import os
 import re
 import subprocess
@@ -76,3 +78,13 @@ def test_paths_that_the_page_and_that_of_the_measurements_name_are_there():
     files = re.findall(r"`(tests/[\w/.]+|hf_qat/[\w/.]+)`", README + measurements)
     assert links and files
     assert [path for path in (*links, *files) if not (ROOT / path).exists()] == []
+
+
+WITH_EXAMPLES = [file for file in sorted((ROOT / "hf_qat").rglob("*.py")) if ">>>" in file.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("file", WITH_EXAMPLES, ids=str)
+def test_examples_of_docstrings_are_right(file: Path):
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    tried = doctest.testmod(importlib.import_module(name))
+    assert tried.attempted and not tried.failed

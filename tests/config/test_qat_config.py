@@ -1,5 +1,4 @@
 import copy
-import doctest
 import json
 import math
 
@@ -8,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ResNetConfig
 
-import hf_qat.config.qat_config
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.config.targets import TensorScheme, targets
 from hf_qat.errors import ConfigError
@@ -513,7 +511,3 @@ def test_a_place_without_a_file_is_an_os_error_that_names_it(tmp_path):
         QATConfig.from_pretrained(tmp_path)
     with pytest.raises(OSError, match="nobody/nothing"):
         QATConfig.from_pretrained("nobody/nothing", cache_dir=tmp_path)
-
-
-def test_the_example_in_the_docstring_is_right():
-    assert doctest.testmod(hf_qat.config.qat_config).failed == 0

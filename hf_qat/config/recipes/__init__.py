@@ -46,7 +46,7 @@ class Recipe:
 
         Examples:
             >>> read_recipe("depthwise_w4a4").training_arguments(5e-3)["learning_rate"]
-            0.002
+            0.0005
         """
         return {**self.training, "learning_rate": self.learning_rate_share * float_learning_rate}
 

@@ -83,7 +83,7 @@ def test_paths_that_the_page_and_that_of_the_measurements_name_are_there():
 WITH_EXAMPLES = [file for file in sorted((ROOT / "hf_qat").rglob("*.py")) if ">>>" in file.read_text("utf-8")]
 
 
-@pytest.mark.parametrize("file", WITH_EXAMPLES, ids=str)
+@pytest.mark.parametrize("file", WITH_EXAMPLES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_examples_of_docstrings_are_right(file: Path):
     name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     tried = doctest.testmod(importlib.import_module(name))

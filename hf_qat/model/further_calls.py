@@ -33,6 +33,7 @@ from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
 from hf_qat.graph.random_state import random_state_kept
+from hf_qat.graph.passes.synchronize import synchronize
 from hf_qat.model.plan import make_plan
 
 
@@ -174,6 +175,7 @@ def _adopted(module: CapturedModule, twin: CapturedModule) -> CapturedGraph:
                 names[name] = _constant(module, getattr(twin, name))
             node.target = names[name]
     made.recompile()
+    synchronize(module, [made])
     return made
 
 

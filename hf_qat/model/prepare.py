@@ -21,6 +21,7 @@ from hf_qat.graph.passes.connect import connect
 from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
+from hf_qat.graph.passes.synchronize import synchronize
 from hf_qat.model.finite import require_finite
 from hf_qat.model.further_calls import FurtherCalls
 from hf_qat.model.plan import make_plan
@@ -208,6 +209,7 @@ def _prepare(
     _follow_model(model, config)
     _freeze_quantizers_of_frozen_parts(model)
     for module in captured.values():
+        synchronize(module, module.graphs)
         module.remember_places()
         module.saves_memory = config.save_memory
         object.__setattr__(module, "capture_call", further_calls)

@@ -26,21 +26,49 @@ class SynchronizedBatchNorm(nn.Module):
             out: Tensor = super().forward(x)
             return out
         bn: Any = self
-        axes = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        values = x.float()
-        sums = torch.cat([values.sum(axes), values.new_tensor([values.numel() / values.shape[1]])])
-        sums = _SumOfRanks.apply(sums)
-        mean, count = sums[:-1] / sums[-1], sums[-1].detach()
-        centred = values - mean.view(shape)
-        # Not from a sum of squares: their difference from the squared mean would lose digits.
-        variance = _SumOfRanks.apply(centred.square().sum(axes)) / count
-        _remember(bn, mean.detach(), variance.detach() * (count / (count - 1)))
-        factor = torch.rsqrt(variance + bn.eps)
-        factor = factor if bn.weight is None else factor * bn.weight
-        normalised = centred * factor.view(shape)
-        result: Tensor = normalised if bn.bias is None else normalised + bn.bias.view(shape)
-        return result.to(x.dtype)
+        out, mean, variance = _normalised(x, bn.weight, bn.bias, bn.eps)
+        _remember(bn, mean, variance)
+        return out
+
+
+def synchronized_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    """`torch.batch_norm` by the statistics of all processes, where it is by those of the batch."""
+    if not training or not is_active():
+        statistics = running_mean, running_var
+        return torch.batch_norm(x, weight, bias, *statistics, training, momentum, eps, cudnn_enabled)
+    out, mean, variance = _normalised(x, weight, bias, eps)
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance, momentum)
+    return out
+
+
+def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The (N, C, …) of a process, normalised, and mean and unbiased variance, (C,), of all N of all processes."""
+    axes = [d for d in range(x.dim()) if d != 1]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    values = x.float()
+    sums = torch.cat([values.sum(axes), values.new_tensor([values.numel() / values.shape[1]])])
+    sums = _SumOfRanks.apply(sums)
+    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+    centred = values - mean.view(shape)
+    # Not from a sum of squares: their difference from the squared mean would lose digits.
+    variance = _SumOfRanks.apply(centred.square().sum(axes)) / count
+    factor = torch.rsqrt(variance + eps)
+    factor = factor if weight is None else factor * weight
+    normalised = centred * factor.view(shape)
+    result: Tensor = normalised if bias is None else normalised + bias.view(shape)
+    return result.to(x.dtype), mean.detach(), variance.detach() * (count / (count - 1))
 
 
 class _SumOfRanks(torch.autograd.Function):

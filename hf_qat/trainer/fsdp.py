@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, StateDictType, fully_shard
 
 from hf_qat.graph.capture.meta_device import without_weights
+from hf_qat.graph.captured import captured_modules
+from hf_qat.graph.passes.synchronize import synchronize
 from hf_qat.model.parameter_groups import scale_parameters
 from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
 
@@ -35,6 +37,8 @@ def shard(model: nn.Module, accelerator: Accelerator) -> None:
     `copy.deepcopy` gives a whole model, if all processes call it together.
     """
     synchronize_batch_norms(model)
+    for captured in captured_modules(model).values():
+        synchronize(captured, captured.graphs)
     mesh = accelerator.torch_device_mesh
     if mesh is None:
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))

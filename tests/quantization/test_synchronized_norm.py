@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hf_qat import QATConfig, fake_quant_disabled, prepare_qat
 from hf_qat.quantization.synchronized_norm import SynchronizedBatchNorm, synchronize_batch_norms
+from tests.models import spread
 from tests.ranks import on_two_ranks
 
 
@@ -56,12 +59,41 @@ def run(norm: nn.BatchNorm2d, part: slice) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in {**found, **dict(norm.named_buffers())}.items()}
 
 
+class WithAuxiliary(nn.Module):
+    """A norm without statistics, and one that only training calls: both stay operations of a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)
+        self.auxiliary, self.auxiliary_norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 4, H, W) → the same shape."""
+        out = torch.relu(self.norm(self.conv(x)))
+        return out + self.auxiliary_norm(self.auxiliary(out)) if self.training else out
+
+
+def with_auxiliary() -> nn.Module:
+    return spread(WithAuxiliary())
+
+
+def run_model(model: nn.Module, part: slice) -> dict[str, Tensor]:
+    """The output of a step of training, on a part of the images, and all buffers of norms."""
+    dtype = next(model.parameters()).dtype
+    out = model.train()(data(0)[part].to(dtype))
+    found = {name: value for name, value in model.named_buffers() if "auxiliary_norm" in name}
+    return {"out": out.detach().float(), **{name: value.float() for name, value in found.items()}}
+
+
 def in_parts(rank: int) -> dict[str, dict[str, Tensor]]:
-    results = {}
+    results, part = {}, slice(None, SHARE) if rank == 0 else slice(SHARE, None)
     for name in (*NORMS, *CHANGED):
         norm = norm_of(name)
         synchronize_batch_norms(norm)
-        results[name] = run(norm, slice(None, SHARE) if rank == 0 else slice(SHARE, None))
+        results[name] = run(norm, part)
+    model = prepare_qat(with_auxiliary(), QATConfig(sync_batch_norm=True), data(0)[:2])
+    with fake_quant_disabled(model):
+        results["model"] = run_model(copy.deepcopy(model), part)
     return results
 
 
@@ -81,6 +113,14 @@ def test_two_processes_compute_what_batch_norm_does_on_the_whole_batch(name: str
         torch.testing.assert_close(summed, expected[key], rtol=1e-4, atol=1e-4)
         if key not in ("weight", "bias"):
             assert torch.equal(first[key], second[key])
+
+
+def test_norms_that_stay_operations_of_a_graph_are_those_of_the_whole_batch_too(ranks: list):
+    expected = run_model(with_auxiliary().double(), slice(None))
+    first, second = (result["model"] for result in ranks)
+    found = {"out": torch.cat([first.pop("out"), second.pop("out")]), **first}
+    assert found.keys() == expected.keys() and len(found) == 4
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_in_evaluation_one_process_alone_computes_what_it_did(tmp_path: Path):

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from hf_qat.errors import CaptureError, ExportError
 from hf_qat.graph.capture.inputs import Inputs, guess_inputs, with_batch
 from hf_qat.graph.captured import CapturedModule
+from hf_qat.model.batches import types_told
 from hf_qat.model.state import captured_children
 
 
@@ -98,8 +99,11 @@ def set_names(graph: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None
 
 @torch.no_grad()
 def require_tensors(model: nn.Module, call: ExportCall) -> None:
-    """Raise `ExportError` if something else than tensors comes out of the call, on which PyTorch's exporter breaks."""
-    _require_tensors(type(model).__name__, model(*call.args, **call.kwargs))
+    """Raise `ExportError` for what breaks PyTorch's exporter: inputs of another type, other outputs than tensors."""
+    tensors = input_tensors(bind(model, call.args, call.kwargs))
+    with types_told(model, tensors, "inputs are", ExportError):
+        result = model(*call.args, **call.kwargs)
+    _require_tensors(type(model).__name__, result)
 
 
 def _require_tensors(name: str, result: Any) -> None:

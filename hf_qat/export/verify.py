@@ -24,6 +24,7 @@ from hf_qat.export.io_names import bind, input_tensors, named_outputs
 from hf_qat.export.onnx_graph import opset_of
 from hf_qat.export.report import PERTURBATION, ExportReport
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
+from hf_qat.model.batches import types_told
 from hf_qat.model.eager import in_eager_mode, uncompiled
 from hf_qat.model.in_float import float_operations
 from hf_qat.model.state import require_stage
@@ -75,8 +76,8 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
             continue
         samples += rows
         for session, comparison in zip(sessions, comparisons, strict=True):
-            results = session.run(inputs)
-            if session.batch_size is None or _is_row_by_row(expected, results, rows):
+            results = _together(session, inputs)
+            if results is not None and (session.batch_size is None or _is_row_by_row(expected, results, rows)):
                 comparison.add(expected, results)
                 continue
             for part in _parts(batch, session.batch_size):
@@ -163,9 +164,23 @@ def _load(path: Path) -> onnx.ModelProto:
 def _run_torch(model: nn.Module, batch: Inputs) -> tuple[list[np.ndarray], list[tuple[str, np.ndarray]]]:
     device = device_of(model)
     args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), as_call(batch))
-    inputs = [tensor.cpu().numpy() for tensor in input_tensors(bind(model, args, kwargs))]
-    outputs = [(name, tensor.cpu().numpy()) for name, tensor in named_outputs(model(*args, **kwargs))]
-    return inputs, outputs
+    inputs = input_tensors(bind(model, args, kwargs))
+    with types_told(model, inputs, "inputs are", ExportError):
+        result = model(*args, **kwargs)
+    outputs = [(name, tensor.cpu().numpy()) for name, tensor in named_outputs(result)]
+    return [tensor.cpu().numpy() for tensor in inputs], outputs
+
+
+class _UnevenError(ExportError):
+    """Rows that cannot be put together, as there is more of one than of another."""
+
+
+def _together(session: Session, inputs: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+    """All outputs of all rows; `None` where one has more than another, such as key points."""
+    try:
+        return session.run(inputs)
+    except _UnevenError:
+        return None
 
 
 def _is_row_by_row(expected: Sequence[tuple[str, np.ndarray]], results: Sequence[np.ndarray], rows: int) -> bool:
@@ -283,6 +298,12 @@ def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:
 
 def _joined(outputs: Sequence[np.ndarray], count: int) -> np.ndarray:
     """One output of several batches: its first `count` rows; of a single number, such as a loss, the mean."""
+    if len({output.shape[1:] for output in outputs}) > 1:
+        shapes = ", ".join(str(shape) for shape in dict.fromkeys(output.shape for output in outputs))
+        raise _UnevenError(
+            f"outputs of the shapes {shapes} cannot be put together: how much there is depends on the image, and the "
+            "file takes one at a time. Give it one."
+        )
     whole: np.ndarray = (
         np.concatenate(outputs)[:count] if outputs[0].ndim else np.mean(outputs, dtype=outputs[0].dtype)
     )

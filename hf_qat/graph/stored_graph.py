@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.fx.node import map_aggregate
 
 from hf_qat.graph.nodes import MODULE_PATH
+
+
+#: Stands for a size that depends on values.
+UNKNOWN_SIZE = 2
 
 
 @dataclass(frozen=True)
@@ -72,4 +77,9 @@ def restore_graph(stored: list[StoredNode]) -> fx.Graph:
 
 
 def _described(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
-    return (tuple(int(n) for n in value.shape), value.dtype) if isinstance(value, Tensor) else None
+    return (tuple(map(_size, value.shape)), value.dtype) if isinstance(value, Tensor) else None
+
+
+def _size(n: int | torch.SymInt) -> int:
+    """A free size becomes that of the examples; one that depends on values (a number of key points) has none there."""
+    return UNKNOWN_SIZE if has_free_unbacked_symbols(n) else int(n)

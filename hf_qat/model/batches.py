@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,18 +64,39 @@ def _run(
 ) -> None:
     """Raw pixels, and other real numbers than the weights, are a mistake only where the model does not take them."""
     try:
-        model(*args, **kwargs)
-    except RuntimeError as error:
-        real = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
-        own = {parameter.dtype for parameter in model.parameters()}
-        if tensors and not real and isinstance(error, CaptureError):
+        with types_told(model, tensors, f"calibration batch {position} holds", CalibrationError):
+            model(*args, **kwargs)
+    except CaptureError as error:
+        if tensors and not any(tensor.is_floating_point() for tensor in tensors):
             raise CalibrationError(
                 f"calibration batch {position} holds {tensors[0].dtype} only: give the floats that the model is "
                 "trained on, that is the output of the image processor, not raw pixels."
             ) from error
-        if own and real and own.isdisjoint(real) and not isinstance(error, HfQatError):
-            raise CalibrationError(
-                f"calibration batch {position} holds {real[0]}, and the weights of {type(model).__name__} are "
-                f"{', '.join(map(str, own))}: give it in that, as by batch.float(). ({error})"
-            ) from error
         raise
+
+
+@contextmanager
+def types_told(model: nn.Module, tensors: Iterable[Tensor], what: str, kind: type[HfQatError]) -> Iterator[None]:
+    """Inside, PyTorch's refusal of real numbers of another type than the model's becomes an error that names both.
+
+    Only what is refused: many models convert what they are given.
+
+    Args:
+        model: that is called inside.
+        tensors: what it is called with.
+        what: begins the message: who holds them.
+        kind: of the error.
+    """
+    try:
+        yield
+    except HfQatError:
+        raise
+    except RuntimeError as error:
+        real = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        own = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
+        if not (own and real and own.isdisjoint(real)):
+            raise
+        raise kind(
+            f"{what} {real[0]}, and the weights of {type(model).__name__} are {', '.join(map(str, own))}: give it in "
+            f"that, as by batch.float(). ({error})"
+        ) from error

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_qat import calibrate, convert, prepare_qat
+from hf_qat import calibrate, convert, export_onnx, prepare_qat, verify_onnx
 from hf_qat.config.checkpoint_info import CheckpointInfo
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import ConfigError, HfQatError, WeightsError
 from hf_qat.model.saved_config import rebuild_inputs
 from tests.checkpoints.damaged import copied, load
+from tests.coverage.dense import DENSE
 from tests.coverage.detection import DETECTION
 from tests.graph.capture.test_ways import MoreQueries, boxes
 from tests.models import resnet
@@ -210,3 +211,24 @@ def test_a_model_for_images_of_several_sizes_takes_them_again(quantized: bool, t
     for size in ((32, 32), (64, 40), (96, 32)):
         x = torch.randn(1, 3, *size)
         assert torch.equal(loaded(x).logits, model(x).logits)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_key_points_come_back_bit_for_bit_copied_and_on_onnx_runtime(tmp_path: Path):
+    """SuperPoint: how many there are depends on the image, and a constant follows their device."""
+    case = next(case for case in DENSE if case.cls == "SuperPointForKeypointDetection")
+    model, images = prepare_qat(case.make(), QATConfig(), case.batch(2)), case.batch(3, seed=5)
+    calibrate(model, [case.batch(2, seed=1)])
+    for stage in ("prepared", "converted"):
+        expected = model(**images)
+        model.save_pretrained(tmp_path / stage)
+        loaded = type(model).from_pretrained(tmp_path / stage)
+        for other in (loaded, copy.deepcopy(loaded)):
+            assert all(torch.equal(value, expected[name]) for name, value in other(**images).items())
+        if stage == "prepared":
+            convert(model)
+    counts = expected["mask"].sum(1).tolist()
+    assert len(set(counts)) > 1  # else nothing would be padded
+    export_onnx(model, tmp_path / "model.onnx", case.batch(1), verify=False)
+    assert verify_onnx(model, tmp_path / "model.onnx", [images]).plain.relative_error < 1e-3

@@ -13,12 +13,12 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from transformers import BatchFeature
 
-from hf_qat import QATConfig, calibrate, convert, export_onnx, prepare_qat, verify_onnx
+from hf_qat import QATConfig, calibrate, convert, export_onnx, export_tidl, prepare_qat, verify_onnx
 from hf_qat.errors import CaptureError, ExportError, StageError
 from hf_qat.export.comparison import Comparison
 from hf_qat.export.float_operators import output_steps
 from hf_qat.export.report import Agreement, ExportReport
-from hf_qat.export.verify import SIGNED_CODES_BUG, require_agreement
+from hf_qat.export.verify import SIGNED_CODES_BUG, Session, require_agreement
 from hf_qat.graph.capture.inputs import as_call
 from tests.models import HUGGING_FACE, HandWritten, hand_written
 
@@ -111,6 +111,34 @@ def test_another_number_of_inputs_is_an_error(own_file):
     convert(calibrate(model, [batch]))
     with pytest.raises(ExportError, match=r"takes 1 inputs \(x\), the batch has 2"):
         verify_onnx(model, own_file[1], [batch])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_real_numbers_of_another_type_are_refused_by_name(dtype, own_file, tmp_path):
+    model, path = own_file
+    images = torch.randn(1, 3, 16, 16, dtype=dtype)
+    message = f"inputs are {dtype}, and the weights of HandWritten are torch.float32.*float()"
+    with pytest.raises(ExportError, match=message):
+        verify_onnx(model, path, [images])
+    with pytest.raises(ExportError, match=message):
+        export_onnx(model, tmp_path / "model.onnx", images)
+    with pytest.raises(ExportError, match=message):
+        export_tidl(model, tmp_path / "bundle", "AM68A", [images])
+    assert not any(tmp_path.iterdir())
+
+
+def test_rows_of_which_one_has_more_than_another_are_not_put_together(tmp_path):
+    """Key points: as many as there are numbers above 0."""
+    path = tmp_path / "found.onnx"
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 4])
+    places = onnx.helper.make_tensor_value_info("places", onnx.TensorProto.INT64, [2, "found"])
+    nodes = [onnx.helper.make_node("Relu", ["x"], ["above"]), onnx.helper.make_node("NonZero", ["above"], ["places"])]
+    graph = onnx.helper.make_graph(nodes, "found", [x], [places])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+    session = Session(path, optimized=False)
+    assert session.run([np.float32([[1, 0, 1, 0]])])[0].tolist() == [[0, 0], [0, 2]]
+    with pytest.raises(ExportError, match=r"shapes \(2, 2\), \(2, 3\) cannot be put together"):
+        session.run([np.float32([[1, 0, 1, 0], [1, 1, 1, 0]])])
 
 
 def test_a_file_that_is_none_is_an_error(own_file, tmp_path):

@@ -263,7 +263,9 @@ def _fold_constants(graph: fx.Graph, module: Any, constants: Constants) -> None:
                 values[node] = fetch(module, node.target).clone()  # later nodes may write to it
                 continue
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-            values[node] = node.target(*args, **_on_real_device(kwargs))
+            values[node] = node.target(
+                *map(_on_real_device, args), **{k: _on_real_device(v) for k, v in kwargs.items()}
+            )
     for node, value in values.items():
         outside = [user for user in node.users if user not in values]
         if outside and isinstance(value, Tensor) and node.op != "get_attr":
@@ -305,11 +307,9 @@ def _memory_of(node: Any) -> Any:
             return node
 
 
-def _on_real_device(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _on_real_device(argument: Any) -> Any:
     """A constant of a graph captured on the meta device still needs its value."""
-    if str(kwargs.get("device", "")) == "meta":
-        return {**kwargs, "device": torch.device("cpu")}
-    return kwargs
+    return torch.device("cpu") if isinstance(argument, torch.device) and argument.type == "meta" else argument
 
 
 def _follow_device(graph: fx.Graph) -> None:

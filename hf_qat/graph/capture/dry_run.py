@@ -46,7 +46,10 @@ def dry_runs(model: nn.Module, inputs: Inputs | TwoSizes, search: Search) -> tup
             return dry_runs(model, inputs, wider)
         repeated = _dry_run_on_meta(model, inputs, second, search)
         if repeated is None or not _same_calls(recorded, repeated):
-            repeated = _dry_run(model, changed_images(inputs), second, search)
+            with MetaCapture(
+                part=1
+            ):  # a model that is there without values finds otherwise than in the first run, too
+                repeated = _dry_run(model, changed_images(inputs), second, search)
     except CaptureError:
         raise
     except Exception as error:
@@ -69,7 +72,7 @@ def _dry_run(model: nn.Module, inputs: Inputs | TwoSizes, size: int, search: Sea
 def _dry_run_on_meta(model: nn.Module, inputs: Inputs | TwoSizes, size: int, search: Search) -> Records | None:
     """The same on a copy without weights, which costs next to nothing; `None` where values are asked for."""
     try:
-        with MetaCapture():
+        with MetaCapture(part=1):
             return _dry_run(without_weights(model), inputs, size, search)
     except Exception as error:
         logger.debug("The model does not run on the meta device (%s).", error)

@@ -39,8 +39,7 @@ def rehearse(model: nn.Module, training: bool, runs: Sequence[Run], search: Sear
         The records of all runs; `None` if one fails: code for training may want labels.
     """
     try:
-        with MetaCapture():
-            return _rehearse(without_weights(model), training, runs, search)
+        return _rehearse(without_weights(model), training, runs, search)
     except Exception as error:
         logger.debug("The model does not run on the meta device (%s).", error)
     try:
@@ -59,5 +58,6 @@ def _rehearse(model: nn.Module, training: bool, runs: Sequence[Run], search: Sea
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False
         for ordinal, run in enumerate(runs):
-            add_run(recorded, record_run(model, search, partial(run, model)), ordinal)
+            with MetaCapture(part=1 / (1 + ordinal)):
+                add_run(recorded, record_run(model, search, partial(run, model)), ordinal)
     return recorded

@@ -129,6 +129,50 @@ def test_a_check_of_values_holds_where_there_are_none():
         torch._check_tensor_all(torch.zeros(2, device="meta") == 1)
 
 
+FOUND = {
+    "nonzero": lambda x: [x.nonzero()],
+    "nonzero as a tuple": lambda x: [*torch.nonzero(x, as_tuple=True)],
+    "argwhere": lambda x: [torch.argwhere(x)],
+    "where": lambda x: [*torch.where(x > 0)],
+    "selected": lambda x: [x.masked_select(x > 0), torch.masked_select(x, x[:1] > 0)],
+    "indexed": lambda x: [x[x > 0], x[None, x > 0], x[0, x[0] > 0, None], x[0], x[:, None], x[torch.nonzero(x)[:, 0]]],
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_found_by_value_is_all_or_half_of_each_row_where_there_are_none(name):
+    """Against ones, of which all are found, and against a row of ones and zeros."""
+    for part, row in ((1, [1.0, 1.0, 1.0, 1.0]), (0.5, [1.0, 0.0, 0.0, 1.0])):
+        x = torch.tensor([row] * 3)
+        with MetaCapture(part):
+            found = FOUND[name](x.to("meta"))
+        assert [(y.shape, y.dtype) for y in found] == [(y.shape, y.dtype) for y in FOUND[name](x)]
+
+
+class Follows(nn.Module):
+    """A constant is brought to wherever its input is, as SuperPoint has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x / torch.tensor([2.0, 4.0]).to(x))
+
+
+def test_a_constant_that_follows_its_input_has_its_value_on_the_meta_device():
+    with MetaCapture():
+        children = capture(Follows().eval().to("meta"), torch.randn(2, 2))
+    assert [value.tolist() for value in constants(children).values()][-1] == [2.0, 4.0]
+    assert not any(value.is_meta for value in constants(children).values())
+
+
+def test_two_ways_of_where_select_by_a_mask_as_before():
+    x = torch.zeros(2, 3, device="meta")
+    with MetaCapture():
+        assert torch.where(x > 0, x, 1.0).shape == torch.where(x > 0, input=x, other=x).shape == (2, 3)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_captured_model_can_be_cast(dtype):

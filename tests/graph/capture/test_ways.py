@@ -188,6 +188,7 @@ def test_sizes_that_depend_on_the_image_are_dynamic():
         x = torch.rand(3, 1, 8, 8)
         with fake_quant_disabled(model):
             torch.testing.assert_close(model.train(mode)(x), twin(x))
+            torch.testing.assert_close(copy.deepcopy(model)(x), twin(x))
 
 
 class Reshapes(nn.Module):

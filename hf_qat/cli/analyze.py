@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--num_batches", type=count, default=4, help="Batches to compare on.")
     named_first = argv and not argv[0].startswith("-")
     model, data, qat, other = parse(parser, ["--model_name_or_path", *argv] if named_first else argv)
+    _require_figures(other)
     is_file = model.model_name_or_path.endswith(".onnx")
     found = _analyze_file(model, data, other) if is_file else _analyze(model, data, qat, other)
     print(found)
@@ -53,6 +54,17 @@ def main(argv: Sequence[str]) -> None:
         print(f"Written: {found.to_html(other.html)}")
     if other.plot is not None:
         print(f"Written: {found.plot(other.plot)}")
+
+
+def _require_figures(other: Any) -> None:
+    """Raise `AnalysisError` for figures that cannot be drawn, before the time for an analysis is spent."""
+    if other.html is None and other.plot is None:
+        return
+    from hf_qat.model.analysis.figure import require_ending, require_matplotlib
+
+    require_matplotlib()
+    if other.plot is not None:
+        require_ending(other.plot)
 
 
 def _analyze(model: ModelArguments, data: DataArguments, qat: QATArguments, other: Any) -> Analysis:

@@ -112,7 +112,11 @@ def _load(options: DataArguments, pictured: Sequence[str]) -> datasets.DatasetDi
         return _from_jsonl(path, options.image_column_name, pictured)
     if options.dataset_name.count("/") > 1 or path.suffix:
         raise ConfigError(f"there is no folder and no file {options.dataset_name}.")
-    return datasets.load_dataset(options.dataset_name, options.dataset_config_name)
+    try:
+        return datasets.load_dataset(options.dataset_name, options.dataset_config_name)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"there is no folder {path}, and no data set on the Hub could be read: {reason}") from error
 
 
 def _from_folder(path: Path) -> datasets.DatasetDict:

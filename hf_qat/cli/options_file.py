@@ -41,7 +41,7 @@ def words_with_config(argv: Sequence[str], spell_out: bool = False) -> list[str]
             flags of TrainingArguments take them.
 
     Raises:
-        ConfigError: the file is no YAML mapping.
+        ConfigError: the file is no YAML mapping, or there is neither a file nor a recipe of that name.
         OSError: it cannot be read.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -51,8 +51,9 @@ def words_with_config(argv: Sequence[str], spell_out: bool = False) -> list[str]
 
 
 def _found(file: Path) -> Path:
-    """The file, or the recipe of that name that comes with the package."""
-    return recipe_file(file.name) if not file.exists() and file.stem in recipe_names() else file
+    """The file, or the recipe of that name that comes with the package; a name without suffix is meant for one."""
+    is_name = file.stem in recipe_names() or not file.suffix
+    return recipe_file(str(file)) if is_name and not file.exists() else file
 
 
 def _words(file: Path, spell_out: bool) -> list[str]:

@@ -24,6 +24,7 @@ from hf_qat.model.in_float import by_reason, float_operations
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import state_of
 from hf_qat.model.switches import fake_quant_disabled
+from hf_qat.publish.accuracy import quality
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.trainer.histories import RangeHistory
 from hf_qat.trainer.trainer import QATTrainer
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dry_run", "--dry-run", **truth, help="Say what would be done, and stop.")
     model, data, qat, args, other = parse(parser, argv)
     config = qat.to_config()
+    _check_sizes(args)
     args.learning_rate = qat.learning_rate(args.learning_rate)
     args.remove_unused_columns = False  # images become pixels only when a batch is read
     output = Path(str(args.output_dir))
@@ -84,10 +86,26 @@ def _measure_and_train(trainer: QATTrainer) -> dict[str, dict[str, float]]:
     """What `evaluate` gives in float, after calibration and after training."""
     with fake_quant_disabled(trainer.model):
         in_float = trainer.evaluate()
+    check_best(trainer.args, in_float)
     trainer.calibrate()
     calibrated = trainer.evaluate()
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     return {"float": in_float, "calibrated": calibrated, "qat": trainer.evaluate()}
+
+
+def _check_sizes(args: TrainingArguments) -> None:
+    """Raise `ConfigError` for batches of nothing."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name} must be 1 or more, not {getattr(args, name)}.")
+
+
+def check_best(args: TrainingArguments, measured: dict[str, float]) -> None:
+    """Raise `ConfigError` for a `metric_for_best_model` that no evaluation gives, before the training."""
+    name = args.metric_for_best_model
+    if name is not None and f"eval_{name.removeprefix('eval_')}" not in measured:
+        known = ", ".join(quality(measured))
+        raise ConfigError(f"metric_for_best_model is {name!r}, and what is measured is {known}.")
 
 
 def _resumable(output: Path, checkpoint: str | None) -> str | None:

@@ -33,6 +33,7 @@ from hf_qat.graph.user_hooks import user_hooks
 from hf_qat.quantization.class_swap import MADE_BY, forget_own_forward, swap_class
 from hf_qat.quantization.float32_arithmetic import float32_arithmetic
 from hf_qat.quantization.layers import QATLayer, folded_ahead, qat_layers
+from hf_qat.quantization.onnx_ops import exporting_to_onnx
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 from hf_qat.quantization.saved_codes import Kept, kept_for_backward
 
@@ -129,6 +130,8 @@ class CapturedModule(nn.Module):
 
     def run_graph(self, *args: Any, **kwargs: Any) -> Any:
         """Take the tensors out of the call, run the graph, and rebuild the result of the original forward."""
+        if exporting_to_onnx() and any(_rounds(place.module) for place in self.places):
+            _warn_of_export(self)
         call, tensors = flatten_call(self._python_signature, args, kwargs)
         captured = self._graph_for(call, tensors)
         compiling = torch.compiler.is_compiling()
@@ -270,6 +273,15 @@ def _rounds(module: nn.Module) -> bool:
     return isinstance(module, FakeQuantize) and module.rounds and module.observer is None
 
 
+def _warn_of_export(owner: CapturedModule) -> None:
+    """`torch.onnx.export` was called too early; an error would have it try again where nothing can be said."""
+    logger.warning(
+        "%s is prepared for training, and the ONNX file gets its rounding as arithmetic in float, not as "
+        "QuantizeLinear: call convert(model) before torch.onnx.export, or use export_onnx(convert(model), path).",
+        type(owner).__name__,
+    )
+
+
 def _warn_of_ranges(owner: CapturedModule) -> None:
     """Say which quantizers are about to round by ranges that nobody has collected, if any."""
     weights = {id(layer.weight_quantizer) for layer in qat_layers(owner).values()}  # need no data
@@ -324,9 +336,11 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
             )
         if not fits_shape(tensor, shape):
             wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            advice = "resize the input, or prepare the model with example_inputs= of that size."
+            if fits_shape(tensor[None], shape):
+                advice = "the batch comes first: image[None], or images.split(32) for batches of a tensor of images."
             return CaptureError(
-                f"{name} was captured for {argument} of shape ({wanted}) and got {tuple(tensor.shape)}: resize "
-                "the input, or prepare the model with example_inputs= of that size."
+                f"{name} was captured for {argument} of shape ({wanted}) and got {tuple(tensor.shape)}: {advice}"
             )
     raise AssertionError("the call is one that was captured")
 

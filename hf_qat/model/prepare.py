@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import CaptureError, StageError
+from hf_qat.errors import CaptureError, ConfigError, StageError
 from hf_qat.graph.capture.capture import Parts, capture
 from hf_qat.graph.capture.inputs import Inputs, TwoSizes, device_of, guess_inputs
 from hf_qat.graph.fingerprint import operations
@@ -67,7 +67,7 @@ def prepare_qat(
 
     Raises:
         StageError: prepared or converted already, or a part of it is.
-        ConfigError: a glob of `exclude` or `overrides` matches no module.
+        ConfigError: `config` is none, or a glob of `exclude` or `overrides` matches no module.
         NonFiniteError: a weight holds NaN or infinity; the message names it.
         CaptureError: forward cannot become a graph, the message names the module and the line; a parameter is not
             in float32; the model is compiled, or has adapters of peft.
@@ -79,11 +79,21 @@ def prepare_qat(
     _require_never_compiled(model)
     _require_merged(model)
     _require_trainable(model)
-    config = QATConfig() if config is None else config
+    config = QATConfig() if config is None else require_config(config)
     config.check_globs([path for path, _ in model.named_modules() if path])
     inputs = guess_inputs(model) if example_inputs is None else example_inputs
     require_finite(model, "prepare")
     return prepare_parts(model, config, inputs, Parts(config.excludes), labels, other_size)
+
+
+def require_config(config: object) -> QATConfig:
+    """The config itself; `ConfigError` for what is none, such as the name of a target."""
+    if not isinstance(config, QATConfig):
+        given = repr(config) if isinstance(config, str) else f"a {type(config).__name__}"
+        raise ConfigError(
+            f"the recipe is {given}, and must be a QATConfig, such as QATConfig('int8'); example inputs come after it."
+        )
+    return config
 
 
 def _require_float(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HTTPError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, RevisionNotFoundError
 
 from hf_qat.errors import PublishError
 from hf_qat.publish.files import published_files
@@ -203,6 +203,8 @@ def _told_how_to_go_on(push: Push, token: str | None) -> Iterator[None]:
     except TROUBLES as error:
         if isinstance(error, PublishError):
             raise
+        if isinstance(error, HFValidationError):
+            raise PublishError(f"{push.repo_id!r} is no name of a model on the Hub: {explanation(error)}") from error
         raise PublishError(
             f"{push.directory} was not pushed to {push.repo_id}: {explanation(error)}. The directory is as it was, "
             f"and what the Hub has already is not sent again. To go on:\n  {push.command(token is not None)}"

@@ -59,11 +59,29 @@ def first_batch(trainer: Trainer, otherwise: Iterable[Any] | None = None) -> Any
     """The first batch of the data, or without any of the loader `otherwise`, with labels; `None` without either.
 
     A dictionary, but for a user's own collator and `compute_loss` that agree on something else.
+
+    Raises:
+        CalibrationError: a transform of the data set reads a column that Trainer has left out.
     """
     with unnoticed(trainer):
         loader: Iterable[Any] | None = _any_loader(trainer)
         loader = otherwise if loader is None else loader  # the truth of a loader asks for its length
-        return None if loader is None else next(iter(loader), None)
+        try:
+            return None if loader is None else next(iter(loader), None)
+        except KeyError as error:
+            if not _is_of_a_column_left_out(trainer, error):
+                raise
+            raise CalibrationError(
+                f"the data set reads its column {error.args[0]!r}, which Trainer leaves out, as forward has no "
+                "argument of that name: set remove_unused_columns=False in the TrainingArguments."
+            ) from error
+
+
+def _is_of_a_column_left_out(trainer: Trainer, error: KeyError) -> bool:
+    evaluated = trainer.eval_dataset
+    sets = (trainer.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else (evaluated,)))
+    columns = chain.from_iterable(getattr(dataset, "column_names", None) or () for dataset in sets)
+    return trainer.args.remove_unused_columns and error.args[:1] in [(column,) for column in columns]
 
 
 def batches_of_another_size(trainer: Trainer, batch: Any) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CalibrationError, ConfigError, StageError, WeightsError, listed
-from hf_qat.model.prepare import require_python
+from hf_qat.model.prepare import require_config, require_python
 from hf_qat.model.state import require_stage, state_of
 from hf_qat.quantization.quantizer import fake_quantizers
 
@@ -155,10 +155,13 @@ def check_model(model: nn.Module, config: QATConfig | None) -> None:
 
     Raises:
         CaptureError: compiled, or TorchScript.
+        ConfigError: `config` is no `QATConfig`.
         StageError: converted, or prepared by another recipe than `config`.
         WeightsError: weights in another type than float32.
     """
     require_python(model)
+    if config is not None:
+        require_config(config)
     state = state_of(model)
     if state is not None:
         require_stage(model, Stage.PREPARED, "train")

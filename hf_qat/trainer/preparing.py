@@ -7,18 +7,20 @@ the trainer that its hooks need.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import CaptureError
+from hf_qat.errors import CalibrationError, CaptureError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.graph.random_state import random_state_kept
 from hf_qat.model.prepare import prepare_qat
@@ -98,11 +100,23 @@ def _examples(trainer: Trainer, model: nn.Module, batch: Any, given: Mapping[str
     required = required_labels(model, names & given.keys())
     labels = {name: value for name, value in given.items() if name in names and name not in required}
     inputs = {name: value for name, value in given.items() if name not in labels}
+    _require_tensors(model, inputs)
     if required:
         return Examples(batch, in_order(model, inputs), labels)
     others = [] if state_of(model) is not None else batches_of_another_size(trainer, batch)
     other_sizes = [without_labels(trainer, received(trainer, model, other)) for other in others]
     return Examples(batch, inputs, labels, other_sizes)
+
+
+def _require_tensors(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raise `CalibrationError` for a batch that has nothing for the model but labels."""
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(dict(inputs))):
+        wanted = ", ".join(inspect.signature(model.forward).parameters)
+        raise CalibrationError(
+            f"the first batch has nothing for {type(model).__name__} but labels; forward takes {wanted}. Columns of "
+            "other names are left out by Trainer: give the images that name in the data set, or by data_collator= and "
+            "remove_unused_columns=False."
+        )
 
 
 def prepare(

@@ -16,6 +16,8 @@ import transformers
 from PIL import Image
 
 from hf_qat.cli.main import main
+from hf_qat.cli.train import check_best
+from hf_qat.errors import ConfigError
 from tests.commands import data_sets_cached_in
 
 
@@ -230,6 +232,14 @@ def test_a_jsonl_file_names_images_beside_it(folder, tmp_path, capsys):
         ("evaluate", {"--label_column_name": "kind"}, "no column 'kind'"),
         ("evaluate", {"--train_val_split": "1.5"}, "between 0 and 1"),
         ("evaluate", {"--model_name_or_path": "missing.onnx"}, "there is no file missing.onnx"),
+        (
+            "evaluate",
+            {"--dataset_name": "fotos"},
+            "there is no folder fotos, and no data set on the Hub could be read",
+        ),
+        ("train", {"--per_device_train_batch_size": "0"}, "per_device_train_batch_size must be 1 or more, not 0"),
+        ("train", {"--config": "cnn_in8"}, "Known recipes: cnn_int8"),
+        ("analyze", {"--plot": "figure.xyz", "--model_name_or_path": "flot"}, "cannot draw figure.xyz"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(command, changed, words, folder, tmp_path, capsys):
@@ -241,6 +251,21 @@ def test_a_mistake_is_one_line_that_says_what_to_do(command, changed, words, fol
     assert len(lines) == 1
     assert lines[0].startswith(f"hf-qat {command}: error: ") and words in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_best_model_is_chosen_by_what_is_measured(tmp_path):
+    measured = {"eval_loss": 1.0, "eval_accuracy": 0.5, "eval_runtime": 1.0}
+    for name in ("accuracy", "eval_loss", None):
+        check_best(transformers.TrainingArguments(str(tmp_path), metric_for_best_model=name), measured)
+    with pytest.raises(ConfigError, match="'f1', and what is measured is loss, accuracy"):
+        check_best(transformers.TrainingArguments(str(tmp_path), metric_for_best_model="f1"), measured)
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_not_measured_is_said_before_training(model, tmp_path, capsys):
+    few = ["--max_train_samples", "8", "--max_eval_samples", "4", "--output_dir", str(tmp_path), "--use_cpu"]
+    assert main(["train", *model, *few, "--metric_for_best_model", "f1"]) == 2
+    assert "metric_for_best_model is 'f1', and what is measured is loss, accuracy." in capsys.readouterr().err
 
 
 def test_a_library_that_the_processor_needs_is_named_in_one_line(folder, monkeypatch, capsys):

@@ -33,3 +33,11 @@ def test_the_last_axis_is_what_was_captured():
     model = prepare_qat(nn.Sequential(nn.Linear(4, 4)), QATConfig(), torch.randn(3, 5, 4))
     with pytest.raises(CaptureError, match="captured for input of shape"):
         model(torch.randn(2, 3, 5, 6))
+
+
+def test_an_image_without_its_batch_is_told_so():
+    model = prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 1)), QATConfig(), torch.randn(2, 3, 8, 8))
+    with pytest.raises(CaptureError, match=r"got \(3, 8, 8\): the batch comes first: image\[None\]"):
+        calibrate(model, torch.randn(4, 3, 8, 8))
+    with pytest.raises(CaptureError, match=r"got \(3, 6, 8\): resize the input"):
+        calibrate(model, torch.randn(4, 3, 6, 8))

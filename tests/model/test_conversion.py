@@ -432,3 +432,14 @@ def test_a_converted_model_moves_and_computes_under_autocast_as_the_error_says()
         found = model(x)
     assert (found.float() - expected).norm() < 0.05 * expected.norm()
     assert {value.device.type for value in model.to("meta").state_dict().values()} == {"meta"}
+
+
+def test_a_prepared_model_in_pytorch_s_exporter_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """As a file it has the rounding as arithmetic; of a converted one there is nothing to say."""
+    x = torch.randn(2, 3, 8, 8)
+    model = calibrate(prepare_qat(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), QATConfig(), x), [x]).eval()
+    assert "Round" in {node.op_type for node in export(model, (x,), tmp_path / "prepared.onnx").graph.node}
+    assert caplog.text.count("call convert(model) before torch.onnx.export") == 1
+    caplog.clear()
+    kinds = {node.op_type for node in export(convert(model), (x,), tmp_path / "converted.onnx").graph.node}
+    assert "QuantizeLinear" in kinds and "prepared for training" not in caplog.text

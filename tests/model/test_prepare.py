@@ -514,3 +514,9 @@ def test_a_frozen_batch_norm_of_an_excluded_part_stands_still_and_computes_by_ru
 
     freeze_batch_norm(model, False)(x)
     assert not any(torch.equal(after[name], value) for name, value in before.items() if "running_mean" in name)
+
+
+@pytest.mark.parametrize("given", ["int8", torch.zeros(1, 3, 32, 32)], ids=["name", "images"])
+def test_a_recipe_that_is_none_is_refused(given: object):
+    with pytest.raises(ConfigError, match=r"the recipe is ('int8'|a Tensor), and must be a QATConfig"):
+        prepare_qat(resnet(), given)

@@ -192,8 +192,9 @@ def test_offline_mode_says_so(hub, directory, monkeypatch):
 
 
 def test_an_impossible_name_says_so(hub, directory):
-    with pytest.raises(PublishError, match="Repo id must"):
+    with pytest.raises(PublishError, match="'user/mo del' is no name of a model on the Hub: Repo id must") as raised:
         push_directory(directory, "user/mo del")
+    assert "To go on" not in str(raised.value)  # the same would fail again
 
 
 def test_the_command_line_ends_with_status_2_and_the_error(hub, directory, capsys):

@@ -220,3 +220,8 @@ def test_a_key_that_the_model_never_saves_may_be_missing():
 def test_a_compiled_model_is_refused_before_anything_is_done():
     with pytest.raises(CaptureError, match="before torch.compile"):
         check_model(torch.compile(hand_written(), backend="eager"), None)
+
+
+def test_a_recipe_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="the recipe is 'int8', and must be a QATConfig"):
+        check_model(hand_written(), "int8")

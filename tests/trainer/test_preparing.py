@@ -1,12 +1,13 @@
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_qat.errors import CaptureError
+from hf_qat.errors import CalibrationError, CaptureError
 from hf_qat.model.state import state_of
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.trainer.batches import in_order, made_to_differ_in_both, required_labels
@@ -124,3 +125,33 @@ def test_a_model_of_one_size_says_so_and_trains_on_that(tmp_path: Path, caplog: 
     trainer.train()
     with pytest.raises(CaptureError, match="captured for"):
         trainer.evaluate()
+
+
+def test_a_batch_without_images_says_what_forward_takes(tmp_path: Path):
+    rows = [{"image": torch.zeros(3, 32, 32), "label": 1} for _ in range(8)]
+    with pytest.raises(
+        CalibrationError, match="nothing for ResNetForImageClassification but labels; forward takes pixel"
+    ):
+        QATTrainer(resnet(), arguments(tmp_path), train_dataset=rows)
+
+
+@pytest.mark.parametrize("kind", ["train", "several"])
+def test_a_transform_of_a_column_that_trainer_leaves_out_is_told_so(tmp_path: Path, kind: str):
+    """Such a transform is in transformers' examples of image classification, beside `remove_unused_columns=False`."""
+
+    def encode(rows: dict[str, Any]) -> dict[str, Any]:
+        return {"pixel_values": torch.tensor(rows["image"]), "labels": rows["label"]}
+
+    rows = {"image": torch.rand(8, 3, 32, 32).tolist(), "label": [0] * 8}
+    data = datasets.Dataset.from_dict(rows).with_transform(encode)
+    given = {"train_dataset": data} if kind == "train" else {"eval_dataset": {"a": data}}
+    with pytest.raises(CalibrationError, match="reads its column 'image'.* set remove_unused_columns=False"):
+        QATTrainer(resnet(), arguments(tmp_path), **given)
+
+
+def test_a_column_that_is_missing_otherwise_is_the_data_set_s_own_error(tmp_path: Path):
+    data = datasets.Dataset.from_dict({"label": [0] * 8}).with_transform(
+        lambda rows: {"pixel_values": rows["picture"]}
+    )
+    with pytest.raises(KeyError, match="picture"):
+        QATTrainer(resnet(), arguments(tmp_path), train_dataset=data)

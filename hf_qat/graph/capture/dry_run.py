@@ -56,8 +56,8 @@ def dry_runs(model: nn.Module, inputs: Inputs | TwoSizes, search: Search) -> tup
         leaves = pytree.tree_leaves(as_call(inputs))
         shapes = [f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in leaves if isinstance(leaf, Tensor)]
         raise CaptureError(
-            f"{type(model).__name__} does not run on the example inputs ({', '.join(shapes)}): {error}. Pass "
-            "example_inputs= that its forward accepts."
+            f"{type(model).__name__} does not run on the example inputs ({', '.join(shapes)}): {error}. Give it "
+            "what its forward accepts: example_inputs=, or in QATTrainer the batches of the data."
         ) from error
     add_run(recorded, repeated, run=1)
     return list(recorded.values()), search

@@ -31,13 +31,21 @@ def save_figure(layers: Sequence[LayerAnalysis], metric: str, path: Path) -> Pat
     Raises:
         AnalysisError: matplotlib is missing, or it does not know the ending.
     """
+    require_ending(path)
     figure = draw(layers, metric)
-    known = figure.canvas.get_supported_filetypes()
-    if path.suffix.lower().lstrip(".") not in known:
-        raise AnalysisError(f"cannot draw {path.name}: its ending must be one of {', '.join(sorted(known))}.")
     with whole_file(path) as file:
         figure.savefig(file, format=path.suffix.lower().lstrip("."), dpi=150)
     return path
+
+
+def require_ending(path: Path) -> None:
+    """Raise `AnalysisError` for a file that matplotlib, if it is there, cannot save a figure to."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().lstrip(".") not in known:
+        raise AnalysisError(f"cannot draw {path.name}: its ending must be one of {', '.join(sorted(known))}.")
 
 
 def draw(layers: Sequence[LayerAnalysis], metric: str) -> Any:

@@ -32,9 +32,9 @@ from hf_qat.graph.nodes import short_name
 from hf_qat.graph.user_hooks import user_hooks
 from hf_qat.quantization.class_swap import MADE_BY, forget_own_forward, swap_class
 from hf_qat.quantization.float32_arithmetic import float32_arithmetic
-from hf_qat.quantization.layers import QATLayer, folded_ahead, qat_layers
+from hf_qat.quantization.layers import QATLayer, folded_ahead, quantizers_in_graphs
 from hf_qat.quantization.onnx_ops import exporting_to_onnx
-from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.saved_codes import Kept, kept_for_backward
 
 
@@ -284,8 +284,7 @@ def _warn_of_export(owner: CapturedModule) -> None:
 
 def _warn_of_ranges(owner: CapturedModule) -> None:
     """Say which quantizers are about to round by ranges that nobody has collected, if any."""
-    weights = {id(layer.weight_quantizer) for layer in qat_layers(owner).values()}  # need no data
-    unknown = [path for path, q in fake_quantizers(owner).items() if id(q) not in weights and q.lacks_range()]
+    unknown = [path for path, quantizer in quantizers_in_graphs(owner).items() if quantizer.lacks_range()]
     if unknown:
         logger.warning(
             "%s computes with ranges that were never collected (%s): its results say nothing yet. Call "

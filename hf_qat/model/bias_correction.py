@@ -19,6 +19,7 @@ from hf_qat.model.batches import run_batches
 from hf_qat.model.computing import Compute, computing_by
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks, min_over_ranks
+from hf_qat.quantization.fake_quantize import along
 from hf_qat.quantization.layers import CORRECTED, QATLayer, qat_layers
 
 
@@ -26,11 +27,6 @@ logger = logging.getLogger(__name__)
 
 #: Batches that bias correction averages over: a mean per channel needs far less data than a range.
 BIAS_CORRECTION_BATCHES = 4
-
-
-def correct_biases(model: nn.Module, batches: list[Inputs]) -> None:
-    """Shift biases, in place, by `bias_shifts`."""
-    shift_biases(bias_shifts(model, batches))
 
 
 def shift_biases(shifts: Mapping[QATLayer, Tensor]) -> None:
@@ -151,7 +147,7 @@ def bias_shifts(model: nn.Module, batches: list[Inputs]) -> dict[QATLayer, Tenso
         difference = torch.where(difference.isnan(), 0.0, difference)  # the mean of nothing: no query, no box selected
         shift = mean_over_ranks(difference)  # as of one batch of all ranks
         shifts[path] = shifts.get(path, torch.zeros_like(shift)) + shift / len(means[path])
-        return output + _along_output(shift, output, layer)
+        return output + along(shift, output, layer.channel_dim(output))
 
     with _hooked(layers, correct):
         _run(model, batches, "Correcting biases: quantized")
@@ -199,9 +195,3 @@ def channel_mean(output: Tensor, layer: QATLayer) -> Tensor:
     """Mean over everything but the channels: (C,)."""
     channel = layer.channel_dim(output)
     return output.mean([d for d in range(output.dim()) if d != channel]) if output.dim() > 1 else output
-
-
-def _along_output(per_channel: Tensor, output: Tensor, layer: QATLayer) -> Tensor:
-    shape = [1] * output.dim()
-    shape[layer.channel_dim(output)] = -1
-    return per_channel.view(shape)

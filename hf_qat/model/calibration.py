@@ -37,8 +37,7 @@ from hf_qat.model.reconstruction import reconstruct
 from hf_qat.model.state import require_stage
 from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import min_over_ranks
-from hf_qat.quantization.layers import qat_layers
-from hf_qat.quantization.quantizer import fake_quantizers
+from hf_qat.quantization.layers import qat_layers, quantizers_in_graphs
 
 
 logger = logging.getLogger(__name__)
@@ -141,10 +140,7 @@ def _observe(
     model: nn.Module, batches: Iterable[Inputs], live: Sequence[nn.Module], bar: Bar, best: bool
 ) -> list[Inputs]:
     """One pass in float that collects every range; returns the first batches, or with `best` all that are kept."""
-    quantizers = fake_quantizers(model)
-    layers = qat_layers(model)
-    weights = {id(layer.weight_quantizer) for layer in layers.values()}
-    activations = {path: q for path, q in quantizers.items() if id(q) not in weights and q.wants_range()}
+    activations = {path: q for path, q in quantizers_in_graphs(model).items() if q.wants_range()}
     for quantizer in activations.values():
         quantizer.start_observing()
     several = observe_in_several_ways(activations.values()) if best else {}
@@ -155,7 +151,7 @@ def _observe(
     finally:
         for quantizer in activations.values():
             quantizer.observer = None
-    for layer in layers.values():
+    for layer in qat_layers(model).values():
         if layer.weight_quantizer.wants_range():
             layer.initialize_scale()
             layer.weight_quantizer.observed.fill_(1)

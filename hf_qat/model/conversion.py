@@ -17,7 +17,8 @@ from hf_qat.model.finite import require_finite
 from hf_qat.model.saved_config import attach_hf_quantizer
 from hf_qat.model.state import captured_children, require_ranges, require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, convert_layer
-from hf_qat.quantization.layers import FreezableBatchNorm, qat_layers
+from hf_qat.quantization.freezable_norm import FreezableBatchNorm
+from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 from hf_qat.quantization.scales import USABLE, unusable
 

@@ -32,8 +32,8 @@ from hf_qat.graph.one_at_a_time import TURN
 from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
-from hf_qat.graph.random_state import random_state_kept
 from hf_qat.graph.passes.synchronize import synchronize
+from hf_qat.graph.random_state import random_state_kept
 from hf_qat.model.plan import make_plan
 
 

@@ -11,7 +11,7 @@ much, and those of less than 8 bits are not set at all: training clips more than
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
@@ -33,10 +33,10 @@ from hf_qat.model.untrained import batch_statistics
 from hf_qat.quantization.collectives import min_over_ranks, range_over_ranks
 from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.observers import Observer, make_observer
-from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
+from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
-from hf_qat.quantization.weight_quantizer import WeightQuantizer
+from hf_qat.quantization.weight_quantizer import activation_quantizers
 from hf_qat.quantization.weight_scale import weight_scale
 
 
@@ -126,15 +126,14 @@ def renew_outgrown_ranges(model: nn.Module, call: Call, trained: bool = False) -
         Paths of the quantizers whose ranges were set. Frozen and fixed ones stay as they are, and so do those that
         follow the data by themselves, and those of weights that the model computes.
     """
-    layers = qat_layers(model)
     fewest_bits, cut_off = (CLIP_BELOW_BITS, CUT_OFF) if trained else (0, 0.0)
-    quantizers = {path: q for path, q in _of_activations(model, layers).items() if _can_outgrow(q, fewest_bits)}
+    quantizers = {path: q for path, q in activation_quantizers(model).items() if _can_outgrow(q, fewest_bits)}
     watches = {path: _Watch(quantizer, _of_any_scale(quantizer.spec)) for path, quantizer in quantizers.items()}
     renewed = []
     if _watch(model, call, quantizers, watches):
         renewed = [path for path, watch in watches.items() if _renew(quantizers[path], watch, cut_off)]
     return renewed + [
-        f"{path}.weight_quantizer" for path, layer in layers.items() if _renew_weight(layer, fewest_bits)
+        f"{path}.weight_quantizer" for path, layer in qat_layers(model).items() if _renew_weight(layer, fewest_bits)
     ]
 
 
@@ -148,8 +147,7 @@ def set_ranges_anew(model: nn.Module, call: Call) -> None:
         model: prepared and calibrated, in training; as in `renew_outgrown_ranges`.
         call: the arguments of a forward call.
     """
-    layers = qat_layers(model)
-    quantizers = {path: q for path, q in _of_activations(model, layers).items() if q.wants_range()}
+    quantizers = {path: q for path, q in activation_quantizers(model).items() if q.wants_range()}
     watched = {path: quantizer for path, quantizer in quantizers.items() if quantizer.spec.fixed_scale is None}
     watches = {path: _Watch(quantizer, quantizer.spec) for path, quantizer in watched.items()}
     if not _watch(model, call, quantizers, watches):
@@ -158,19 +156,9 @@ def set_ranges_anew(model: nn.Module, call: Call) -> None:
         quantizers[path].observer = watch
         with suppress(CalibrationError):  # this call did not come here
             quantizers[path].finish_observing(path)
-    for layer in layers.values():
+    for layer in qat_layers(model).values():
         if layer.weight_quantizer.wants_range() and not isinstance(layer.weight, DTensor):  # FSDP2 has split it
             layer.initialize_scale()
-
-
-def _of_activations(model: nn.Module, layers: Mapping[str, QATLayer]) -> dict[str, FakeQuantize]:
-    """The quantizers that are of no weight, by path."""
-    of_weights = {id(layer.weight_quantizer) for layer in layers.values()}
-    return {
-        path: quantizer
-        for path, quantizer in fake_quantizers(model).items()
-        if id(quantizer) not in of_weights and not isinstance(quantizer, WeightQuantizer)
-    }
 
 
 def _can_outgrow(quantizer: FakeQuantize, fewest_bits: int) -> bool:

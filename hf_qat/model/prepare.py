@@ -31,7 +31,8 @@ from hf_qat.model.rollback import unchanged_on_failure
 from hf_qat.model.saved_config import attach_quantization_config
 from hf_qat.model.state import STATE, QATState, quantized_parts
 from hf_qat.model.state_dict import initialize_weight_scales, install_hooks
-from hf_qat.quantization.layers import QATLayer, install_freezable_norm
+from hf_qat.quantization.freezable_norm import install_freezable_norm
+from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
 

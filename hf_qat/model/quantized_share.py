@@ -38,9 +38,8 @@ def float_layers(model: nn.Module) -> list[FloatOperation]:
 
 def num_quantized_layers(model: nn.Module) -> int:
     """How many layers of a prepared model have a weight quantizer, and weights that forward computes are rounded."""
-    in_graphs = {q for q in fake_quantizers(model).values() if isinstance(q, WeightQuantizer)}
-    layers = set(qat_layers(model).values())
-    return len(layers) + len(in_graphs - {layer.weight_quantizer for layer in layers})
+    in_graphs = sum(isinstance(quantizer, WeightQuantizer) for quantizer in fake_quantizers(model).values())
+    return len(qat_layers(model)) + in_graphs
 
 
 def warn_of_float_layers(model: nn.Module) -> None:

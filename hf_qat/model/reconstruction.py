@@ -30,9 +30,8 @@ from hf_qat.model.switches import fake_quant_disabled
 from hf_qat.quantization.collectives import mean_over_ranks
 from hf_qat.quantization.layers import QATLayer, qat_layers
 from hf_qat.quantization.learned_rounding import LearnedRounding
-from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.quantization.standalone_norm import QATStandaloneBatchNorm
-from hf_qat.quantization.weight_quantizer import WeightQuantizer
+from hf_qat.quantization.weight_quantizer import activation_quantizers
 
 
 logger = logging.get_logger(__name__)
@@ -103,14 +102,8 @@ class _Student:
 
     def __init__(self, model: nn.Module, shifts: Mapping[QATLayer, Tensor]) -> None:
         self.model, self.first_shifts = model, shifts
-        layers = qat_layers(model).values()
-        weights = {id(layer.weight_quantizer) for layer in layers}
-        self.activations = [
-            quantizer
-            for quantizer in fake_quantizers(model).values()
-            if quantizer.enabled and id(quantizer) not in weights and not isinstance(quantizer, WeightQuantizer)
-        ]
-        self.layers = [layer for layer in layers if layer.weight_quantizer.enabled]
+        self.activations = [quantizer for quantizer in activation_quantizers(model).values() if quantizer.enabled]
+        self.layers = [layer for layer in qat_layers(model).values() if layer.weight_quantizer.enabled]
         # A batch norm's weight is a factor, one number a channel: its bias is made of it, and would move along.
         convolving = [layer for layer in self.layers if not isinstance(layer, QATStandaloneBatchNorm)]
         owners = Counter(id(layer.weight) for layer in convolving)  # one weight has one set of codes

@@ -10,7 +10,8 @@ from torch import nn
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.model.prepare import Model
 from hf_qat.model.state import require_stage
-from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer
+from hf_qat.quantization.freezable_norm import FreezableBatchNorm
+from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from hf_qat.quantization.bias import bias_scale, fit_weight_scale, quantize_bias
 from hf_qat.quantization.bound_functions import BOUND
 from hf_qat.quantization.class_swap import forget_own_forward, original_class, require_free_names, swap_class
-from hf_qat.quantization.fake_quantize import quantize
+from hf_qat.quantization.fake_quantize import along, quantize
 from hf_qat.quantization.folding import fold_fake_quantize
 from hf_qat.quantization.kernels import fuses
 from hf_qat.quantization.kernels.folding import SMALLEST_FACTOR, FoldCall, Folding, Norm
 from hf_qat.quantization.layer_folding import fold_layer, fold_together
-from hf_qat.quantization.live_norm import KeptStatistics, is_live, normalise_live
+from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.operation_pickling import register
-from hf_qat.quantization.quantizer import FakeQuantize
+from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 from hf_qat.quantization.running_graph import is_running_graph
 from hf_qat.quantization.spec import QuantizerSpec
 from hf_qat.quantization.weight_scale import weight_scale
@@ -211,7 +211,7 @@ class QATLayer(nn.Module):
         if quantizer.rounds:
             weight = fold_fake_quantize(self.weight, factor / scale, scale, qmin, qmax, axis)
         else:
-            weight = self.weight * self._along_channels(factor)
+            weight = self.weight * along(factor, self.weight, self.channel_axis)
         return weight, self._folded_bias(factor)
 
     def float_bias(self) -> Tensor | None:
@@ -228,16 +228,11 @@ class QATLayer(nn.Module):
         scale = self.weight_quantizer.scale
         return scale.detach() if self.weight_quantizer.frozen else scale
 
-    def _along_channels(self, per_channel: Tensor) -> Tensor:
-        shape = [1] * self.weight.dim()
-        shape[self.channel_axis] = -1
-        return per_channel.view(shape)
-
     @torch.no_grad()
     def float_weight(self) -> Tensor:
         """The folded weight before quantization."""
         factor = self.fold_factor()
-        return self.weight if factor is None else self.weight * self._along_channels(factor)
+        return self.weight if factor is None else self.weight * along(factor, self.weight, self.channel_axis)
 
     @torch.no_grad()
     def codes(self, scale: Tensor) -> Tensor:
@@ -245,7 +240,7 @@ class QATLayer(nn.Module):
         spec, factor = self.weight_quantizer.spec, self.fold_factor()
         if factor is None:
             return quantize(self.weight, scale, None, spec.qmin, spec.qmax, spec.axis)
-        folded = self.weight * self._along_channels((factor / scale).expand(factor.shape))
+        folded = self.weight * along((factor / scale).expand(factor.shape), self.weight, self.channel_axis)
         return folded.round_().clamp_(spec.qmin, spec.qmax).to(torch.int32)
 
     @torch.no_grad()
@@ -315,28 +310,6 @@ def install_layer(
     return layer
 
 
-class FreezableBatchNorm(KeptStatistics):
-    """Mixed into the class of a batch norm, above all of one that stays float (excluded): it can be frozen, too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, …) → the same shape; by running statistics if frozen."""
-        frozen = self.batch_norm_frozen and self.training
-        if frozen:
-            self.training = False  # for its own forward, which may do more than normalise
-        try:
-            out: Tensor = super().forward(x)
-        finally:
-            if frozen:
-                self.training = True
-        return out
-
-
-def install_freezable_norm(module: nn.Module) -> None:
-    """Make a batch norm one that can be frozen, in place."""
-    if not isinstance(module, FreezableBatchNorm):
-        swap_class(module, FreezableBatchNorm).batch_norm_frozen = False
-
-
 @contextmanager
 def folded_ahead(layers: Sequence[QATLayer]) -> Iterator[None]:
     """Inside, the next call of each of `layers` finds its weight there already.
@@ -360,3 +333,9 @@ def folded_ahead(layers: Sequence[QATLayer]) -> Iterator[None]:
 def qat_layers(model: nn.Module) -> dict[str, QATLayer]:
     """All convolutions and linear layers of a prepared model, by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, QATLayer)}
+
+
+def quantizers_in_graphs(model: nn.Module) -> dict[str, FakeQuantize]:
+    """All quantizers that a graph calls, by path: of activations, and of weights that are no layer's own."""
+    own = {id(layer.weight_quantizer) for layer in qat_layers(model).values()}
+    return {path: quantizer for path, quantizer in fake_quantizers(model).items() if id(quantizer) not in own}

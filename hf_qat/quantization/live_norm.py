@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_qat.errors import StageError
 from hf_qat.quantization.synchronized_norm import SynchronizedBatchNorm
 
 
@@ -44,27 +43,3 @@ def normalise_live(norm: nn.Module, x: Tensor) -> Tensor:
 def is_live(norm: nn.Module | None) -> bool:
     """Whether the mode of a batch norm wants batch statistics; one that is frozen for good never does."""
     return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training
-
-
-class KeptStatistics(nn.Module):
-    """Mixed into the class of a batch norm: while it is frozen, its statistics are not thrown away.
-
-    Nothing would collect them anew, and the model would compute nonsense from there on.
-    """
-
-    batch_norm_frozen: bool
-
-    def reset_running_stats(self) -> None:
-        """As the batch norm's own.
-
-        Raises:
-            StageError: it is frozen.
-        """
-        if self.batch_norm_frozen:
-            raise StageError(
-                "batch norm is frozen: its statistics would be lost, and nothing collects them anew. They are part of "
-                "the weights by now, and need no update_bn after weights were averaged; if you want it, call "
-                "freeze_batch_norm(model, False) before it, and freeze_batch_norm(model) after it."
-            )
-        original: Any = super()
-        original.reset_running_stats()

@@ -1,4 +1,4 @@
-"""Integer storage: dtypes of codes, and the int32 bias with the scale that integer kernels expect."""
+"""Integer storage: dtypes of codes, and two codes of four bits in a byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The full description of one quantizer: what `graph/place.py` decides and `FakeQuantize` carries out."""
+"""The full description of one quantizer: what `graph/passes` decides and `FakeQuantize` carries out."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from hf_qat.quantization.class_swap import forget_own_forward, original_class, rebased, require_free_names, swap_class
 from hf_qat.quantization.fake_quantize import quantize
 from hf_qat.quantization.folding import fold_fake_quantize
+from hf_qat.quantization.freezable_norm import KeptStatistics
 from hf_qat.quantization.layers import QATLayer
-from hf_qat.quantization.live_norm import KeptStatistics, is_live, normalise_live
+from hf_qat.quantization.live_norm import is_live, normalise_live
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
 

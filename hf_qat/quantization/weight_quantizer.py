@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
+from hf_qat.quantization.converted import ConvertedModule
 from hf_qat.quantization.fake_quantize import dequantize, quantize
 from hf_qat.quantization.folding import fold_fake_quantize
+from hf_qat.quantization.layers import quantizers_in_graphs
 from hf_qat.quantization.onnx_ops import dequantize_codes, exporting_to_onnx
 from hf_qat.quantization.packing import code_dtype
 from hf_qat.quantization.quantizer import FakeQuantize
@@ -66,7 +68,7 @@ class WeightQuantizer(FakeQuantize):
         return fold_fake_quantize(x, None, scale, self.spec.qmin, self.spec.qmax, self.spec.axis or 0)
 
 
-class QuantizedWeight(nn.Module):
+class QuantizedWeight(ConvertedModule):
     """The converted form: the integer codes themselves; what computed the weight is gone.
 
     Attributes:
@@ -94,3 +96,9 @@ class QuantizedWeight(nn.Module):
         if exporting_to_onnx():
             return dequantize_codes(self.weight, self.scale, axis)
         return dequantize(self.weight, self.scale, None, axis)
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
+    """The quantizers of a prepared model that round no weight, by path."""
+    in_graphs = quantizers_in_graphs(model).items()
+    return {path: quantizer for path, quantizer in in_graphs if not isinstance(quantizer, WeightQuantizer)}

@@ -84,15 +84,6 @@ def _new_constant(model: ModelProto, hint: str, value: np.ndarray, scope: OnnxGr
     return name
 
 
-def drop_unused(model: ModelProto) -> None:
-    """Remove constants that nothing reads, in place."""
-    used = {name for node in model.graph.node for name in node.input}
-    used.update(output.name for output in model.graph.output)
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-
-
 def attention_like(model: ModelProto) -> bool:
     """Whether this is a transformer, which TI asks to compile with ONNX Runtime's optimizations off."""
     return any(node.op_type in ("LayerNormalization", "Softmax", "Erf") for node in model.graph.node)

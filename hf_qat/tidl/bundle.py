@@ -21,13 +21,14 @@ from transformers import BaseImageProcessor
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import ConfigError, ExportError, listed
 from hf_qat.export import ExportReport, export_onnx, require_agreement, verify_onnx
+from hf_qat.export.cleanup import drop_unused_values
 from hf_qat.export.onnx_graph import with_shapes
 from hf_qat.files.atomic import whole_directory
 from hf_qat.files.manifest import digest, write_manifest
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.model.state import require_stage
 from hf_qat.tidl import templates
-from hf_qat.tidl.adapt import adapt, attention_like, drop_unused
+from hf_qat.tidl.adapt import adapt, attention_like
 from hf_qat.tidl.artifacts import ARTIFACTS, SETTINGS, pack_artifacts
 from hf_qat.tidl.check import check_tidl
 from hf_qat.tidl.clip import clips_for_quantizers
@@ -178,7 +179,7 @@ def _write_model(model: nn.Module, made: Path, content: _Content) -> None:
     file = adapt(onnx.load(path))
     if content.ranges == "clip":
         file = clips_for_quantizers(file)
-    drop_unused(file)
+    drop_unused_values(file)
     file = with_shapes(file)
     onnx.checker.check_model(file, full_check=True)
     onnx.save(file, path)

@@ -11,8 +11,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hf_qat.errors import ExportError
+from hf_qat.export.cleanup import drop_unused_values
 from hf_qat.export.onnx_graph import replace_values
-from hf_qat.tidl.adapt import drop_unused
 from hf_qat.tidl.graph import DEQUANTIZE, QUANTIZE, Graph, Quantizer
 
 
@@ -48,7 +48,7 @@ def clips_for_quantizers(model: ModelProto) -> ModelProto:
             renamed[node.output[0]] = node.input[0]
             model.graph.node.remove(node)
     _rename(model, renamed)
-    drop_unused(model)
+    drop_unused_values(model)
     del model.graph.value_info[:]
     return model
 

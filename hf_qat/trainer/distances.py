@@ -69,7 +69,7 @@ def _boxes(student: Outputs, teacher: Outputs, config: Any, temperature: float) 
     ours, theirs = student["logits"], teacher["logits"]
     if theirs.shape[-1] == config.num_labels + 1:  # the last one is "nothing"
         classes = distillation_loss(ours.flatten(0, 1), theirs.flatten(0, 1), temperature)
-        sure = 1 - theirs.float().softmax(-1)[..., -1]
+        sure = theirs.float().softmax(-1)[..., :-1].sum(-1)  # 1 less the last would be 0 for scores below 1e-8
     else:
         classes = independent_loss(ours, theirs, temperature)
         sure = theirs.float().sigmoid().amax(-1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_qat.quantization.layers import qat_layers
-from hf_qat.quantization.quantizer import fake_quantizers
+from hf_qat.quantization.weight_quantizer import activation_quantizers
 
 
 class CodeHistory:
@@ -83,10 +83,9 @@ class RangeHistory(TrainerCallback):
 @torch.no_grad()
 def activation_reaches(model: nn.Module) -> dict[str, float]:
     """Path of each quantizer of activations whose range can move → the largest magnitude that its codes reach."""
-    weights = {id(layer.weight_quantizer) for layer in qat_layers(model).values()}
     found = {}
-    for path, quantizer in fake_quantizers(model).items():
-        if id(quantizer) in weights or quantizer.spec.fixed_scale is not None:
+    for path, quantizer in activation_quantizers(model).items():
+        if quantizer.spec.fixed_scale is not None:
             continue
         zero = torch.zeros((), dtype=torch.float32) if quantizer.zero_point is None else quantizer.zero_point.round()
         ends = torch.stack([(code - zero.float()).abs().max() for code in (quantizer.spec.qmin, quantizer.spec.qmax)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hf_qat import QATConfig, calibrate, prepare_qat
 from hf_qat.errors import CalibrationError
-from hf_qat.model.bias_correction import channel_mean, correct_biases
+from hf_qat.model.bias_correction import bias_shifts, channel_mean, shift_biases
 from hf_qat.quantization.quantizer import fake_quantizers
 from tests.blocks import BLOCKS
 
@@ -188,7 +188,7 @@ def test_each_bias_moves_by_the_mean_error_that_is_left_once_those_before_it_are
     noisy = np.einsum("oc,nchw->nohw", rounded(w2, weight), codes) + rounded_bias(b2, weight, source)
     second = (output - noisy).mean((0, 2, 3))
 
-    correct_biases(model, [x])
+    shift_biases(bias_shifts(model, [x]))
     assert min(abs(first).max(), abs(second).max()) > 0.01
     for layer, start, shift in ((model.first, b1, first), (model.second, b2, second)):
         np.testing.assert_allclose(layer.bias.detach().numpy() - start[:, 0, 0], shift, atol=2e-4)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer, install_freezable_norm, install_layer, qat_layers
+from hf_qat.quantization.freezable_norm import FreezableBatchNorm, install_freezable_norm
+from hf_qat.quantization.layers import QATLayer, install_layer, qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.spec import QuantizerSpec
 from tests.models import spread

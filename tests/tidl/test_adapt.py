@@ -5,7 +5,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from hf_qat.tidl.adapt import adapt, drop_unused
+from hf_qat.export.cleanup import drop_unused_values
+from hf_qat.tidl.adapt import adapt
 from tests.tidl.layers import from_text
 
 
@@ -61,7 +62,7 @@ def test_the_adapted_model_computes_the_same(case):
     x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
     expected = run(from_text(text), x)
     adapted = adapt(from_text(text))
-    drop_unused(adapted)
+    drop_unused_values(adapted)
     onnx.checker.check_model(adapted, full_check=True)
     np.testing.assert_array_equal(run(adapted, x), expected)
     assert [node.op_type for node in adapted.graph.node] == operators
@@ -77,5 +78,5 @@ def test_a_reshape_gets_its_sizes_and_loses_allowzero():
 def test_what_nothing_reads_is_dropped_and_all_else_is_kept():
     adapted = adapt(from_text(CASES["reshape"][0]))
     assert len(adapted.graph.initializer) == 2
-    drop_unused(adapted)
+    drop_unused_values(adapted)
     assert [tensor.name for tensor in adapted.graph.initializer] == [adapted.graph.node[0].input[1]]

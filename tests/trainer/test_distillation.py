@@ -179,6 +179,13 @@ class TestOtherAnswersWorkedOutByHand:
         expected = 5 * (0.9 * 0.4 + 0.1 * 4.0) / (0.9 + 0.1)
         assert distance(student, teacher, 1.0, num_labels=2) == pytest.approx(expected, rel=1e-5)
 
+    def test_boxes_of_a_teacher_that_is_nearly_sure_of_nothing(self):
+        """Both queries have e⁻²⁰ for a class, which 1 less the rest has no digits for in float32."""
+        scores = torch.tensor([[[0.0, -40.0, 20.0], [0.0, -40.0, 20.0]]])
+        teacher = {"logits": scores, "pred_boxes": torch.zeros(1, 2, 4)}
+        student = {"logits": scores, "pred_boxes": torch.tensor([0.1, 0.2]).view(1, 2, 1).expand(1, 2, 4)}
+        assert distance(student, teacher, 1.0, num_labels=2) == pytest.approx(5 * 0.6, rel=1e-4)
+
     def test_boxes_of_independent_scores_count_by_the_highest_one(self):
         """Without a score for nothing: probabilities 9/10 and 1/10."""
         scores = torch.tensor([[[math.log(9), -40.0], [-40.0, -math.log(9)]]])

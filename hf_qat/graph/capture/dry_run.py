@@ -46,9 +46,8 @@ def dry_runs(model: nn.Module, inputs: Inputs | TwoSizes, search: Search) -> tup
             return dry_runs(model, inputs, wider)
         repeated = _dry_run_on_meta(model, inputs, second, search)
         if repeated is None or not _same_calls(recorded, repeated):
-            with MetaCapture(
-                part=1
-            ):  # a model that is there without values finds otherwise than in the first run, too
+            # A model that is there without values finds otherwise than in the first run, too.
+            with MetaCapture(part=1):
                 repeated = _dry_run(model, changed_images(inputs), second, search)
     except CaptureError:
         raise

@@ -117,13 +117,13 @@ class Numbering:
             return first
         if packet is aten.copy and out.shape == self.shapes[numbers[1] or 0] and flat[1].dtype == out.dtype:
             return numbers[1] or 0
-        if packet is aten.add and same_type:
+        if packet is aten.add and len(flat) == 2 and same_type:  # a third one is the factor of the second
             return self._of_added(flat, numbers, out)
         return None
 
     def _of_added(self, flat: list[Any], numbers: list[int | None], out: Tensor) -> int | None:
         kept = self._unchanged_sum(flat, numbers, out)
-        if kept is None and len(flat) == 2 and self._are_alike(flat, numbers, out):
+        if kept is None and self._are_alike(flat, numbers, out):
             return self.of_sum(numbers, out.shape)
         return kept
 

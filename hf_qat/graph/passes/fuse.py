@@ -19,7 +19,8 @@ from hf_qat.graph.nodes import call_before, eliminate_dead_code, replace_node
 from hf_qat.graph.norm_calls import drop_counting, norm_path
 from hf_qat.graph.plan import ModulePlan, Plan
 from hf_qat.graph.rules import TRANSPOSED, weight_axis
-from hf_qat.quantization.layers import QATLayer, install_freezable_norm, install_layer, plain
+from hf_qat.quantization.freezable_norm import install_freezable_norm
+from hf_qat.quantization.layers import QATLayer, install_layer, plain
 from hf_qat.quantization.standalone_norm import QATStandaloneBatchNorm, install_standalone_norm
 
 

@@ -27,7 +27,8 @@ from hf_qat.graph.rules import (
     rule_of,
     tensor_inputs,
 )
-from hf_qat.quantization.layers import FreezableBatchNorm, QATLayer
+from hf_qat.quantization.freezable_norm import FreezableBatchNorm
+from hf_qat.quantization.layers import QATLayer
 
 
 #: Operations whose second argument says where the first one is read: of 256 steps, one is a tenth of a pixel and more.

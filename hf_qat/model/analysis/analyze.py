@@ -16,7 +16,7 @@ from hf_qat.errors import CalibrationError, StageError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.model.analysis.analysis import Analysis
 from hf_qat.model.analysis.findings import with_findings
-from hf_qat.model.analysis.histogram import count, histogram, in_codes
+from hf_qat.model.analysis.histogram import count, histogram
 from hf_qat.model.analysis.layer import LayerAnalysis
 from hf_qat.model.analysis.noise import Noise, bounds, energy, measure, sqnr
 from hf_qat.model.analysis.sensitivity import Metric, Sensitivity, in_float_of, output_sqnr, sensitivities
@@ -26,6 +26,7 @@ from hf_qat.model.finite import require_finite
 from hf_qat.model.in_float import float_operations
 from hf_qat.model.prepare import prepare_qat
 from hf_qat.model.state import QATState, require_ranges, require_stage, state_of
+from hf_qat.quantization.fake_quantize import along
 from hf_qat.quantization.layers import QATLayer
 
 
@@ -153,7 +154,7 @@ def _weight(layer: Any, in_float: Any) -> dict[str, Any]:
     else:
         scale, spec, rounded = layer.weight_scale, layer.weight_spec, layer.weight
     bounds = (float(spec.qmin), float(spec.qmax))
-    counts = count(in_codes(exact, scale, layer.channel_axis), bounds)
+    counts = count(exact / along(scale.detach(), exact, layer.channel_axis), bounds)
     return {
         "weight_sqnr": sqnr(energy(exact), energy(rounded.double() - exact.double())),
         "weight_bits": spec.bits,

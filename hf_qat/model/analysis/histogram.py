@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,15 +56,3 @@ def histogram(counts: Tensor, bounds: tuple[float, float], codes: int) -> Histog
     """Counts as `count` gives them, or sums of them, as plain data."""
     lower, upper = edges(bounds)
     return Histogram(tuple(int(n) for n in counts.tolist()), lower, upper, *bounds, codes)
-
-
-def in_codes(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """A weight in steps of its codes.
-
-    Args:
-        weight: the float one.
-        scale: () or (C,).
-        axis: of the weight, that output channels run along.
-    """
-    shape: Sequence[int] = [-1 if dim == axis and scale.dim() else 1 for dim in range(weight.dim())]
-    return weight.detach() / scale.detach().view(shape)

@@ -116,6 +116,14 @@ def draw_once_more(graph: fx.Graph) -> None:
         graph.call_function(aten.rand_like.default, (first,))
 
 
+def add_it_twice_to_zeros(graph: fx.Graph) -> None:
+    node = call_of(graph, aten.conv2d.default)
+    with graph.inserting_before(node.next):
+        zeros = graph.call_function(aten.zeros.default, ([4, 8, 8],), {"dtype": torch.float32})
+        doubled = graph.call_function(aten.add.Tensor, (zeros, node), {"alpha": 2})
+    node.replace_all_uses_with(doubled, lambda user: user is not doubled)
+
+
 CHANGES: list[Callable[[fx.Graph], None]] = [
     swap_operands,
     change_a_number,
@@ -133,6 +141,14 @@ def test_a_graph_that_was_changed_is_not_known_to_be_equal(change):
     graph, constants = exported(module, training=True)
     change(graph.graph)
     assert not is_known(module, graph, constants)
+
+
+def test_what_is_added_twice_to_zeros_is_not_the_summand_where_gradients_do_not_tell():
+    module = Net()
+    graph, constants = exported(module, training=False)
+    add_it_twice_to_zeros(graph.graph)
+    graph.recompile()
+    assert not known_equal(module, graph, constants.values, [torch.randn(2, 3, 8, 8)], False, Numbering())
 
 
 def test_a_constant_that_was_changed_is_seen():

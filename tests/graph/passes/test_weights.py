@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from transformers import BitConfig, BitForImageClassification
 
 from hf_qat import QATConfig, calibrate, convert, export_onnx, fake_quant_disabled, prepare_qat
+from hf_qat.errors import StageError
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 from hf_qat.quantization.weight_quantizer import QuantizedWeight, WeightQuantizer
 
@@ -236,6 +237,8 @@ def test_convert_folds_it_into_codes_and_the_outputs_stay_the_same(case):
     folded = converted.get_submodule(path)
     assert isinstance(folded, QuantizedWeight)
     assert folded.weight.dtype == torch.int8 and folded.weight.shape[axis] == len(folded.scale)
+    with pytest.raises(StageError, match="cannot cast a converted model"):
+        folded.half()
 
 
 def test_onnx_has_it_as_int8_initializer_and_onnx_runtime_agrees(case, tmp_path: Path):

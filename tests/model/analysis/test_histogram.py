@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_qat import QATConfig, analyze, calibrate, convert, prepare_qat
-from hf_qat.model.analysis.histogram import BINS, MARGIN, Histogram, count, edges, in_codes
+from hf_qat.model.analysis.histogram import BINS, MARGIN, Histogram, count, edges
 from hf_qat.quantization.quantizer import fake_quantizers
 
 
@@ -25,14 +25,6 @@ def test_counts_are_numpys_and_what_lies_beyond_is_in_the_outer_bins():
 
 def test_the_grid_has_every_code():
     assert Histogram((1,), -4.0, 4.0, -3.0, 3.0, 7).grid == [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0]
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_weight_is_divided_by_the_scale_of_its_channel(axis):
-    weight, scale = torch.arange(6.0).view(2, 3), torch.tensor([1.0, 2.0, 4.0][: (2, 3)[axis]])
-    by_hand = weight.numpy() / np.expand_dims(scale.numpy(), 1 - axis)
-    assert np.array_equal(in_codes(weight, scale, axis).numpy(), by_hand)
-    assert torch.equal(in_codes(weight, torch.tensor(2.0), axis), weight / 2)
 
 
 @pytest.mark.parametrize("converted", [False, True], ids=["prepared", "converted"])

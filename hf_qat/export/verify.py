@@ -76,11 +76,12 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
             continue
         samples += rows
         for session, comparison in zip(sessions, comparisons, strict=True):
-            results = _together(session, inputs)
-            if results is not None and (session.batch_size is None or _is_row_by_row(expected, results, rows)):
+            size = session.batch_size
+            results = session.run(inputs) if size is None else _together(session, inputs)
+            if results is not None and (size is None or _is_row_by_row(expected, results, rows)):
                 comparison.add(expected, results)
                 continue
-            for part in _parts(batch, session.batch_size):
+            for part in _parts(batch, size or rows):
                 inputs_of_part, expected_of_part = _run_torch(model, part)
                 comparison.add(expected_of_part, session.run(inputs_of_part))
     if not samples:

@@ -80,7 +80,7 @@ def verify_onnx(model: nn.Module, path: str | Path, batches: Iterable[Inputs]) -
             if results is not None and (session.batch_size is None or _is_row_by_row(expected, results, rows)):
                 comparison.add(expected, results)
                 continue
-            for part in _parts(batch, session.batch_size):
+            for part in _parts(batch, session.batch_size or 1):
                 inputs_of_part, expected_of_part = _run_torch(model, part)
                 comparison.add(expected_of_part, session.run(inputs_of_part))
     if not samples:

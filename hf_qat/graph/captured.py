@@ -326,7 +326,7 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
             wanted = ", ".join("any" if n is None else str(n) for n in shape)
             return CaptureError(
                 f"{name} was captured for {argument} of shape ({wanted}) and got {tuple(tensor.shape)}: resize "
-                "the input, or prepare the model with example_inputs= of that size."
+                "the input, or prepare the model with example_inputs= of that size, or for any size with other_size=."
             )
     raise AssertionError("the call is one that was captured")
 

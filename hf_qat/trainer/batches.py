@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
@@ -33,6 +33,9 @@ logger = logging.get_logger(__name__)
 
 #: How many batches of the train set are looked at for images of another size.
 BATCHES_LOOKED_AT = 8
+
+#: How many items of each data set, from all over it, are looked at for the same.
+ITEMS_LOOKED_AT = 8
 
 #: Dimensions of a batch of images.
 IMAGES_DIM = 4
@@ -85,7 +88,7 @@ def _is_of_a_column_left_out(trainer: Trainer, error: KeyError) -> bool:
 
 
 def batches_of_another_size(trainer: Trainer, batch: Any) -> list[dict[str, Any]]:
-    """Batches whose images have another size than those of `batch`, among the first ones; the best one first.
+    """Batches whose images have another size than those of `batch`, of those looked at; the best one first.
 
     What differs between two examples is free in the model, so the best one has another height and another width; it
     is made of one that has not where there is none. Streams are not read for that: some can be read but once.
@@ -98,12 +101,28 @@ def batches_of_another_size(trainer: Trainer, batch: Any) -> list[dict[str, Any]
         train = iter(()) if sets[0] is None else islice(trainer.get_train_dataloader(), BATCHES_LOOKED_AT)
         evaluation = iter(()) if sets[1] is None else islice(trainer.get_eval_dataloader(), 1)
         other: Any
-        for other in chain(train, evaluation):
+        spread = (one for dataset in sets if dataset is not None for one in _spread(trainer, dataset))
+        for other in chain(train, evaluation, spread):
             if isinstance(other, Mapping) and _sizes(other) != _sizes(batch):
                 if _differs_in_both(other, batch):
                     return [dict(other)]
                 differing.append(dict(other))
     return [made_to_differ_in_both(differing[0], batch), differing[0]] if differing else []
+
+
+def _spread(trainer: Trainer, dataset: Any) -> Iterator[Any]:
+    """Batches of one item each, from all over a data set: a collection may begin with many images of one size.
+
+    None where items cannot be read one by one, or the loaders of a trainer that makes its own take them otherwise.
+    """
+    places = dict.fromkeys(k * len(dataset) // ITEMS_LOOKED_AT for k in range(ITEMS_LOOKED_AT))
+    try:
+        items = Subset(dataset, list(places))
+        collate = trainer.get_test_dataloader(items).collate_fn
+        for k in range(len(items)):
+            yield collate([items[k]])
+    except Exception as error:
+        logger.debug(f"Items of the data set are not looked at one by one: {error!r}")
 
 
 def _differs_in_both(other: Mapping[str, Any], batch: Mapping[str, Any]) -> bool:

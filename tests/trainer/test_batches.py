@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from hf_qat.errors import CalibrationError
 from hf_qat.quantization.quantizer import fake_quantizers
-from hf_qat.trainer.batches import first_batch, first_inputs, inputs_of, without_labels
+from hf_qat.trainer.batches import batches_of_another_size, first_batch, first_inputs, inputs_of, without_labels
 from hf_qat.trainer.trainer import QATTrainer
 from tests.graph.capture.test_ways import MoreQueries, boxes
 from tests.models import resnet
@@ -39,6 +39,21 @@ def test_the_first_batch_is_the_one_that_training_sees_first_with_its_labels(tmp
     assert found.keys() == {"pixel_values", "labels"}
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
     assert torch.equal(after, torch.rand(1))  # no random number was used up
+
+
+@pytest.mark.parametrize("collator", [None, "two at the least"])
+def test_an_image_of_another_size_is_found_behind_the_first_batches(collator: str | None, tmp_path: Path):
+    """Evaluation goes through its data in order; of a collator that takes no single item, nothing is known."""
+    rows = [{"pixel_values": torch.zeros(3, 32, 32), "labels": 0, "name": "a"} for _ in range(64)]
+    rows[56] = {"pixel_values": torch.zeros(3, 48, 40), "labels": 0, "name": "b"}
+    trainer = plain(tmp_path, eval_dataset=rows)
+    if collator:
+        trainer.data_collator = lambda rows: {"pixel_values": torch.stack([rows[k]["pixel_values"] for k in (0, 1)])}
+    state = torch.get_rng_state()
+    found = batches_of_another_size(trainer, {"pixel_values": torch.zeros(8, 3, 32, 32)})
+    assert [tuple(batch["pixel_values"].shape) for batch in found] == ([] if collator else [(1, 3, 48, 40)])
+    assert all(batch.keys() == {"pixel_values", "labels"} for batch in found)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_without_a_train_set_it_comes_from_the_first_evaluation_set(tmp_path: Path):

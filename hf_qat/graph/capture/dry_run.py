@@ -44,11 +44,13 @@ def dry_runs(model: nn.Module, inputs: Inputs | TwoSizes, search: Search) -> tup
         wider = opened_by_callers(model, search, called | recorded.keys())
         if wider != search:
             return dry_runs(model, inputs, wider)
-        repeated = _dry_run_on_meta(model, inputs, second, search)
-        if repeated is None or not _same_calls(recorded, repeated):
-            # A model that is there without values finds otherwise than in the first run, too.
-            with MetaCapture(part=1):
-                repeated = _dry_run(model, changed_images(inputs), second, search)
+        on_meta = _dry_run_on_meta(model, inputs, second, search)
+        if on_meta is not None and _same_calls(recorded, on_meta):
+            repeated = [on_meta]
+        else:
+            # Values are asked for. What depends on them may have the same size by chance, but hardly three times.
+            with MetaCapture(part=1):  # where a model is there without values, this makes sizes differ
+                repeated = [_dry_run(model, changed_images(inputs, change), second, search) for change in (0, 1)]
     except CaptureError:
         raise
     except Exception as error:
@@ -58,7 +60,8 @@ def dry_runs(model: nn.Module, inputs: Inputs | TwoSizes, search: Search) -> tup
             f"{type(model).__name__} does not run on the example inputs ({', '.join(shapes)}): {error}. Give it "
             "what its forward accepts: example_inputs=, or in QATTrainer the batches of the data."
         ) from error
-    add_run(recorded, repeated, run=1)
+    for run, more in enumerate(repeated, 1):
+        add_run(recorded, more, run)
     return list(recorded.values()), search
 
 

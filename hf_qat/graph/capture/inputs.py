@@ -131,17 +131,25 @@ def with_batch(inputs: Inputs | TwoSizes, size: int, device: torch.device) -> tu
     return args, kwargs
 
 
-def changed_images(inputs: Inputs | TwoSizes) -> Inputs | TwoSizes:
-    """The same with noise on images: where sizes depend on the data (key points above a threshold), others result."""
-    generator = torch.Generator().manual_seed(0)
+def changed_images(inputs: Inputs | TwoSizes, change: int = 0) -> Inputs | TwoSizes:
+    """The same with noise on images, of which a part is blank: sizes that depend on them (key points) become others.
 
-    def change(leaf: Any) -> Any:
+    Noise alone makes of random examples, which are noise, as many key points as there were.
+
+    Args:
+        change: 0 or 1, another noise and another part.
+    """
+    generator = torch.Generator().manual_seed(change)
+
+    def change_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 4:
             return leaf
         noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf)
-        return leaf.detach() + CHANGE * leaf.detach().std() * noise
+        changed = leaf.detach() + CHANGE * leaf.detach().std() * noise
+        changed[..., : leaf.shape[-1] * (1 + change) // 3] = 0.0
+        return changed
 
-    changed: Inputs | TwoSizes = pytree.tree_map(change, inputs)
+    changed: Inputs | TwoSizes = pytree.tree_map(change_leaf, inputs)
     return changed
 
 

@@ -191,6 +191,32 @@ def test_sizes_that_depend_on_the_image_are_dynamic():
             torch.testing.assert_close(copy.deepcopy(model)(x), twin(x))
 
 
+class FewerInTheDark(nn.Module):
+    """LightGlue: how many key points there are, which it asks for, is often the same by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.describe, self.head = nn.Linear(1, 4), nn.Linear(4, 2)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:
+        dark = (pixel_values == 0).float().mean().item() > 0.5
+        points = pixel_values[:, 0, 0, -4 if dark else -5 :, None]
+        return self.head(self.describe(points).relu()).mean(1)
+
+
+@torch.no_grad()
+def test_a_size_that_is_the_same_for_a_changed_image_by_chance_is_dynamic():
+    torch.manual_seed(0)
+    model = FewerInTheDark()
+    twin = copy.deepcopy(model)
+    prepare_qat(model, QATConfig(), torch.randn(2, 1, 9, 9))
+    dark = torch.zeros(3, 1, 9, 9)
+    dark[..., -4:] = 1.0
+    with fake_quant_disabled(model):
+        for x in (torch.randn(3, 1, 9, 9), dark):
+            torch.testing.assert_close(model(x), twin(x))
+
+
 class Reshapes(nn.Module):
     """Is told the shape that it shall return, which has the size of the batch in it: DETR's position embedding."""
 

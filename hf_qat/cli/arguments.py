@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from hf_qat.config.targets import targets
 from hf_qat.errors import ConfigError
 
 
@@ -58,7 +59,7 @@ class DataArguments:
 class QATArguments:
     """The recipe, as far as one sets it on a command line; `QATConfig` explains each."""
 
-    target: str = field(default="int8", metadata={"help": "What will run the model; hf_qat.targets() lists all."})
+    target: str = field(default="int8", metadata={"help": f"What will run the model: {', '.join(targets())}."})
     weight_bits: int | None = field(default=None, metadata={"help": "Bits of the weights, 2 to 8; the target's own."})
     activation_bits: int | None = field(default=None, metadata={"help": "Bits of what flows between layers."})
     exclude: list[str] = field(

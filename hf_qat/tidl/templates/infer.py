@@ -77,7 +77,10 @@ def frames(here: Path, images: list[Path], input_name: str) -> Iterator[tuple[st
     except ImportError as error:
         sys.exit(str(error) + ": images are prepared by Pillow and PyYAML (pip install pillow pyyaml)")
     if not (here / "config.yaml").exists():
-        sys.exit("this bundle has no config.yaml, so how to prepare an image is not known; see README.md")
+        sys.exit(
+            "this bundle has no config.yaml, so how to prepare an image is not known (README.md says why); without "
+            "images, infer.py runs the calibration frames"
+        )
     config = yaml.safe_load((here / "config.yaml").read_text(encoding="utf-8"))
     for name, path in zip(names_of(images), images, strict=True):
         try:

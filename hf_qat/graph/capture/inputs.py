@@ -131,6 +131,12 @@ def with_batch(inputs: Inputs | TwoSizes, size: int, device: torch.device) -> tu
     return args, kwargs
 
 
+def with_noise(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """`x` with noise of a `share` of its own spread, drawn on the CPU: the same on every device."""
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    return x + share * noise * (x.std() if x.numel() > 1 else 1.0)
+
+
 def changed_images(inputs: Inputs | TwoSizes) -> Inputs | TwoSizes:
     """The same with noise on images: where sizes depend on the data (key points above a threshold), others result."""
     generator = torch.Generator().manual_seed(0)
@@ -138,8 +144,7 @@ def changed_images(inputs: Inputs | TwoSizes) -> Inputs | TwoSizes:
     def change(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 4:
             return leaf
-        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf)
-        return leaf.detach() + CHANGE * leaf.detach().std() * noise
+        return with_noise(leaf.detach(), CHANGE, generator)
 
     changed: Inputs | TwoSizes = pytree.tree_map(change, inputs)
     return changed

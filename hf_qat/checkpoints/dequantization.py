@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_qat.checkpoints.stored_format import key_of, quantized_layers
+from hf_qat.checkpoints.stored_format import quantized_layers
 from hf_qat.graph.captured import CapturedModule
+from hf_qat.graph.plan import join_path
 from hf_qat.graph.random_state import random_state_kept
 from hf_qat.quantization.class_swap import original_class
 from hf_qat.quantization.converted import QuantizedLayer
@@ -62,13 +63,13 @@ def _float_tensors(fresh: nn.Module, path: str, layer: QuantizedLayer) -> dict[s
     """What stands for one quantized layer, and the batch norm folded into it, in the state dict of `fresh`."""
     if hasattr(fresh.get_submodule(path), "running_mean"):
         return _norm_tensors(fresh, path, layer.weight.flatten(), layer.float_bias())
-    tensors, bias = {key_of(path, "weight"): layer.weight}, layer.float_bias()
+    tensors, bias = {join_path(path, "weight"): layer.weight}, layer.float_bias()
     own_bias: Any = fresh.get_submodule(path).bias
     if layer.folded_norm is None:
-        return tensors if bias is None else {**tensors, key_of(path, "bias"): bias}
+        return tensors if bias is None else {**tensors, join_path(path, "bias"): bias}
     assert bias is not None
     if own_bias is not None:
-        tensors[key_of(path, "bias")] = torch.zeros_like(own_bias)
+        tensors[join_path(path, "bias")] = torch.zeros_like(own_bias)
     return {**tensors, **_norm_tensors(fresh, layer.folded_norm, None, bias)}
 
 
@@ -87,4 +88,4 @@ def _norm_tensors(fresh: nn.Module, path: str, weight: Tensor | None, bias: Tens
         tensors = {"running_mean": -bias / weight, "running_var": variance}
     else:
         tensors |= {"weight": weight, "bias": bias}
-    return {key_of(path, name): value for name, value in tensors.items()}
+    return {join_path(path, name): value for name, value in tensors.items()}

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from hf_qat.checkpoints.key_names import native_names, without_attribute, without_wrapper
 from hf_qat.checkpoints.sources import Source, name_of, read_weights
-from hf_qat.checkpoints.stored_format import PACKED_BITS, key_of, quantized_layers, stored_shape
+from hf_qat.checkpoints.stored_format import quantized_layers, restored, stored_shape
 from hf_qat.errors import WeightsError, listed
+from hf_qat.graph.plan import join_path
 from hf_qat.model.state_dict import is_float_state_dict, quantizer_state
-from hf_qat.quantization.packing import unpack_nibbles
 
 
 Shape = tuple[int, ...]
@@ -98,7 +98,7 @@ def load_weights(model: nn.Module, source: Source, strict: bool = False, verbose
     if isinstance(model, PreTrainedModel):
         state = native_names(model, state)
     state = without_attribute(state, own)
-    codes = [key_of(path, name) for path in quantized_layers(model) for name in ("weight", "bias")]
+    codes = [join_path(path, name) for path in quantized_layers(model) for name in ("weight", "bias")]
     state = _shaped(model, state)
     _check_kinds(type(model).__name__, codes, own, state)
     is_float = is_float_state_dict(model, state)
@@ -144,13 +144,9 @@ def _shaped(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` with codes as a quantized checkpoint stores them (see `stored_format`) brought into their shape."""
     shaped = dict(state)
     for path, layer in quantized_layers(model).items():
-        stored = state.get(key_of(path, "weight"))
-        if stored is None or stored.is_floating_point() or tuple(stored.shape) != stored_shape(layer):
-            continue
-        flat = stored.flatten()
-        if layer.weight_spec.bits <= PACKED_BITS:
-            flat = unpack_nibbles(flat, layer.codes.numel())
-        shaped[key_of(path, "weight")] = flat.reshape(layer.codes.shape)
+        stored = state.get(key := join_path(path, "weight"))
+        if stored is not None and not stored.is_floating_point() and tuple(stored.shape) == stored_shape(layer):
+            shaped[key] = restored(layer, stored)
     return shaped
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_qat.checkpoints.stored_format import key_of, quantized_layers, restore_codes, stored_shape
+from hf_qat.checkpoints.stored_format import quantized_layers, restored, stored_shape
 from hf_qat.checkpoints.validation import check_tensors, open_tensors
 from hf_qat.config.checkpoint_info import CheckpointInfo, Stage
 from hf_qat.config.qat_config import QATConfig
@@ -24,6 +24,7 @@ from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.fingerprint import first_difference
 from hf_qat.graph.nodes import CONSTANT_PREFIX
 from hf_qat.graph.one_at_a_time import TURN
+from hf_qat.graph.plan import join_path
 from hf_qat.model.conversion import swap_to_integer_modules
 from hf_qat.model.finite import require_finite
 from hf_qat.model.prepare import prepare_parts
@@ -93,7 +94,7 @@ def rebuild_before_loading(model: PreTrainedModel, config: QATConfig, files: lis
             if saved.stage is Stage.CONVERTED:
                 swap_to_integer_modules(model)
                 _forget_ties_of_codes(model)
-        layers = {key_of(path, "weight"): layer for path, layer in quantized_layers(model).items()}
+        layers = {join_path(path, "weight"): layer for path, layer in quantized_layers(model).items()}
         shapes = {key: stored_shape(layer) for key, layer in layers.items()}
         other_labels = saved.stage is Stage.PREPARED and saved.num_labels != _info(model).num_labels
         new_heads = check_tensors(model, stored, shapes, other_labels)
@@ -157,7 +158,9 @@ def _constants(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         WeightsError: the value of one depends on weights, which are not there yet.
     """
-    constants = {path: buffer for path, buffer in model.named_buffers() if CONSTANT_PREFIX in path.rpartition(".")[2]}
+    constants = {
+        path: buffer for path, buffer in model.named_buffers() if path.rpartition(".")[2].startswith(CONSTANT_PREFIX)
+    }
     for path, value in constants.items():
         if value.device.type == "meta":
             raise WeightsError(
@@ -199,7 +202,7 @@ def restore_after_loading(model: PreTrainedModel, pending: PendingRestore) -> No
         owner, _, name = path.rpartition(".")
         model.get_submodule(owner)._buffers[name] = value.to(model.get_buffer(path).device)
     for layer in set(quantized_layers(model).values()):
-        restore_codes(layer)
+        layer._buffers["weight"] = restored(layer, layer.codes)
     if pending.new_heads:
         _start_heads(model, pending.new_heads)
     require_finite(model, "load")

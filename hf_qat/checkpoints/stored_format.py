@@ -11,6 +11,7 @@ import math
 
 from torch import Tensor, nn
 
+from hf_qat.graph.plan import join_path
 from hf_qat.quantization.converted import QuantizedLayer
 from hf_qat.quantization.packing import pack_nibbles, unpack_nibbles
 
@@ -36,7 +37,7 @@ def stored_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a converted model, with its codes as they are stored."""
     layers = quantized_layers(model)
     flat = {layer: _flat(layer) for layer in dict.fromkeys(layers.values())}
-    return {**model.state_dict(), **{key_of(path, "weight"): flat[layer] for path, layer in layers.items()}}
+    return {**model.state_dict(), **{join_path(path, "weight"): flat[layer] for path, layer in layers.items()}}
 
 
 def _flat(layer: QuantizedLayer) -> Tensor:
@@ -45,13 +46,7 @@ def _flat(layer: QuantizedLayer) -> Tensor:
     return stored.reshape(stored_shape(layer))
 
 
-def restore_codes(layer: QuantizedLayer) -> None:
-    """Give the codes of `layer`, which were read as they are stored, the shape of its weight; in place."""
-    flat, shape = layer.codes.flatten(), layer.weight_shape
-    codes = unpack_nibbles(flat, shape.numel()) if layer.weight_spec.bits <= PACKED_BITS else flat
-    layer._buffers["weight"] = codes.reshape(shape)
-
-
-def key_of(path: str, name: str) -> str:
-    """The key, in a state dict, of a tensor of the module at `path`; the model itself has the empty path."""
-    return f"{path}.{name}" if path else name
+def restored(layer: QuantizedLayer, stored: Tensor) -> Tensor:
+    """The codes of `layer`, as they are stored, in the shape of its weight."""
+    flat, shape = stored.flatten(), layer.weight_shape
+    return (unpack_nibbles(flat, shape.numel()) if layer.weight_spec.bits <= PACKED_BITS else flat).reshape(shape)

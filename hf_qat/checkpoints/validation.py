@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_qat.checkpoints.stored_format import key_of
 from hf_qat.errors import WeightsError
+from hf_qat.graph.plan import join_path
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
 from hf_qat.quantization.packing import unpack_nibbles
 from hf_qat.quantization.quantizer import FakeQuantize
@@ -287,4 +287,4 @@ def _quantizer_tensors(model: nn.Module) -> Iterator[_QuantizerTensor]:
         for kind, checks in CHECKS.items():
             for name, check in checks.items() if isinstance(module, kind) else ():
                 if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
-                    yield _QuantizerTensor(key_of(path, name), module, check)
+                    yield _QuantizerTensor(join_path(path, name), module, check)

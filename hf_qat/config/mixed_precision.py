@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from hf_qat.config.checks import number, refuse_unknown
-from hf_qat.errors import ConfigError
+from hf_qat.errors import ConfigError, listed
 
 
 #: Widths that are tried one after the other.
@@ -134,7 +134,7 @@ def propose(
         budget: as that of `QATConfig.from_analysis`.
 
     Raises:
-        ConfigError: no sensitivities, not one budget, or one that cannot be kept.
+        ConfigError: no sensitivities, or one that is NaN; not one budget, or one that cannot be kept.
     """
     if not isinstance(budget, Mapping) or len(budget) != 1:
         raise ConfigError(f'budget must be {{"at_least": metric}} or {{"weight_bytes": bytes}}, not {budget!r}.')
@@ -143,6 +143,10 @@ def propose(
     limit = number(f"budget[{name!r}]", limit, -math.inf, math.inf)
     if analysis.in_float is None or any(layer.only_quantized is None for layer in analysis.layers):
         raise ConfigError("the analysis has no sensitivities: make it with sensitivity=True, of a prepared model.")
+    figures = {"the float model": analysis.in_float, **{layer.path: layer.only_quantized for layer in analysis.layers}}
+    undefined = [name for name, value in figures.items() if value is not None and math.isnan(value)]
+    if undefined:
+        raise ConfigError(f"the metric is NaN for {listed(undefined)}: nobody can tell what bits are worth there.")
     before = list(_parts(analysis))
     reach = name == "at_least"
     after = _reach(before, analysis.in_float, limit, widest) if reach else _fill(before, limit)
@@ -186,14 +190,13 @@ def _reach(parts: Sequence[Part], in_float: float, at_least: float, widest: int)
     chosen = list(parts)
     queue = [(-part.cost, place) for place, part in enumerate(chosen)]
     heapq.heapify(queue)
-    while _metric(in_float, sum(part.cost for part in chosen)) < at_least:
-        _, place = heapq.heappop(queue) if queue else (0.0, -1)
-        if place < 0:
-            reached = _metric(in_float, sum(part.cost for part in chosen))
+    while (reached := _metric(in_float, sum(part.cost for part in chosen))) < at_least:
+        if not queue:
             raise ConfigError(
                 f"at_least={at_least:.4g} cannot be reached: with every layer as wide as the target has it, or in "
                 f"float, {reached:.4g} are to be expected, and the float model has {in_float:.4g}."
             )
+        _, place = heapq.heappop(queue)
         wider = chosen[place].wider(widest)
         if wider is not None:
             chosen[place] = wider

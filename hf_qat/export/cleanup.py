@@ -22,6 +22,7 @@ from hf_qat.export.onnx_graph import (
     get_attribute,
     names_read,
     nodes_behind,
+    replace_items,
     replace_values,
     take_attribute,
     with_shapes,
@@ -70,7 +71,7 @@ def move_constants_to_initializers(model: ModelProto) -> None:
             tensor = graph.initializer.add()
             tensor.CopyFrom(value)
             tensor.name = node.output[0]
-    _replace(graph.node, others)
+    replace_items(graph.node, others)
 
 
 def drop_axes_of_single_scales(model: ModelProto) -> None:
@@ -94,7 +95,7 @@ def quantize_constants(model: ModelProto) -> None:
             graph.initializer.append(numpy_helper.from_array(codes, node.output[0]))
         else:
             nodes.append(node)
-    _replace(graph.node, nodes)
+    replace_items(graph.node, nodes)
 
 
 def drop_additions_of_zero(model: ModelProto) -> None:
@@ -107,7 +108,7 @@ def drop_additions_of_zero(model: ModelProto) -> None:
         x = _other_than_zeros(node, onnx_graph)
         if x is not None and node.output[0] not in outputs:
             same[node.output[0]] = same.get(x, x)
-    _replace(graph.node, [node for node in graph.node if node.output[0] not in same])
+    replace_items(graph.node, [node for node in graph.node if node.output[0] not in same])
     replace_values(graph, same)
 
 
@@ -136,7 +137,7 @@ def pool_globally(model: ModelProto) -> None:
     nodes: list[NodeProto] = []
     for node in graph.node:
         nodes += _global_pool(node, onnx_graph) if _is_global_mean(node, onnx_graph) else [node]
-    _replace(graph.node, nodes)
+    replace_items(graph.node, nodes)
 
 
 def _global_pool(mean: NodeProto, onnx_graph: OnnxGraph) -> list[NodeProto]:
@@ -165,7 +166,7 @@ def _is_global_mean(node: NodeProto, onnx_graph: OnnxGraph) -> bool:
 def drop_dead_nodes(model: ModelProto) -> None:
     """Remove nodes whose results nobody reads."""
     graph = model.graph
-    _replace(graph.node, nodes_behind(graph.node, [output.name for output in graph.output]))
+    replace_items(graph.node, nodes_behind(graph.node, [output.name for output in graph.output]))
 
 
 def drop_unused_values(model: ModelProto) -> None:
@@ -173,26 +174,22 @@ def drop_unused_values(model: ModelProto) -> None:
     graph = model.graph
     read = {*names_read(graph.node), *(output.name for output in graph.output)}
     made = {name for node in graph.node for name in node.output}
-    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read])
-    _replace(graph.value_info, [info for info in graph.value_info if info.name in made])
+    replace_items(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in read])
+    replace_items(graph.value_info, [info for info in graph.value_info if info.name in made])
 
 
 def drop_unused_opsets(model: ModelProto) -> None:
     """Remove operator sets that no node belongs to, but for the default one."""
     nodes = [node for body in (model.graph, *model.functions) for node in body.node]
     used = {node.domain for node in nodes} | {function.domain for function in model.functions}
-    _replace(model.opset_import, [e for e in model.opset_import if e.domain in DEFAULT_DOMAINS or e.domain in used])
+    replace_items(
+        model.opset_import, [e for e in model.opset_import if e.domain in DEFAULT_DOMAINS or e.domain in used]
+    )
 
 
 def infer_shapes(model: ModelProto) -> None:
     """Note the shape of every value, which TI's compiler asks for."""
     model.CopyFrom(with_shapes(model))
-
-
-def _replace(field: Any, items: list[Any]) -> None:
-    """Make `items`, which may be part of the repeated `field`, its whole content."""
-    del field[:]
-    field.extend(items)
 
 
 #: In the order in which they run: sums and pooling need shapes; names count what is left, and need the notes; pairs

@@ -137,9 +137,8 @@ def example_of(model: nn.Module) -> Inputs:
 
 def _random_inputs(module: CapturedModule) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     tensors = []
-    for node, shape in zip(placeholders, module.shapes, strict=True):
+    for node, shape in zip(module.evaluation.inputs(), module.shapes, strict=True):
         values = torch.randn([2 if size is None else size for size in shape], generator=generator, dtype=torch.float32)
         dtype = node.meta["val"].dtype
         tensors.append(values.to(dtype) if dtype.is_floating_point else torch.ones_like(values, dtype=dtype))

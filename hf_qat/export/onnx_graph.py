@@ -1,8 +1,9 @@
-"""Reading an ONNX graph or function: constants, shapes, attributes, and names that are still free."""
+"""Reading an ONNX graph or function, and replacing what it holds: constants, shapes, attributes, names still free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -137,6 +138,21 @@ def names_read(nodes: Iterable[NodeProto]) -> Iterator[str]:
         for graph in subgraphs(node):
             yield from names_read(graph.node)
             yield from (output.name for output in graph.output)
+
+
+def readers_of(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
+    """The nodes that read each value, by its name."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def replace_items(field: Any, items: list[Any]) -> None:
+    """Make `items`, which may be part of the repeated `field`, its whole content."""
+    del field[:]
+    field.extend(items)
 
 
 def replace_values(graph: GraphProto, by: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from hf_qat.errors import AnalysisError
 from hf_qat.export.float_operators import MOVING, MULTIPLYING
-from hf_qat.export.onnx_graph import OnnxGraph, replace_values
+from hf_qat.export.onnx_graph import OnnxGraph, readers_of, replace_values
 
 
 #: Operators of one input that a layer and the quantizer of its result have between them.
@@ -49,10 +49,7 @@ class Wiring:
     def __init__(self, graph: GraphProto) -> None:
         self.nodes = list(graph.node)
         self.makers = {name: node for node in graph.node for name in node.output}
-        self.readers: dict[str, list[NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+        self.readers = readers_of(graph.node)
         self.constants = OnnxGraph(graph)
 
     def weight(self, node: NodeProto) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from hf_qat.export.onnx_graph import (
     OnnxGraph,
     get_attribute,
     opset_of,
+    replace_items,
     subgraphs,
     take_attribute,
     with_shapes,
@@ -92,8 +93,7 @@ def _lower(body: GraphProto | FunctionProto, outer: OnnxGraph | None) -> None:
         for graph in subgraphs(node):
             _lower(graph, onnx_graph)
         nodes += _lower_node(node, onnx_graph)
-    del body.node[:]
-    body.node.extend(nodes)
+    replace_items(body.node, nodes)
 
 
 def _lower_node(node: NodeProto, onnx_graph: OnnxGraph) -> Sequence[NodeProto]:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from onnx import ModelProto, NodeProto, helper
 
-from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, get_attribute
+from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, get_attribute, readers_of, replace_items
 
 
 #: Where a pair helps. Without it, ONNX Runtime 1.32 computes a convolution after any of these in float, but for
@@ -42,10 +42,7 @@ def repeat_pairs(model: ModelProto, operators: Collection[str] = WITH_PAIR) -> N
     """
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = readers_of(graph.node)
     outputs = {output.name for output in graph.output}
     nodes = []
     for node in graph.node:
@@ -62,8 +59,7 @@ def repeat_pairs(model: ModelProto, operators: Collection[str] = WITH_PAIR) -> N
             makers.update({added.output[0]: added for added in pair})
             readers[pair[1].output[0]] = list(readers.get(result, ()))
             nodes += pair
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_items(graph.node, nodes)
 
 
 def _moves(node: NodeProto) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, get_attribute, take_attribute
+from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, get_attribute, replace_items, take_attribute
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def spell_out_windows(model: ModelProto) -> None:
         if windows is not None:
             nodes += _without_ceil_mode(node, windows, graph, onnx_graph)
         nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_items(graph.node, nodes)
 
 
 def _windows(node: NodeProto, onnx_graph: OnnxGraph) -> Windows | None:

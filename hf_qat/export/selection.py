@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, numpy_helper
 
-from hf_qat.export.onnx_graph import OnnxGraph, get_attribute
+from hf_qat.export.onnx_graph import OnnxGraph, get_attribute, replace_items
 
 
 def select_directly(model: ModelProto) -> None:
@@ -31,16 +29,10 @@ def select_directly(model: ModelProto) -> None:
             gone.update(reader.output[0] for reader in readers)
             node.output[position] = readers[0].output[0] if readers else node.output[position]
     kept = [node for node in graph.node if not (node.op_type == "Slice" and node.output[0] in gone)]
-    del graph.node[:]
-    graph.node.extend(kept)
-    _forget_shapes(graph, {name for node in kept if node.op_type == "TopK" for name in node.output})
-
-
-def _forget_shapes(graph: GraphProto, names: Container[str]) -> None:
-    """A result that nobody reads is smaller now too; shapes are inferred anew later."""
-    others = [info for info in graph.value_info if info.name not in names]
-    del graph.value_info[:]
-    graph.value_info.extend(others)
+    replace_items(graph.node, kept)
+    # A result that nobody reads is smaller now too; shapes are inferred anew later.
+    changed = {name for node in kept if node.op_type == "TopK" for name in node.output}
+    replace_items(graph.value_info, [info for info in graph.value_info if info.name not in changed])
 
 
 def _count(node: NodeProto, axis: object, onnx_graph: OnnxGraph) -> int | None:

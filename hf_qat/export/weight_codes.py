@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from hf_qat.export.onnx_graph import OnnxGraph, get_attribute
+from hf_qat.export.onnx_graph import OnnxGraph, get_attribute, replace_items
 
 
 def split_quantized_weights(model: ModelProto) -> None:
@@ -22,8 +22,7 @@ def split_quantized_weights(model: ModelProto) -> None:
     for node in graph.node:
         source = dequantized.get(node.input[0]) if node.op_type == "Split" else None
         nodes += [node] if source is None else _parts(graph, source, node, onnx_graph)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_items(graph.node, nodes)
 
 
 def transpose_quantized_weights(model: ModelProto) -> None:
@@ -35,8 +34,7 @@ def transpose_quantized_weights(model: ModelProto) -> None:
     for node in graph.node:
         source = dequantized.get(node.input[0]) if node.op_type == "Transpose" else None
         nodes.append(node if source is None else _transposed(graph, source, node, onnx_graph))
-    del graph.node[:]
-    graph.node.extend(nodes)
+    replace_items(graph.node, nodes)
 
 
 def _dequantized(graph: GraphProto, onnx_graph: OnnxGraph) -> dict[str, NodeProto]:

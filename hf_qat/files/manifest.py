@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 
-#: One line a file, as `sha256sum` writes and checks it.
+#: Name of its file.
 MANIFEST = "SHA256SUMS"
 
 

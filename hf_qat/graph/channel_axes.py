@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hf_qat.graph.rules import Kind, rule_of
+from hf_qat.graph.rules import Kind, overloads, rule_of
 
 
 aten = torch.ops.aten
@@ -105,7 +105,7 @@ def _slice(node: fx.Node, channels: Channels) -> Channels | None:
 
 
 def _rows(move: Callable[[fx.Node, Channels], Channels | None], *packets: Any) -> dict[Any, Any]:
-    return {getattr(packet, name): move for packet in packets for name in packet.overloads()}
+    return dict.fromkeys(overloads(*packets), move)
 
 
 _MOVES: dict[Any, Callable[[fx.Node, Channels], Channels | None]] = {

@@ -40,7 +40,7 @@ def find_edges(model: nn.Module, captured: Captured, inputs: Inputs, excluded: C
     calls = _calls(captured, excluded)
     outputs = model_outputs(model, captured, inputs)
     return Edges(
-        inputs=_inputs(captured, calls),
+        inputs=frozenset(_inputs(captured, calls)),
         outputs=outputs,
         first_layer=next(iter(calls.values()), None),
         last_layers=frozenset(calls[call] for call in _last_calls(captured, calls, outputs)),
@@ -49,7 +49,7 @@ def find_edges(model: nn.Module, captured: Captured, inputs: Inputs, excluded: C
 
 def find_inputs(captured: Captured, excluded: Callable[[str], bool]) -> frozenset[Port]:
     """`inputs` of `find_edges`, for which the model need not run."""
-    return _inputs(captured, _calls(captured, excluded))
+    return frozenset(_inputs(captured, _calls(captured, excluded)))
 
 
 def _calls(captured: Captured, excluded: Callable[[str], bool]) -> dict[Place, str]:
@@ -62,17 +62,14 @@ def _calls(captured: Captured, excluded: Callable[[str], bool]) -> dict[Place, s
     }
 
 
-def _inputs(captured: Captured, calls: Iterable[Place]) -> frozenset[Port]:
-    return frozenset(_model_inputs(captured, [child for child, _ in calls]))
-
-
-def _model_inputs(captured: Captured, children_with_layers: list[str]) -> Iterator[Port]:
+def _inputs(captured: Captured, calls: Iterable[Place]) -> Iterator[Port]:
     """Inputs of the child that calls the first layer, and of those before it, that no other child produces."""
+    first, _ = next(iter(calls), (None, None))
     for child, module in captured.items():
         for position in range(len(module.shapes)):
             if position not in module.producer_of_input:
                 yield child, position
-        if child in children_with_layers[:1]:
+        if child == first:
             return
 
 
@@ -114,8 +111,7 @@ def _sources(captured: Captured, place: Place) -> list[Place]:
     child, node = place
     module = captured[child]
     if node.op == "placeholder":
-        position = [n for n in module.graph.nodes if n.op == "placeholder"].index(node)
-        producer = module.producer_of_input.get(position)
+        producer = module.producer_of_input.get(module.evaluation.inputs().index(node))
         return [] if producer is None else _at_output(captured, producer)
     if node.target in SIZES:
         return []

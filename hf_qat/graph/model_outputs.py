@@ -65,7 +65,7 @@ def _reached(model: nn.Module, captured: Mapping[str, CapturedModule], inputs: I
     except Exception as error:
         logger.debug("The model's own code does not run with gradients (%s).", error)
         return frozenset()
-    variables = _variables_of(result)
+    variables = variables_of(result)
     return frozenset(port for port, leaf in leaves.values() if id(leaf) in variables)
 
 
@@ -102,8 +102,8 @@ def _leaf(port: Port, value: Tensor, leaves: dict[int, tuple[Port, Tensor]]) -> 
     return leaf.clone()
 
 
-def _variables_of(result: Any) -> set[int]:
-    """Ids of the leaves that autograd knows the tensors of `result` to depend on."""
+def variables_of(result: Any) -> set[int]:
+    """Ids of the leaves, parameters among them, that autograd knows the tensors of `result` to depend on."""
     stack = [x.grad_fn for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
     seen: set[Any] = set()
     variables = set()

@@ -12,6 +12,7 @@ from hf_qat.graph.capture.modes import modes_kept
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.nodes import fetch
+from hf_qat.graph.plan import join_path
 
 
 aten = torch.ops.aten
@@ -50,7 +51,7 @@ def is_own(module: nn.Module, path: str, name: str, value: Any) -> bool:
     own = getattr(module, name, None)
     if value is None or own is None:
         return value is own
-    return isinstance(value, fx.Node) and value.target == (f"{path}.{name}" if path else name)
+    return isinstance(value, fx.Node) and value.target == join_path(path, name)
 
 
 def _normalises_by_batch(module: nn.Module, way: CapturedGraph) -> bool:
@@ -63,7 +64,7 @@ def _normalises_by_batch(module: nn.Module, way: CapturedGraph) -> bool:
 
 def drop_counting(captured: CapturedModule, graph: fx.Graph, path: str) -> None:
     """Let the graph count one batch less for the norm at `path`, in place: the layer called instead counts it."""
-    counter = f"{path}.{COUNTER}" if path else COUNTER
+    counter = join_path(path, COUNTER)
     if not isinstance(getattr(fetch(captured, path) if path else captured, COUNTER, None), torch.Tensor):
         return
     for node in reversed(list(graph.nodes)):

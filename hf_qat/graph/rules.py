@@ -62,6 +62,11 @@ class Rule:
 FLOAT = Rule(Kind.FLOAT, "float")
 
 
+def overloads(*packets: Any) -> list[Any]:
+    """All overloads of operations such as `torch.ops.aten.add`."""
+    return [getattr(packet, name) for packet in packets for name in packet.overloads()]
+
+
 def _rows(kind: Kind, *packets: Any, **fields: Any) -> dict[Any, Rule]:
     """One rule for every overload of the given ops, named after each."""
     rows = {}
@@ -154,7 +159,7 @@ def register_rule(operation: Any, rule: Rule) -> None:
     Raises:
         ConfigError: the operation has a rule.
     """
-    rows = {getattr(operation, overload): rule for overload in operation.overloads()}
+    rows = dict.fromkeys(overloads(operation), rule)
     taken = [str(overload) for overload in rows if overload in RULES or overload in ARGUMENT_RULES]
     if taken:
         raise ConfigError(f"{taken[0]} has a rule already; a second one would change every model that uses it.")
@@ -197,16 +202,12 @@ def _cast_rule(node: fx.Node) -> Rule:
     return Rule(Kind.PASS, "to") if real else FLOAT
 
 
-def _overloads(*packets: Any) -> list[Any]:
-    return [getattr(packet, name) for packet in packets for name in packet.overloads()]
-
-
 #: ATen overload → what gives the rule of a call.
 ARGUMENT_RULES: dict[Callable[..., Any], Callable[[fx.Node], Rule]] = {
-    **dict.fromkeys(_overloads(aten.hardtanh, aten.clamp, aten.clamp_min), _clamp_rule),
-    **dict.fromkeys(_overloads(aten.clamp_max), lambda node: Rule(Kind.ACTIVATION, "clamp")),
-    **dict.fromkeys(_overloads(aten.pad, aten.constant_pad_nd), _pad_rule),
-    **dict.fromkeys(_overloads(aten.to, aten._to_copy, aten.type_as), _cast_rule),
+    **dict.fromkeys(overloads(aten.hardtanh, aten.clamp, aten.clamp_min), _clamp_rule),
+    **dict.fromkeys(overloads(aten.clamp_max), lambda node: Rule(Kind.ACTIVATION, "clamp")),
+    **dict.fromkeys(overloads(aten.pad, aten.constant_pad_nd), _pad_rule),
+    **dict.fromkeys(overloads(aten.to, aten._to_copy, aten.type_as), _cast_rule),
 }
 
 

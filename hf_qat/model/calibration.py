@@ -9,7 +9,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -29,7 +28,7 @@ from hf_qat.model.bias_correction import (
     remember_biases,
     shift_biases,
 )
-from hf_qat.model.eager import in_eager_mode, uncompiled
+from hf_qat.model.eager import Model, in_eager_mode, uncompiled
 from hf_qat.model.equal_rows import warn_of_equal_rows
 from hf_qat.model.equalization import equalize_if_nearer
 from hf_qat.model.range_choice import choose_ranges, observe_in_several_ways
@@ -42,7 +41,6 @@ from hf_qat.quantization.layers import qat_layers, quantizers_in_graphs
 
 logger = logging.getLogger(__name__)
 
-Model = TypeVar("Model", bound=nn.Module)
 
 #: Batches that a choice between ranges averages over.
 RANGE_CHOICE_BATCHES = 4

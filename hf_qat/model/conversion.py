@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,7 +10,7 @@ from hf_qat.config.checkpoint_info import Stage
 from hf_qat.errors import NonFiniteError, StageError
 from hf_qat.graph.captured import captured_modules
 from hf_qat.graph.weights import fold_weights
-from hf_qat.model.eager import uncompiled
+from hf_qat.model.eager import Model, uncompiled
 from hf_qat.model.finite import require_finite
 from hf_qat.model.saved_config import attach_hf_quantizer
 from hf_qat.model.state import captured_children, require_ranges, require_stage
@@ -21,9 +19,6 @@ from hf_qat.quantization.freezable_norm import FreezableBatchNorm
 from hf_qat.quantization.layers import qat_layers
 from hf_qat.quantization.quantizer import FakeQuantize, fake_quantizers
 from hf_qat.quantization.scales import USABLE, unusable
-
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,12 +134,10 @@ def _watching(axes: dict[FakeQuantize, int], found: dict[FakeQuantize, list[Chan
         low, high = rows.amin(1).clamp_max(0.0), rows.amax(1).clamp_min(0.0)
         found.setdefault(module, []).append(ChannelStatistics(low, high, rows.square().mean(1)))
 
-    handles = [quantizer.register_forward_hook(watch) for quantizer in axes]
-    try:
+    with ExitStack() as stack:
+        for quantizer in axes:
+            stack.enter_context(quantizer.register_forward_hook(watch))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _merged(parts: Sequence[ChannelStatistics]) -> ChannelStatistics:

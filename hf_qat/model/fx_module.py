@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from hf_qat.config.checkpoint_info import Stage
+from hf_qat.config.checks import count
 from hf_qat.config.qat_config import QATConfig
-from hf_qat.errors import ConfigError, StageError
+from hf_qat.errors import StageError
 from hf_qat.graph.capture.inputs import Inputs
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.conversion import convert
@@ -63,11 +64,7 @@ class QATFxModule(nn.Module):
         example_inputs: Inputs | None = None,
     ) -> None:
         super().__init__()
-        if type(total_epochs) is not int or total_epochs < 1:
-            raise ConfigError(
-                f"total_epochs must be a whole number from 1, not {total_epochs!r}: the epochs that you will train, "
-                "each begun by a call of train()."
-            )
+        count("total_epochs", total_epochs)
         self.module = prepare_qat(model, qat_config, example_inputs)
         self.schedule = QATSchedule(self.module, total_epochs)
         self._first_epoch_begun = False

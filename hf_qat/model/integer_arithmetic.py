@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
-from torch import nn
-
 from hf_qat.config.checkpoint_info import Stage
 from hf_qat.graph.passes.connect import input_quantizers, output_quantizers
+from hf_qat.model.eager import Model
 from hf_qat.model.state import captured_children, require_stage
 from hf_qat.quantization.converted import QuantizeDequantize, QuantizedLayer
-
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def compute_in_integers(model: Model, enabled: bool = True) -> Model:

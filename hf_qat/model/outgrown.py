@@ -37,7 +37,7 @@ from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.scales import scale_from_range
 from hf_qat.quantization.spec import QuantizerSpec
 from hf_qat.quantization.weight_quantizer import activation_quantizers
-from hf_qat.quantization.weight_scale import weight_scale
+from hf_qat.quantization.weight_scale import rows_of, weight_scale
 
 
 #: A range is outgrown if what is seen reaches beyond it by more than this share of its width,
@@ -258,7 +258,7 @@ def _renew_weight(layer: QATLayer, fewest_bits: int) -> bool:
 
 def _loss(weight: Tensor, scale: Tensor, spec: QuantizerSpec) -> Tensor:
     """The squared error of a weight that is rounded by `scale`, for each scale: () or (C,), as `scale`."""
-    rows = weight.reshape(1, -1) if spec.axis is None else weight.movedim(spec.axis, 0).flatten(1)
+    rows = rows_of(weight, spec.axis)
     steps = scale.reshape(-1, 1)
     rounded = (rows / steps).round().clamp(spec.qmin, spec.qmax) * steps
     return (rows - rounded).square().sum(1).view(scale.shape)

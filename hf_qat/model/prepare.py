@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from hf_qat.graph.passes.fuse import fuse
 from hf_qat.graph.passes.place import place
 from hf_qat.graph.passes.rewrite import rewrite
 from hf_qat.graph.passes.synchronize import synchronize
+from hf_qat.model.eager import Model
 from hf_qat.model.finite import require_finite
 from hf_qat.model.further_calls import FurtherCalls
 from hf_qat.model.plan import make_plan
@@ -35,9 +36,6 @@ from hf_qat.quantization.freezable_norm import install_freezable_norm
 from hf_qat.quantization.layers import QATLayer
 from hf_qat.quantization.quantizer import fake_quantizers
 from hf_qat.quantization.synchronized_norm import synchronize_batch_norms
-
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepare_qat(

@@ -78,13 +78,9 @@ def _noting(model: nn.Module, noted: list[tuple[str, str]]) -> Iterator[None]:
         if not any(isinstance(module, CapturedModule) for module in entered):
             noted.append((paths.get(id(entered[-1]), ""), name))
 
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-    try:
-        with _Functions(note):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    leaving = register_module_forward_hook(leave, always_call=True)
+    with register_module_forward_pre_hook(enter), leaving, _Functions(note):
+        yield
 
 
 class _Functions(TorchFunctionMode):

@@ -81,7 +81,8 @@ def choose_ranges(
     Collective: all ranks choose by the mean of their errors.
     """
     layers = {path: layer for path, layer in qat_layers(model).items() if layer.quantizer_of_input in observed}
-    candidates = {quantizer: _candidates(quantizer, observed[quantizer]) for quantizer in observed}
+    choices = {quantizer: observers.choices() for quantizer, observers in observed.items()}
+    candidates = {quantizer: _candidates(quantizer, found) for quantizer, found in choices.items()}
     errors = {
         quantizer: torch.zeros(len(found), dtype=torch.float64, device="cpu")
         for quantizer, found in candidates.items()
@@ -108,15 +109,17 @@ def choose_ranges(
         with progress("Choosing ranges", len(batches), "batch") as bar:
             for _ in run_batches(model, batches):
                 bar.update()
-    for quantizer, observers in observed.items():
+    for quantizer, found in choices.items():
         best = int(mean_over_ranks(errors[quantizer].to(quantizer.log2_scale)).argmin())
-        quantizer.set_qparams(*observers.choices()[best])
+        quantizer.set_qparams(*found[best])
 
 
-def _candidates(quantizer: FakeQuantize, observers: SeveralObservers) -> list[tuple[Tensor, Tensor | None]]:
+def _candidates(
+    quantizer: FakeQuantize, choices: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor | None]]:
     """Scale and zero point by each observer, as the quantizer has them: limited, a power of two, and so on."""
     found = []
-    for scale, zero_point in observers.choices():
+    for scale, zero_point in choices:
         quantizer.set_qparams(scale, zero_point)
         zero = quantizer.zero_point
         found.append((quantizer.scale.detach().clone(), None if zero is None else zero.detach().clone()))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -130,12 +130,10 @@ class _Student:
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Inside, what quantizers put out is collected, in the order of their calls."""
-        handles = [quantizer.register_forward_hook(self._collect) for quantizer in self.activations]
-        try:
+        with ExitStack() as stack:
+            for quantizer in self.activations:
+                stack.enter_context(quantizer.register_forward_hook(self._collect))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _collect(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.outputs.append(output)

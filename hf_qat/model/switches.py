@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from hf_qat.config.checkpoint_info import Stage
-from hf_qat.model.prepare import Model
+from hf_qat.model.eager import Model
 from hf_qat.model.state import require_stage
 from hf_qat.quantization.freezable_norm import FreezableBatchNorm
 from hf_qat.quantization.layers import QATLayer

@@ -126,7 +126,7 @@ def render(facts: CardFacts, options: CardOptions) -> ModelCard:
 def _metadata(facts: CardFacts, options: CardOptions, task: str) -> ModelCardData:
     base = _base_model(facts.model, options)
     tasks = _listed(options.tasks)
-    tags = [*_tags(facts), *(tag for tag in _listed(options.tags))]
+    tags = [*_tags(facts), *_listed(options.tags)]
     results = _results(facts, options, tasks[0] if tasks else task)
     more: dict[str, Any] = {} if base is None else {"base_model_relation": "quantized"}
     return ModelCardData(

@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_qat.errors import printable
 from hf_qat.model.analysis.figure import require_matplotlib
+from hf_qat.publish.accuracy import PREFIX, user_metrics
 from hf_qat.publish.runtime_cost import RuntimeCost
 
 
@@ -99,21 +100,16 @@ def training_figure(log: Sequence[Mapping[str, Any]], moments: Mapping[str, floa
         AnalysisError: matplotlib is missing.
     """
     measured = [entry for entry in log if "eval_loss" in entry and entry["step"] > 0]
-    names = [name for name in (measured[0] if measured else {}) if is_metric(name)]
-    shown = names[:1] if len(measured) > 1 else []
+    first = {name: value for name, value in (measured[0] if measured else {}).items() if name.startswith(PREFIX)}
+    shown = list(user_metrics(first))[:1] if len(measured) > 1 else []
     figure, panels = _figure(1 + len(shown), HEIGHT * (1 + 0.7 * len(shown)))
     _line(panels[0], log, "loss", "training loss", color=DARK, marker=".")
     if measured:
         _line(panels[0], measured, "eval_loss", "evaluation loss", color="black", linestyle="--", marker="s")
     for panel, name in zip(panels[1:], shown, strict=True):
-        _line(panel, measured, name, name.removeprefix("eval_"), color=DARK, marker="s")
+        _line(panel, measured, PREFIX + name, name, color=DARK, marker="s")
     _finish(panels, _last_step(log), moments)
     return figure
-
-
-def is_metric(name: str) -> bool:
-    """Whether a key of a log is a metric of the user's."""
-    return name.startswith("eval_") and not name.endswith(("loss", "runtime", "_per_second", "_time"))
 
 
 def quantizers_figure(

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, numpy_helper
+from onnx import ModelProto, numpy_helper
 
-from hf_qat.export.onnx_graph import OnnxGraph, get_attribute, names_read
+from hf_qat.export.cleanup import drop_dead_nodes, drop_unused_values
+from hf_qat.export.onnx_graph import OnnxGraph, get_attribute
 from hf_qat.export.onnx_layers import without_rounding
 
 
@@ -80,21 +81,9 @@ def in_float(model: ModelProto) -> ModelProto:
         numbers.append(numpy_helper.from_array(moved * scale.reshape(shape), node.output[0]))
         twin.graph.node.remove(node)
     twin.graph.initializer.extend(numbers)
-    _drop_unread(twin.graph)
+    drop_dead_nodes(twin)
+    drop_unused_values(twin)
     return twin
-
-
-def _drop_unread(graph: GraphProto) -> None:
-    """Remove nodes and constants of which nothing comes, in place."""
-    read, kept = {output.name for output in graph.output}, []
-    for node in reversed(graph.node):
-        if read.intersection(node.output):
-            kept.append(node)
-            read.update(names_read([node]))
-    constants = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(kept))
-    graph.initializer.extend(constants)
 
 
 def _session(source: str | bytes, entries: Mapping[str, str]) -> Any:

@@ -33,7 +33,7 @@ def weight_scale(weight: Tensor, spec: QuantizerSpec) -> Tensor:
             f"observer {spec.observer!r} has no rule for the scale of a weight; choose one of {sorted(OBSERVERS)}"
         )
     with torch.no_grad():
-        rows = _rows(weight.detach().float(), spec.axis)
+        rows = rows_of(weight.detach().float(), spec.axis)
         if not torch.stack(rows.aminmax()).isfinite().all():
             raise CalibrationError(
                 f"a weight of shape {tuple(weight.shape)} holds NaN or Inf, so it has no scale; "
@@ -43,6 +43,6 @@ def weight_scale(weight: Tensor, spec: QuantizerSpec) -> Tensor:
         return scale if spec.axis is not None else scale.squeeze(0)
 
 
-def _rows(weight: Tensor, axis: int | None) -> Tensor:
+def rows_of(weight: Tensor, axis: int | None) -> Tensor:
     """One row per scale: (1, numel) or (C, numel / C)."""
     return weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1)

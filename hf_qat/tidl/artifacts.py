@@ -13,8 +13,7 @@ import yaml
 from hf_qat.errors import ExportError, PublishError
 from hf_qat.files.atomic import whole_directory, whole_file
 from hf_qat.files.manifest import MANIFEST, digest, write_manifest
-from hf_qat.tidl.templates import compile as compile_script
-from hf_qat.tidl.templates.compile import RECORD
+from hf_qat.tidl.templates.compile import PARTS, RECORD
 
 
 ARTIFACTS = "artifacts"
@@ -82,13 +81,13 @@ def check_artifacts(artifacts: Path, bundle: Path, settings: dict[str, Any]) -> 
     """Raise `ExportError` unless all parts are there, not empty, and of this model."""
     if not artifacts.is_dir():
         raise ExportError(f"{artifacts} is no directory: give the artifacts/ that compile.py writes.")
-    for part in compile_script.PARTS:
+    for part in PARTS:
         found = list(artifacts.glob(part))
         if not found:
             raise ExportError(f"{artifacts} has no {part}: the compilation did not end well. Run compile.py again.")
         for empty in (file for file in found if not file.stat().st_size):
             raise ExportError(f"{empty} is empty: the compilation did not end well. Run compile.py again.")
-    record = artifacts / compile_script.RECORD
+    record = artifacts / RECORD
     if not record.is_file():
         raise ExportError(
             f"{artifacts} has no {record.name}, so it cannot be told which model was compiled: compile with this "

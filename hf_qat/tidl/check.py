@@ -14,6 +14,7 @@ from hf_qat.tidl.operators import MAX_SUBGRAPHS, OPERATORS
 from hf_qat.tidl.optimizer_rules import OPTIMIZER_RULES
 from hf_qat.tidl.report import HEADINGS, Issue, LayerReport, TidlReport
 from hf_qat.tidl.rules import GRAPH_RULES, LAYER_RULES, Finding
+from hf_qat.tidl.rules.model import CONTRIBUTED
 from hf_qat.tidl.rules.registry import newer_tools, operator_source
 
 
@@ -108,7 +109,7 @@ def _issue(found: Finding, layer: Layer | None = None) -> Issue:
 
 def _verdict(layer: Layer, issues: list[Issue]) -> LayerReport:
     verdicts = {issue.verdict for issue in issues}
-    foreign = layer.node.domain not in (*DEFAULT_DOMAINS, "com.microsoft")
+    foreign = layer.node.domain not in (*DEFAULT_DOMAINS, CONTRIBUTED)
     if "refused" in verdicts or foreign:
         place = "refused"
     else:

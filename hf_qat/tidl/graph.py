@@ -11,7 +11,15 @@ import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from hf_qat.errors import ExportError
-from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, Shape, constant_value, get_attribute, opset_of
+from hf_qat.export.onnx_graph import (
+    DEFAULT_DOMAINS,
+    OnnxGraph,
+    Shape,
+    constant_value,
+    get_attribute,
+    opset_of,
+    readers_of,
+)
 
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -108,10 +116,7 @@ class Graph:
         self.proto = self.inferred.graph
         self.scope = OnnxGraph(self.proto)
         self.makers = {name: node for node in self.proto.node for name in node.output if name}
-        self.readers: dict[str, list[NodeProto]] = {}
-        for node in self.proto.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
+        self.readers = readers_of(self.proto.node)
         self.inputs = [value for value in self.proto.input if self.scope.tensor(value.name) is None]
         self.outputs = [value.name for value in self.proto.output]
         self.fixed = self._fixed()

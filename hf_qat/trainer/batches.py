@@ -250,14 +250,12 @@ def received(trainer: Trainer, model: nn.Module, batch: Any) -> dict[str, Any]:
         names = inspect.signature(model.forward).parameters
         raise _Stop(dict(chain(zip(names, args, strict=False), kwargs.items())))
 
-    handle = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    stopping = model.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        with modes_kept(model), silent(trainer):
+        with stopping, modes_kept(model), silent(trainer):
             trainer.training_step(model, dict(batch) if isinstance(batch, Mapping) else batch)
     except _Stop as stopped:
         return stopped.inputs
-    finally:
-        handle.remove()
     model.zero_grad()
     raise CalibrationError(
         f"training_step of {type(trainer).__name__} never calls the model, so nobody knows what the model gets: call "

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_qat.graph.model_outputs import variables_of
 from hf_qat.quantization.collectives import is_active, mean_over_ranks
 from hf_qat.quantization.quantizer import fake_quantizers
 
@@ -75,17 +76,7 @@ def without_gradient(model: nn.Module, loss: Tensor) -> list[str]:
     Args:
         loss: () of `model`, with its graph.
     """
-    reached: set[int] = set()
-    seen, stack = {loss.grad_fn}, [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):  # the end of the way to a parameter
-            reached.add(id(node.variable))
-        following = {function for function, _ in node.next_functions} - seen
-        seen |= following
-        stack += following
+    reached = variables_of(loss)
     scales = {id(parameter) for q in fake_quantizers(model).values() for parameter in q.parameters()}
     named = model.named_parameters()
     return [name for name, p in named if p.requires_grad and id(p) not in reached and id(p) not in scales]

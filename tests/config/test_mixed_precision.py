@@ -69,6 +69,12 @@ class TestAccuracyBudget:
             found = QATConfig.from_analysis(replace(report, config=QATConfig(target)), budget={"at_least": 0.85})
             assert [next(iter(found.overrides), None), found.exclude] == wanted, target
 
+    @pytest.mark.parametrize(("in_float", "quantized"), [(0.9, math.nan), (math.nan, 0.8)])
+    def test_a_metric_that_is_no_number_is_refused(self, in_float, quantized):
+        report = Report((Layer("a", 0.89), Layer("b", quantized)), in_float)
+        with pytest.raises(ConfigError, match="NaN"):
+            QATConfig.from_analysis(report, budget={"at_least": 0.86})
+
     def test_a_budget_out_of_reach_says_what_can_be_expected(self):
         report = Report((Layer("a.add_0", 0.80, None, 16, None, 20.0, 0, "a"),))
         with pytest.raises(ConfigError, match=r"at_least=0.89 cannot be reached: .* 0.8 are to be expected"):

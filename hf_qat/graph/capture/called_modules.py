@@ -23,11 +23,8 @@ def called_modules(model: nn.Module) -> Iterator[set[str]]:
         if id(module) in paths:
             called.add(paths[id(module)])
 
-    handle = register_module_forward_pre_hook(note)
-    try:
+    with register_module_forward_pre_hook(note):
         yield called
-    finally:
-        handle.remove()
 
 
 def opened_by_callers(model: nn.Module, search: Search, called: Collection[str]) -> Search:

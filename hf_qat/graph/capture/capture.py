@@ -11,25 +11,21 @@ import gc
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.call_record import CallRecord, Search
 from hf_qat.graph.capture.clean import Constants, copy_outputs
 from hf_qat.graph.capture.dry_run import dry_runs, whole_call
 from hf_qat.graph.capture.exporting import export_call
-from hf_qat.graph.capture.guards import shape_at
-from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, accepts_labels, labels_in
+from hf_qat.graph.capture.inputs import Inputs, TwoSizes, accepts_labels, labels_in
 from hf_qat.graph.capture.links import links
 from hf_qat.graph.capture.losses import returns_loss
 from hf_qat.graph.capture.modes import ready_for_capture
-from hf_qat.graph.capture.numbering import Numbering
-from hf_qat.graph.capture.proof import first_difference, runs
-from hf_qat.graph.capture.value_numbers import is_costly, known_equal
+from hf_qat.graph.capture.proof import prove, runs
 from hf_qat.graph.capture.ways import Rehearsals, Way, rehearsals, stored_way
 from hf_qat.graph.captured import CapturedModule, install
 from hf_qat.graph.captured_graph import CapturedGraph
@@ -40,14 +36,8 @@ from hf_qat.quantization.class_swap import require_free_names
 
 logger = logging.getLogger(__name__)
 
-#: Batch sizes, beside that of the examples, at which a graph is compared with its module: one, and an odd one.
-PROVEN_SIZES = (1, 5)
-
 #: Graphs that one part may have: each is exported and proven, which takes time.
 MAX_GRAPHS = 8
-
-#: Size of the change of the example inputs in that comparison, relative to their spread.
-PERTURBATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -107,9 +97,8 @@ def capture(
         labels: what training passes beside, and inference does not; those of the usual names may be among `inputs`.
 
     Returns:
-        The captured modules by path ("" for the model itself), in the order in which they are first called. A link
-        from an input to the output of an earlier child is in
-        `captured.producer_of_input`.
+        The captured modules by path ("" for the model itself), in the order in which they are first called; their
+        `producer_of_input` links an input to the output of an earlier one.
 
     Raises:
         CaptureError: nothing can be captured; with the part and the reason.
@@ -175,10 +164,12 @@ def _candidates(
             break
     captured = [call for call in calls if call.path in found]
     if not captured and parts.paths is None:
-        raise next(iter(errors.values()), CaptureError(_nothing(model)))
+        none = f"{type(model).__name__} calls none of its children: there is nothing to quantize."
+        raise next(iter(errors.values()), CaptureError(none))
     if errors:
         _report_float(model, errors)
-    return [_with_call(found[call.path], call) for call in captured]
+    # With the records of the last dry run, in which outputs of one part are inputs of another.
+    return [replace(found[call.path], call=call) for call in captured]
 
 
 def _try_all(
@@ -217,11 +208,6 @@ def _is_wanted(path: str, parts: Parts) -> bool:
     return parts.paths is None or path in parts.paths
 
 
-def _with_call(candidate: _Candidate, call: CallRecord) -> _Candidate:
-    """The same with the record of the last dry run, in which outputs of one part are inputs of another."""
-    return _Candidate(call, candidate.graphs, candidate.constants)
-
-
 def _try(call: CallRecord, ways: list[Way], parts: Parts) -> _Candidate:
     """Export a part in every way in which it is called, and prove it.
 
@@ -245,7 +231,7 @@ def _try(call: CallRecord, ways: list[Way], parts: Parts) -> _Candidate:
                 graph.labelled_calls = way.labelled_calls()
                 graphs.append(graph)
                 if proves:
-                    _prove(way.calls, graph, constants)
+                    prove(_name(call), way.calls, graph, constants.values)
         graphs += _stored_graphs(call, graphs, parts, constants)
         if parts.further is not None and parts.further.path == call.path:
             graphs.append(_further_graph(call, graphs, parts.further, constants))
@@ -284,7 +270,7 @@ def _further_graph(
     graph = _graph_of(way, graphs, constants)
     if graph is None:
         raise CaptureError(f"{_name(call)} is called as it was before, or does not run.")
-    _prove(way.calls, graph, constants)
+    prove(_name(call), way.calls, graph, constants.values)
     return graph
 
 
@@ -320,59 +306,8 @@ def _is_on_meta(module: nn.Module) -> bool:
     return any(tensor.device.type == "meta" for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _prove(record: CallRecord, graph: CapturedGraph, constants: Constants) -> None:
-    """Compare a graph with its module.
-
-    Raises:
-        CaptureError: they differ.
-    """
-    numbering, costly = Numbering(), is_costly(graph.graph)
-    samples = [record.inputs[0]]
-    if graph.training and len(record.inputs) > len(BATCH_SIZES):  # its sizes depend on the labels, too
-        samples.append(record.inputs[-1])
-    else:
-        sizes = graph.doubtful_sizes if graph.training else (*PROVEN_SIZES, *graph.doubtful_sizes)
-        others = [sample for size in sizes if (sample := _sample(record, size)) is not None]
-        # Batch norm in training takes no batch of one.
-        samples = others if others and costly and not graph.training else samples + others
-    for sample in samples:
-        gradients = sample is samples[0] or not costly
-        if costly and known_equal(record.module, graph, constants.values, sample, gradients, numbering):
-            continue
-        difference = first_difference(record.module, graph, constants.values, sample, gradients)
-        if difference is not None:
-            mode = "training" if graph.training else "evaluation"
-            shapes = [tuple(x.shape) for x in sample]
-            raise CaptureError(
-                f"{_name(record)} computes something else than what torch.export sees of it: in {mode}, on inputs of "
-                f"shapes {shapes}, {difference}"
-            )
-
-
-def _sample(record: CallRecord, size: int) -> list[Tensor] | None:
-    """The example inputs, a little changed, at another batch size; `None` if no input depends on it."""
-    first, last = record.inputs[0], record.inputs[-1]
-    if all(x.shape == y.shape for x, y in zip(first, last, strict=True)):
-        return None
-    generator = torch.Generator().manual_seed(size)
-    resized = []
-    for x, y in zip(first, last, strict=True):
-        for dim, (n, wanted) in enumerate(zip(x.shape, shape_at(size, x, y), strict=True)):
-            if n != wanted:
-                x = x.index_select(dim, torch.arange(wanted, device=x.device) % n)
-        if x.is_floating_point():
-            noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
-            x = x + PERTURBATION * noise * (x.std() if x.numel() > 1 else 1.0)
-        resized.append(x)
-    return resized
-
-
 def _name(call: CallRecord) -> str:
     return call.path or type(call.module).__name__
-
-
-def _nothing(model: nn.Module) -> str:
-    return f"{type(model).__name__} calls none of its children: there is nothing to quantize."
 
 
 def _report_float(model: nn.Module, errors: dict[str, CaptureError]) -> None:

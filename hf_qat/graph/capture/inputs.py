@@ -131,6 +131,12 @@ def with_batch(inputs: Inputs | TwoSizes, size: int, device: torch.device) -> tu
     return args, kwargs
 
 
+def with_noise(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """`x` with noise of a `share` of its own spread, drawn on the CPU: the same on every device."""
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    return x + share * noise * (x.std() if x.numel() > 1 else 1.0)
+
+
 def changed_images(inputs: Inputs | TwoSizes, change: int = 0) -> Inputs | TwoSizes:
     """The same with noise on images, of which a part is blank: sizes that depend on them (key points) become others.
 
@@ -144,8 +150,7 @@ def changed_images(inputs: Inputs | TwoSizes, change: int = 0) -> Inputs | TwoSi
     def change_leaf(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 4:
             return leaf
-        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf)
-        changed = leaf.detach() + CHANGE * leaf.detach().std() * noise
+        changed = with_noise(leaf.detach(), CHANGE, generator)
         changed[..., : leaf.shape[-1] * (1 + change) // 3] = 0.0
         return changed
 

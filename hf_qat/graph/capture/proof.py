@@ -14,15 +14,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_qat.errors import CaptureError
 from hf_qat.graph.call_signature import CallSignature
+from hf_qat.graph.capture.call_record import CallRecord
 from hf_qat.graph.capture.clean import Extended
+from hf_qat.graph.capture.guards import shape_at
+from hf_qat.graph.capture.inputs import BATCH_SIZES, with_noise
 from hf_qat.graph.capture.modes import buffers_kept, modes_kept, put_into_mode
+from hf_qat.graph.capture.numbering import Numbering
+from hf_qat.graph.capture.value_numbers import is_costly, known_equal
 from hf_qat.graph.captured_graph import CapturedGraph
 from hf_qat.graph.random_state import random_state_kept
 
 
 #: Largest difference that counts as none, relative to the largest value of a tensor: that of another order of sums.
 TOLERANCE = 1e-4
+
+#: Batch sizes, beside that of the examples, at which a graph is compared with its module: one, and an odd one.
+PROVEN_SIZES = (1, 5)
+
+#: Size of the change of the example inputs at these, relative to their spread.
+PERTURBATION = 0.1
 
 #: Seed of the random numbers of both runs.
 SEED = 20
@@ -36,6 +48,58 @@ class _Observed:
     gradients: list[Tensor | None]
     buffers: list[Tensor]
     inputs: list[Tensor]
+
+
+def prove(name: str, record: CallRecord, graph: CapturedGraph, constants: dict[str, Tensor]) -> None:
+    """Compare a graph with its module on the example inputs, and on changed ones of other batch sizes.
+
+    Args:
+        name: of the module, for the message.
+        record: calls of it in the mode of the graph.
+        graph: that was captured by them.
+        constants: what the graph reads that the module does not have.
+
+    Raises:
+        CaptureError: they differ.
+    """
+    numbering, costly = Numbering(), is_costly(graph.graph)
+    samples = [record.inputs[0]]
+    if graph.training and len(record.inputs) > len(BATCH_SIZES):  # its sizes depend on the labels, too
+        samples.append(record.inputs[-1])
+    else:
+        sizes = graph.doubtful_sizes if graph.training else (*PROVEN_SIZES, *graph.doubtful_sizes)
+        others = [sample for size in sizes if (sample := _sample(record, size)) is not None]
+        # Batch norm in training takes no batch of one.
+        samples = others if others and costly and not graph.training else samples + others
+    for sample in samples:
+        gradients = sample is samples[0] or not costly
+        if costly and known_equal(record.module, graph, constants, sample, gradients, numbering):
+            continue
+        difference = first_difference(record.module, graph, constants, sample, gradients)
+        if difference is not None:
+            mode = "training" if graph.training else "evaluation"
+            shapes = [tuple(x.shape) for x in sample]
+            raise CaptureError(
+                f"{name} computes something else than what torch.export sees of it: in {mode}, on inputs of "
+                f"shapes {shapes}, {difference}"
+            )
+
+
+def _sample(record: CallRecord, size: int) -> list[Tensor] | None:
+    """The example inputs, a little changed, at another batch size; `None` if no input depends on it."""
+    first, last = record.inputs[0], record.inputs[-1]
+    if all(x.shape == y.shape for x, y in zip(first, last, strict=True)):
+        return None
+    generator = torch.Generator().manual_seed(size)
+    resized = []
+    for x, y in zip(first, last, strict=True):
+        for dim, (n, wanted) in enumerate(zip(x.shape, shape_at(size, x, y), strict=True)):
+            if n != wanted:
+                x = x.index_select(dim, torch.arange(wanted, device=x.device) % n)
+        if x.is_floating_point():
+            x = with_noise(x, PERTURBATION, generator)
+        resized.append(x)
+    return resized
 
 
 def first_difference(

@@ -86,10 +86,18 @@ def _put_back(emit: Callable[..., fx.Node], view: fx.Node, part: fx.Node) -> fx.
         end, part = start + 1, emit(aten.unsqueeze.default, part, dim)
     else:
         start, end = _bounds(view, size)
+    return replaced_part(emit, whole, part, dim, (start, end))
+
+
+def replaced_part(
+    emit: Callable[..., fx.Node], whole: fx.Node, part: fx.Node, dim: int, bounds: tuple[int, int]
+) -> fx.Node:
+    """`whole` with `part` from and to `bounds` of an axis: a concatenation, or the part alone if it is all of it."""
+    start, end = bounds
     pieces = [emit(aten.slice.Tensor, whole, dim, 0, start)] if start > 0 else []
     pieces += [part]
-    pieces += [emit(aten.slice.Tensor, whole, dim, end, OPEN_END)] if end < size else []
-    return pieces[0] if len(pieces) == 1 else emit(aten.cat.default, pieces, dim)
+    pieces += [emit(aten.slice.Tensor, whole, dim, end, OPEN_END)] if end < whole.meta["val"].shape[dim] else []
+    return part if len(pieces) == 1 else emit(aten.cat.default, pieces, dim)
 
 
 def _holder(view: fx.Node) -> fx.Node:

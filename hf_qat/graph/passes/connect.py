@@ -39,9 +39,9 @@ def input_quantizers(
     incoming: dict[Layer, set[Quantizer | None]] = {}
     for module in captured.values():
         passed: dict[fx.Node, Quantizer] = {}
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        inputs = module.evaluation.inputs()
         for position, (other, name) in module.incoming_quantizer.items():
-            passed[placeholders[position]] = fetch(captured[other], name)
+            passed[inputs[position]] = fetch(captured[other], name)
         for node in module.graph.nodes:
             source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
             called = called_module(module, node)
@@ -51,8 +51,7 @@ def input_quantizers(
                 incoming.setdefault(called, set()).add(None if source is None else passed.get(source))
             elif rule_of(node).kind is Kind.PASS and source in passed:
                 passed[node] = passed[source]
-    found = {layer: next(iter(of_calls)) for layer, of_calls in incoming.items() if len(of_calls) == 1}
-    return {layer: quantizer for layer, quantizer in found.items() if quantizer is not None}
+    return _same_in_all_calls(incoming)
 
 
 def output_quantizers(
@@ -67,5 +66,9 @@ def output_quantizers(
                 users = {called_module(module, user) for user in node.users}
                 found = users.pop() if len(users) == 1 else None
                 outgoing.setdefault(called, set()).add(found if isinstance(found, quantizers) else None)
-    single = {layer: next(iter(of_calls)) for layer, of_calls in outgoing.items() if len(of_calls) == 1}
+    return _same_in_all_calls(outgoing)
+
+
+def _same_in_all_calls(found: Mapping[Layer, set[Quantizer | None]]) -> dict[Layer, Quantizer]:
+    single = {layer: next(iter(of_calls)) for layer, of_calls in found.items() if len(of_calls) == 1}
     return {layer: quantizer for layer, quantizer in single.items() if quantizer is not None}

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from hf_qat.graph.capture.views import replaced_part
 from hf_qat.graph.captured import CapturedModule
 from hf_qat.graph.nodes import MODULE_PATH, eliminate_dead_code, emitter, module_path, replace_node
+from hf_qat.graph.plan import join_path
 
 
 aten = torch.ops.aten
@@ -246,18 +248,13 @@ def _join_pieces(captured: CapturedModule, node: fx.Node) -> None:
     if step != 1 or not isinstance(size, int) or node.kwargs:
         return
     low, high, _ = slice(start, end).indices(size)
-    emit = emitter(node)
-    pieces = [emit(aten.slice.Tensor, x, dim, 0, low)] if low > 0 else []
-    pieces += [part]
-    pieces += [emit(aten.slice.Tensor, x, dim, high, size)] if high < size else []
-    replace_node(node, part if len(pieces) == 1 else emit(aten.cat.default, pieces, dim))
+    replace_node(node, replaced_part(emitter(node), x, part, dim, (low, high)))
 
 
 @register_rewrite(aten.topk.default)
 def _break_ties_by_place(captured: CapturedModule, node: fx.Node) -> None:
     """`topk` → the first k of a stable sort: of equal scores, as 8 bits make many, the first wins, as in ONNX."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = _arguments(node)
     scores, count, rank = given["self"], given["k"], _value(given["self"]).dim()
     axis, users = given.get("dim", -1) % max(rank, 1), list(node.users)
     if rank == 0 or any(user.target is not operator.getitem for user in users):
@@ -286,7 +283,7 @@ def _recognise_frozen_norm(captured: CapturedModule, node: fx.Node) -> None:
         return
     object.__setattr__(module, "eps", epsilons[0])  # which fusion reads
     with node.graph.inserting_before(node):
-        parameters = [node.graph.get_attr(f"{path}.{name}" if path else name) for name in STATISTICS]
+        parameters = [node.graph.get_attr(join_path(path, name)) for name in STATISTICS]
         for parameter, name in zip(parameters, STATISTICS, strict=True):
             parameter.meta = {MODULE_PATH: path, "val": getattr(module, name)}
         norm = node.graph.call_function(

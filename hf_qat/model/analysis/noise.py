@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,12 +157,9 @@ def measure(model: nn.Module, in_float: nn.Module, sites: Sequence[Site], batche
 def run(model: nn.Module, batch: Inputs) -> list[Tensor]:
     """What the model returns for a batch: its tensors of real numbers, in order; in evaluation, without gradients."""
     kept: list[Any] = []
-    handle = model.register_forward_hook(lambda module, args, output: kept.append(output))
-    try:
+    with model.register_forward_hook(lambda module, args, output: kept.append(output)):
         for _ in run_batches(model, [batch]):
             pass
-    finally:
-        handle.remove()
     return [
         x.float() for x in torch.utils._pytree.tree_leaves(kept) if isinstance(x, Tensor) and x.is_floating_point()
     ]
@@ -243,12 +240,10 @@ def bounds(quantizer: Any) -> tuple[float, float]:
 
 @contextmanager
 def _hooked(model: nn.Module, hooks: Mapping[str, Callable[..., None]]) -> Iterator[None]:
-    handles = [model.get_submodule(path).register_forward_hook(hook, with_kwargs=True) for path, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for path, hook in hooks.items():
+            stack.enter_context(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def energy(x: Tensor) -> float:

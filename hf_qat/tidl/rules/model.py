@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from onnx import NodeProto
 
 from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph
+from hf_qat.tidl.clip import RANGE
 from hf_qat.tidl.devices import OPTIONS_DOC, QUANTIZATION_DOC, Device
 from hf_qat.tidl.graph import Graph
 from hf_qat.tidl.rules.registry import Finding, graph_rule
@@ -125,4 +126,4 @@ def quantized(graph: Graph, device: Device) -> Iterator[Finding]:
 
 def _is_range(node: NodeProto) -> bool:
     """A `Clip` that `export_tidl(ranges="clip")` wrote, which is no ReLU6."""
-    return node.op_type == "Clip" and node.name.endswith("/Range")
+    return node.op_type == "Clip" and node.name.endswith(RANGE)

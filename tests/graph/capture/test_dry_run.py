@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hf_qat import calibrate, prepare_qat
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.capture import capture
+from hf_qat.graph.capture.inputs import changed_images
 
 
 class Chooses(nn.Module):
@@ -141,3 +142,8 @@ def test_arrays_of_numpy_are_refused_with_what_makes_tensors_of_them(wrap):
     with pytest.raises(CaptureError, match="array of NumPy"):
         calibrate(prepared, [wrap(array)])
     calibrate(prepared, [{"input": torch.ones(2, 4), "labels": array}])  # these are left out
+
+
+def test_an_image_of_one_number_is_changed_to_another_one():
+    changed = changed_images(torch.ones(1, 1, 1, 1))
+    assert changed.isfinite().all() and changed != 1

@@ -27,6 +27,7 @@ from hf_qat.graph.checkpointing import (
     compute_checkpointed,
     computes_itself_again,
     is_marked,
+    require_still,
 )
 from hf_qat.graph.nodes import short_name
 from hf_qat.graph.user_hooks import user_hooks
@@ -140,6 +141,7 @@ class CapturedModule(nn.Module):
             self._check_places(captured)
             if self.training and torch.is_grad_enabled():
                 require_gradients(self, self._without_gradient())
+                require_still(self, (place.module for place in self.places))
         # Where gradients are followed, a part in evaluation is a frozen one in training: as fast as its surroundings.
         if tensors and not self.training and not torch.is_grad_enabled():
             with float32_arithmetic(tensors) as inputs:
@@ -347,9 +349,7 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
             )
         if not fits_shape(tensor, shape):
             wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            advice = (
-                "resize the input, or prepare with example_inputs= of that size, or of two by other_size=."
-            )
+            advice = "resize the input, or prepare with example_inputs= of that size, or of two by other_size=."
             if fits_shape(tensor[None], shape):
                 advice = "the batch comes first: image[None], or images.split(32) for batches of a tensor of images."
             return CaptureError(

@@ -19,9 +19,11 @@ from pathlib import Path
 
 from hf_qat.errors import ExportError
 from hf_qat.files.aside import REPLACED, beside, put_one_back, settle
-from hf_qat.files.manifest import MANIFEST
 from hf_qat.files.only_writer import only_process
 
+
+#: Name of the file that says what a directory of ours holds, so that all of it may be replaced.
+MANIFEST = "SHA256SUMS"
 
 #: Where models and checkpoints lie until they are complete. The underscore keeps it out of what
 #: `Trainer.push_to_hub` uploads.

@@ -1,4 +1,4 @@
-"""One thread at a time writes to a directory, of all processes: what two of them save would take each other's names."""
+"""One thread of one process at a time writes to a directory: what two save would take each other's names."""
 
 from __future__ import annotations
 

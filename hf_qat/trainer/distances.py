@@ -88,8 +88,9 @@ def _masks(student: Outputs, teacher: Outputs, config: Any, temperature: float) 
 def _depth(student: Outputs, teacher: Outputs, config: Any, temperature: float) -> Tensor:
     """Mean distance of depths, as a share of the teacher's mean depth; as it is where the teacher sees no depth."""
     ours, theirs = student["predicted_depth"].float(), teacher["predicted_depth"].float()
-    distance, depth = (ours - theirs).abs().mean(), theirs.abs().mean()
-    return distance / torch.where(depth > 0, depth, 1.0)
+    depth = theirs.abs().mean()
+    distance: Tensor = (ours - theirs).abs().mean() / torch.where(depth > 0, depth, 1.0)
+    return distance
 
 
 @dataclass(frozen=True)

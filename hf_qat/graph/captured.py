@@ -335,9 +335,7 @@ def _not_captured(name: str, captured: CapturedGraph, call: CallSignature, tenso
             )
         if not fits_shape(tensor, shape):
             wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            advice = (
-                "resize the input, or prepare with example_inputs= of that size, or of two by other_size=."
-            )
+            advice = "resize the input, or prepare with example_inputs= of that size, or of two by other_size=."
             if fits_shape(tensor[None], shape):
                 advice = "the batch comes first: image[None], or images.split(32) for batches of a tensor of images."
             return CaptureError(

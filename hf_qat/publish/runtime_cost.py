@@ -50,7 +50,8 @@ def runtime_cost(
         session_options: without which ONNX Runtime does not load it, as `ExportReport` has them.
     """
     floating = in_float(onnx.load(path)).SerializeToString()
-    sessions = [open_session(source, optimized=True, threads=1, entries=session_options) for source in (floating, str(path))]
+    opened = partial(open_session, optimized=True, threads=1, entries=session_options)
+    sessions = [opened(floating), opened(str(path))]
     wanted = sessions[1].get_inputs()
     if any(value.name not in inputs or not _takes_one(value.shape) for value in wanted):
         return None

@@ -27,10 +27,12 @@ from hf_qat.graph.checkpointing import (
     compute_checkpointed,
     computes_itself_again,
     is_marked,
+    require_still,
 )
 from hf_qat.graph.nodes import short_name
 from hf_qat.graph.user_hooks import user_hooks
 from hf_qat.quantization.class_swap import MADE_BY, forget_own_forward, swap_class
+from hf_qat.quantization.ddp_calls import require_gradients
 from hf_qat.quantization.float32_arithmetic import float32_arithmetic
 from hf_qat.quantization.layers import QATLayer, folded_ahead, quantizers_in_graphs
 from hf_qat.quantization.onnx_ops import exporting_to_onnx
@@ -137,6 +139,9 @@ class CapturedModule(nn.Module):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._check_places(captured)
+            if self.training and torch.is_grad_enabled():
+                require_gradients(self, self._without_gradient())
+                require_still(self, (place.module for place in self.places))
         # Where gradients are followed, a part in evaluation is a frozen one in training: as fast as its surroundings.
         if tensors and not self.training and not torch.is_grad_enabled():
             with float32_arithmetic(tensors) as inputs:
@@ -165,6 +170,15 @@ class CapturedModule(nn.Module):
 
     def _layers_called(self, captured: CapturedGraph) -> list[QATLayer]:
         return [p.module for p in self.places if p.path in captured.called and isinstance(p.module, QATLayer)]
+
+    def _without_gradient(self) -> Iterator[nn.Parameter]:
+        """What is learned elsewhere in training, and is not in the present phase."""
+        for place in self.places:
+            module = place.module
+            if isinstance(module, FakeQuantize) and (module.frozen or not module.rounds):
+                yield from module.parameters()
+            elif isinstance(module, QATLayer) and module.leaves_scale_alone():
+                yield from module.weight_quantizer.parameters()
 
     def _graph_for(self, call: CallSignature, tensors: Sequence[Tensor]) -> CapturedGraph:
         of_mode = [captured for captured in self.graphs if captured.training == self.training] or self.graphs[:1]

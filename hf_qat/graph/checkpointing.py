@@ -24,9 +24,14 @@ from hf_qat.graph.nodes import output_values
 from hf_qat.graph.plan import join_path
 from hf_qat.graph.segments import Segment
 from hf_qat.quantization.layers import QATLayer, folded_ahead
+from hf_qat.quantization.live_norm import is_live
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.running_graph import running_graph
 from hf_qat.quantization.saved_codes import Kept, kept_for_backward
+
+
+#: What `torch._C._current_graph_task_id` gives outside of a backward pass.
+NO_BACKWARD = -1
 
 
 def is_marked(module: nn.Module) -> bool:
@@ -59,6 +64,28 @@ def _items_of_lists(module: nn.Module) -> Iterator[str]:
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
             yield from (f"{name}.{item}" for item, _ in child.named_children())
+
+
+def require_still(owner: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """To be called where `owner` computes with `modules` in training.
+
+    Raises:
+        StageError: a checkpoint around it, not of a block inside, computes it again in backward, and something would
+            move a second time: it would be computed by other numbers than in forward.
+    """
+    if torch._C._current_graph_task_id() == NO_BACKWARD:
+        return
+    modules = list(modules)
+    layers = [module for module in modules if isinstance(module, QATLayer)]
+    folded = {layer.batch_norm for layer in layers}
+    live = any(is_live(layer.batch_norm) and not layer.batch_norm_frozen for layer in layers)
+    if live or any(_moves(module) for module in modules if module not in folded):
+        raise StageError(
+            f"a checkpoint around {type(owner).__name__} computes it again in backward, while batch norms or ranges "
+            "follow the data: they would move twice, and gradients be those of other numbers. Use "
+            "model.gradient_checkpointing_enable(), or set gradient_checkpointing = True on what loops over the "
+            "blocks, or freeze first: freeze_batch_norm(model), freeze_ranges(model)."
+        )
 
 
 def compute_checkpointed(
@@ -140,7 +167,7 @@ def _moves(module: nn.Module) -> bool:
     """Whether a call in training changes its buffers: running statistics, and ranges that follow the data."""
     if isinstance(module, FakeQuantize):
         return module.tracks_range and not module.frozen
-    return isinstance(module, _BatchNorm) and module.training
+    return isinstance(module, _BatchNorm) and module.training and not getattr(module, "batch_norm_frozen", False)
 
 
 @contextmanager

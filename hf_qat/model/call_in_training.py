@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_qat.quantization.ddp_calls import refuse_join
+
 
 #: The arguments of a call of a model's forward.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -41,6 +43,7 @@ class _Note:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training and self._latest is not None:
+            refuse_join()  # who looks at the call will agree with the other processes
             self._latest[:] = [(args, kwargs)]
 
     def __reduce__(self) -> tuple[type[_Note], tuple[()]]:

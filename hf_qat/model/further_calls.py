@@ -140,7 +140,10 @@ def _as_when_prepared(model: nn.Module) -> Iterator[None]:
 def _of_two_sizes(
     module: CapturedModule, call: CallSignature, tensors: Sequence[Tensor]
 ) -> list[tuple[list[Any], dict[str, Any]]]:
-    """`call` at the two sizes of a batch that the part was captured with, of tensors without values."""
+    """`call` at the two sizes of a batch that the part was captured with, of tensors without values.
+
+    Integers and masks keep theirs, which code may ask for: Siglip 2 is told how many patches an image has.
+    """
     captured = next(graph for graph in module.graphs if graph.training == module.training)
     if [x.dim() for x in tensors] != [len(shape) for shape in captured.shapes]:
         raise CaptureError("its tensors have another number of axes.")
@@ -153,9 +156,20 @@ def _of_two_sizes(
                 int(example.shape[d]) * size // BATCH_SIZES[0] if n is None else tensor.shape[d]
                 for d, n in enumerate(shape)
             ]
-            resized.append(torch.empty(sizes, dtype=example.dtype, device=META))
+            without_values = tensor.is_floating_point() or not tensor.numel()
+            resized.append(
+                torch.empty(sizes, dtype=example.dtype, device=META) if without_values else _repeated(tensor, sizes)
+            )
         calls.append(call.rebuild(resized))
     return calls
+
+
+def _repeated(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """`tensor` repeated or cut to `sizes` along its axes."""
+    for axis, size in enumerate(sizes):
+        index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
+        tensor = tensor.index_select(axis, index)
+    return tensor
 
 
 def _decisions(module: CapturedModule) -> list[tuple[str, str]]:

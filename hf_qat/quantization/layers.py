@@ -123,6 +123,10 @@ class QATLayer(nn.Module):
         """Whether its batch norm uses batch statistics."""
         return is_live(self.batch_norm) and not self.batch_norm_frozen
 
+    def leaves_scale_alone(self) -> bool:
+        """Whether it computes without the scale of its weight for now, which then gets no gradient."""
+        return False
+
     def device_scale(self) -> Tensor:
         """Scale of the weight on the device: the quantizer's, or larger where a channel's bias would not fit int32."""
         scale, source, bias = self._scale(), self.quantizer_of_input, self.float_bias()

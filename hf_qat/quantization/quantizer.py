@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_qat.errors import CalibrationError
+from hf_qat.quantization.ddp_calls import refuse_join
 from hf_qat.quantization.divergence import require_finite
 from hf_qat.quantization.fake_quantize import fake_quantize, is_cheap
 from hf_qat.quantization.kernels import calls_operators, fuses
@@ -262,6 +263,7 @@ class FakeQuantize(nn.Module):
 
         A batch with NaN or infinity in `x`, or without any value, is left out, as if it had not been.
         """
+        refuse_join()
         x = x if x.numel() else x.new_full((1,), torch.nan)
         # Every range contains 0; behind a ReLU that the clamp computes, none is below.
         high = x.amax().float().clamp_min(0.0)

@@ -40,9 +40,13 @@ class QATStandaloneBatchNorm(KeptStatistics, QATLayer):
 
     def compute(self, x: Tensor, arguments: tuple[Any, ...] | None = None) -> Tensor:
         """(N, C, …) → the same shape."""
-        if is_live(self) and not self.batch_norm_frozen:
+        if self.leaves_scale_alone():
             return normalise_live(self, x)
         return super().compute(x, arguments)
+
+    def leaves_scale_alone(self) -> bool:
+        """While it is live: nothing is rounded."""
+        return is_live(self) and not self.batch_norm_frozen
 
     def _folds_at_once(self) -> bool:
         return False  # its weight is the factor itself, one number a channel

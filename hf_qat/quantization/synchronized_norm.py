@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from hf_qat.quantization.class_swap import swap_class
 from hf_qat.quantization.collectives import is_active
+from hf_qat.quantization.ddp_calls import refuse_join
 
 
 class SynchronizedBatchNorm(nn.Module):
@@ -55,6 +56,7 @@ def synchronized_batch_norm(
 
 def _normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The (N, C, …) of a process, normalised, and mean and unbiased variance, (C,), of all N of all processes."""
+    refuse_join()
     axes = [d for d in range(x.dim()) if d != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     values = x.float()

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_batch_norm, prepare_qat
+from hf_qat import QATConfig, calibrate, fake_quant_disabled, freeze_batch_norm, freeze_ranges, prepare_qat
 from hf_qat.errors import StageError
 from hf_qat.graph.checkpointing import checkpointed_blocks
 from hf_qat.quantization.layers import QATLayer, qat_layers
@@ -182,6 +183,26 @@ def test_a_switch_between_forward_and_backward_is_refused():
         loss = model(images()).sum()
     with pytest.raises(StageError, match="blocks.2 is computed again in backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("scheme", [{}, {"learned": False, "observer": "moving_average"}], ids=["learned", "followed"])
+def test_a_checkpoint_of_the_users_own_is_exact_or_refused(scheme: dict):
+    """Against the same steps without one; what moves in training would move twice."""
+    model = prepare_qat(Stack(), QATConfig(activations=scheme), images())
+    calibrate(model, [images()]).train()
+    loss = checkpoint(model, images(1), use_reentrant=False).square().sum()
+    with pytest.raises(StageError, match="checkpoint around Stack computes it again"):
+        loss.backward()
+    model.zero_grad()
+    freeze_batch_norm(model)
+    freeze_ranges(model)
+    other = copy.deepcopy(model)
+    for one in (lambda x: checkpoint(model, x, use_reentrant=False), other):
+        torch.manual_seed(1)
+        one(images(1)).square().sum().backward()
+    ours, expected = ({n: p.grad for n, p in each.named_parameters() if p.grad is not None} for each in (model, other))
+    assert ours.keys() == expected.keys() and len(ours) > 10
+    assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
 
 
 def test_a_mark_on_what_has_no_blocks_is_warned_of(caplog):

@@ -175,3 +175,28 @@ def test_a_part_has_so_many_graphs_and_no_more():
         model(torch.randn(3, 4), times)
     with pytest.raises(CaptureError, match=f"in {MAX_GRAPHS} ways already"):
         model(torch.randn(3, 4), MAX_GRAPHS)
+
+
+class TellsSizes(nn.Module):
+    """Siglip 2: a model is told how many patches an image has, and does not take it that there are none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, sizes: Tensor, doubled: bool = False) -> Tensor:
+        if not torch.compiler.is_compiling() and int(sizes.min()) <= 0:
+            raise ValueError("an image has no patches")
+        y = self.layer(x) / sizes[:, :1]
+        return 2 * y if doubled else y
+
+
+@torch.no_grad()
+def test_an_option_of_a_model_that_asks_for_its_integers_is_captured_with_those_of_the_call():
+    torch.manual_seed(0)
+    model, x, sizes = TellsSizes(), torch.randn(3, 4), torch.tensor([[4, 4], [2, 8], [3, 5]])
+    twin = copy.deepcopy(model)
+    prepare_qat(model, QATConfig(), {"x": x[:2], "sizes": sizes[:2]})
+    with fake_quant_disabled(model):
+        torch.testing.assert_close(model(x, sizes, doubled=True), twin(x, sizes, doubled=True))
+        torch.testing.assert_close(model(x[:1], sizes[2:], doubled=True), twin(x[:1], sizes[2:], doubled=True))

@@ -14,9 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 META = torch.device("meta")
 
+#: Functions that take a single number from another device than their tensors', but not to the meta device.
+FILLS = (Tensor.masked_fill, Tensor.masked_fill_, torch.masked_fill)
+
 
 class MetaCapture(TorchFunctionMode):
-    """Inside, four things that need values do not fail, or lose them, for want of values.
+    """Inside, five things that need values do not fail, or lose them, for want of values.
 
     `bool(x)` is `False`: Hugging Face models ask `if mask.all()`, to leave out a mask that hides nothing, and do not
     ask while an exporter traces them, so that what was captured on real data contains the mask; `False` takes the same
@@ -25,6 +28,8 @@ class MetaCapture(TorchFunctionMode):
     `torch._check_tensor_all` holds: deformable attention checks that its levels have as many places as its sequence.
 
     `torch.tensor(data, device=…)` keeps its data: it is made on the CPU, and becomes a constant of the graph there.
+
+    `masked_fill` takes a single number that was made on the CPU, as it does on every device but this.
 
     What is found by its value (key points above a threshold, patches that a mask hides) is a part of all places.
 
@@ -46,6 +51,8 @@ class MetaCapture(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             if torch.device(kwargs["device"]) == META and not isinstance(args[0], Tensor):
                 return func(*args, **{**kwargs, "device": "cpu"}).to(META)
+        if func in FILLS and type(args[0]) is Tensor and args[0].device == META:
+            return func(*(x.to(META) if isinstance(x, Tensor) else x for x in args), **kwargs)
         if func in FINDERS and type(args[0]) is Tensor and args[0].device == META:
             return FINDERS[func](self.part, *args, **kwargs)
         return func(*args, **kwargs)

@@ -167,6 +167,15 @@ def test_a_constant_that_follows_its_input_has_its_value_on_the_meta_device():
     assert not any(value.is_meta for value in constants(children).values())
 
 
+def test_a_number_that_was_made_on_the_cpu_fills_a_tensor_without_values():
+    """LightGlue."""
+    x, no = torch.ones(2, 3, dtype=torch.bool, device="meta"), torch.tensor(False)
+    with MetaCapture():
+        assert x.masked_fill(x, no).shape == torch.masked_fill(x, x, False).shape == (2, 3)
+    with pytest.raises(RuntimeError, match="device"):
+        x.masked_fill(x, no)
+
+
 def test_two_ways_of_where_select_by_a_mask_as_before():
     x = torch.zeros(2, 3, device="meta")
     with MetaCapture():

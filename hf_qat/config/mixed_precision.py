@@ -21,6 +21,9 @@ from hf_qat.errors import ConfigError, listed
 WEIGHT_WIDTHS = (4, 8)
 ACTIVATION_WIDTHS = (4, 8, 16)
 
+#: From here on down there is no signal, in dB.
+NO_SIGNAL = -300.0
+
 #: What can be limited.
 BUDGETS = ("at_least", "weight_bytes")
 
@@ -174,8 +177,8 @@ def _cost(in_float: float, only_quantized: float) -> float:
 
 
 def _power(decibels: float | None) -> float:
-    """Noise relative to the signal."""
-    return 0.0 if decibels is None else 10.0 ** (-decibels / 10)
+    """Noise relative to the signal; minus infinity, noise without a signal, as a number that can be shared out."""
+    return 0.0 if decibels is None else 10.0 ** (-max(decibels, NO_SIGNAL) / 10)
 
 
 def _metric(in_float: float, cost: float) -> float:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from hf_qat.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, names_read, nodes_behind, subgraphs
+from hf_qat.export.onnx_session import open_session
 
 
 #: How much a file may grow: so many bytes, or this share of it where that is more.
@@ -114,19 +114,8 @@ def _evaluate(model: ModelProto, nodes: Sequence[NodeProto], names: Sequence[str
     results = [helper.make_empty_tensor_value_info(name) for name in names]
     graph = helper.make_graph(nodes, "constants", [], results, tensors)
     part = helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
-    return dict(zip(names, _run(part), strict=True))
-
-
-def _run(part: ModelProto) -> list[Any]:
-    """All outputs of a model without inputs, as its operators define them."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results: list[Any] = session.run(None, {})
-    return results
+    session = open_session(part.SerializeToString(), optimized=False, threads=0, entries={})
+    return dict(zip(names, session.run(None, {}), strict=True))
 
 
 def _codes(values: np.ndarray, pair: NodeProto, onnx_graph: OnnxGraph) -> np.ndarray:

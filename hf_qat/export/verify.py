@@ -22,6 +22,7 @@ from hf_qat.export.comparison import Comparison
 from hf_qat.export.float_operators import count_quantize_nodes, float_operators, output_steps
 from hf_qat.export.io_names import bind, input_tensors, named_outputs
 from hf_qat.export.onnx_graph import opset_of
+from hf_qat.export.onnx_session import open_session
 from hf_qat.export.report import PERTURBATION, ExportReport
 from hf_qat.graph.capture.inputs import Inputs, as_call, device_of
 from hf_qat.model.batches import types_told
@@ -224,13 +225,17 @@ class Session:
         self.optimized, self._path = optimized, path
         self.options: dict[str, str] = {}
         try:
-            self._session = _start(path, optimized, self.options)
+            self._session = self._open()
         except Exception as error:
             if SIGNED_CODES_BUG not in str(error):
                 setting = "on" if optimized else "off"
                 raise ExportError(f"ONNX Runtime (optimizations {setting}) does not load {path}: {error}") from error
             self.options = {"session.qdqisint8allowed": "1"}
-            self._session = _start(path, optimized, self.options)
+            self._session = self._open()
+
+    def _open(self) -> Any:
+        threads = torch.get_num_threads()  # as many as torch takes, which the user has a say in
+        return open_session(str(self._path), self.optimized, threads, self.options)
 
     @property
     def inputs(self) -> list[str]:
@@ -276,19 +281,6 @@ class Session:
         """The batch that the file is for; `None` if it takes any, or numbers alone."""
         size = next((value.shape[0] for value in self._session.get_inputs() if value.shape), None)
         return size if isinstance(size, int) else None
-
-
-def _start(path: Path, optimized: bool, entries: dict[str, str]) -> Any:
-    import onnxruntime
-
-    levels = onnxruntime.GraphOptimizationLevel
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
-    options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = torch.get_num_threads()  # as many as torch takes, which the user has a say in
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _rows(x: np.ndarray, start: int, count: int) -> np.ndarray:

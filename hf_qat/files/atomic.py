@@ -19,9 +19,11 @@ from pathlib import Path
 
 from hf_qat.errors import ExportError
 from hf_qat.files.aside import REPLACED, beside, put_one_back, settle
-from hf_qat.files.manifest import MANIFEST
-from hf_qat.files.only_writer import only_process
+from hf_qat.files.only_writer import only_thread
 
+
+#: Name of the file that says what a directory of ours holds, so that all of it may be replaced.
+MANIFEST = "SHA256SUMS"
 
 #: Where models and checkpoints lie until they are complete. The underscore keeps it out of what
 #: `Trainer.push_to_hub` uploads.
@@ -88,11 +90,11 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
         directory: is made if it is not there.
 
     Raises:
-        InUseError: another process is writing to it.
+        InUseError: another process or thread is writing to it.
     """
     target = Path(directory)
     aside = target / INCOMPLETE
-    with only_process(target):
+    with only_thread(target):
         discard(aside)
         written = aside / WRITTEN
         written.mkdir(parents=True)

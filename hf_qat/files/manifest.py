@@ -6,9 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-
-#: Name of its file.
-MANIFEST = "SHA256SUMS"
+from hf_qat.files.atomic import MANIFEST, whole_file
 
 
 def digest(file: Path) -> str:
@@ -17,7 +15,8 @@ def digest(file: Path) -> str:
 
 
 def write_manifest(directory: Path) -> None:
-    """Write `SHA256SUMS` of all files below a directory."""
+    """Write `SHA256SUMS` of all files below a directory; one that is there stays until the new one is complete."""
     files = sorted(Path(root) / name for root, _, names in os.walk(directory) for name in names if name != MANIFEST)
     lines = [f"{digest(file)}  {file.relative_to(directory).as_posix()}\n" for file in files]
-    (directory / MANIFEST).write_text("".join(lines), encoding="utf-8")
+    with whole_file(directory / MANIFEST) as file:
+        file.write_text("".join(lines), encoding="utf-8")

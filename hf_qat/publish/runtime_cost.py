@@ -17,6 +17,7 @@ from onnx import ModelProto, numpy_helper
 from hf_qat.export.cleanup import drop_dead_nodes, drop_unused_values
 from hf_qat.export.onnx_graph import OnnxGraph, get_attribute
 from hf_qat.export.onnx_layers import without_rounding
+from hf_qat.export.onnx_session import open_session
 
 
 #: Both files take an image in turn: so often before time is taken, at most so often after, or so many seconds long.
@@ -49,7 +50,8 @@ def runtime_cost(
         session_options: without which ONNX Runtime does not load it, as `ExportReport` has them.
     """
     floating = in_float(onnx.load(path)).SerializeToString()
-    sessions = [_session(source, session_options) for source in (floating, str(path))]
+    opened = partial(open_session, optimized=True, threads=1, entries=session_options)
+    sessions = [opened(floating), opened(str(path))]
     wanted = sessions[1].get_inputs()
     if any(value.name not in inputs or not _takes_one(value.shape) for value in wanted):
         return None
@@ -84,17 +86,6 @@ def in_float(model: ModelProto) -> ModelProto:
     drop_dead_nodes(twin)
     drop_unused_values(twin)
     return twin
-
-
-def _session(source: str | bytes, entries: Mapping[str, str]) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3  # errors only
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def _medians(runs: list[Callable[[], object]]) -> list[float]:

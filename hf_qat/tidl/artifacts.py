@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from hf_qat.errors import ExportError, PublishError
-from hf_qat.files.atomic import whole_directory, whole_file
-from hf_qat.files.manifest import MANIFEST, digest, write_manifest
+from hf_qat.files.atomic import MANIFEST, whole_directory, whole_file
+from hf_qat.files.manifest import digest, write_manifest
 from hf_qat.tidl.templates.compile import PARTS, RECORD
 
 

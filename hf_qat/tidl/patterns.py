@@ -7,7 +7,7 @@ LayerNorm, GELU, SiLU only require QDQ nodes at the end").
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 from onnx import NodeProto
 
@@ -27,9 +27,18 @@ class Place:
     last: bool
 
 
-@lru_cache(maxsize=1)  # all rules of one check ask about the same graph
+#: What `places` has found, as long as the graphs are there: all rules of a check ask about the same one.
+_FOUND: WeakKeyDictionary[Graph, dict[str, Place]] = WeakKeyDictionary()
+
+
 def places(graph: Graph) -> dict[str, Place]:
     """The nodes that belong to patterns, by their first outputs; Q/DQ pairs between them belong there too."""
+    if graph not in _FOUND:
+        _FOUND[graph] = _places(graph)
+    return _FOUND[graph]
+
+
+def _places(graph: Graph) -> dict[str, Place]:
     found: dict[str, Place] = {}
     for node in graph.proto.node:
         name, nodes = _pattern_from(graph, node)

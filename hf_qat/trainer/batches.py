@@ -164,7 +164,7 @@ def first_inputs(trainer: Trainer, model: nn.Module, count: int) -> list[dict[st
         for batch in () if loader is None else loader:
             inputs = without_labels(trainer, received(trainer, model, batch))
             batches.append(pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), inputs))
-            found += len(next(leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)))
+            found += next((len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()), 1)
             if found >= count:
                 break
     return batches

@@ -74,7 +74,7 @@ def _boxes(student: Outputs, teacher: Outputs, config: Any, temperature: float) 
         classes = independent_loss(ours, theirs, temperature)
         sure = theirs.float().sigmoid().amax(-1)
     apart = (student["pred_boxes"].float() - teacher["pred_boxes"].float()).abs().sum(-1)
-    boxes: Tensor = (sure * apart).sum() / sure.sum()
+    boxes: Tensor = (sure * apart).sum() / sure.sum().clamp_min(torch.finfo(torch.float32).tiny)
     return classes + BOX_WEIGHT * boxes
 
 
@@ -86,9 +86,10 @@ def _masks(student: Outputs, teacher: Outputs, config: Any, temperature: float) 
 
 
 def _depth(student: Outputs, teacher: Outputs, config: Any, temperature: float) -> Tensor:
-    """Mean distance of depths, as a share of the teacher's mean depth."""
+    """Mean distance of depths, as a share of the teacher's mean depth; as it is where the teacher sees no depth."""
     ours, theirs = student["predicted_depth"].float(), teacher["predicted_depth"].float()
-    distance: Tensor = (ours - theirs).abs().mean() / theirs.abs().mean()
+    depth = theirs.abs().mean()
+    distance: Tensor = (ours - theirs).abs().mean() / torch.where(depth > 0, depth, 1.0)
     return distance
 
 

@@ -58,6 +58,16 @@ class TestAccuracyBudget:
             "activations": {"bits": 8}
         }
 
+    def test_noise_without_a_signal_is_all_that_a_layer_costs(self):
+        """Minus infinity, in dB; all 10 points are the weight's, of which 8 bits leave 0.04."""
+        report = Report((Layer("a", 0.80, 4, 4, weight_sqnr=-math.inf, own_sqnr=20.0),))
+        assert QATConfig.from_analysis(report, budget={"at_least": 0.89}).overrides["a"] == {"weights": {"bits": 8}}
+
+    def test_a_layer_that_leaves_no_signal_stays_in_float(self):
+        """The metric is a ratio, in dB: no bits bring it back from minus infinity; without that layer it is 40."""
+        report = Report((Layer("a", -math.inf), Layer("b", 40.0)), in_float=math.inf)
+        assert QATConfig.from_analysis(report, budget={"at_least": 39.0}).exclude == ["a"]
+
     def test_after_the_widest_codes_comes_float(self):
         """A cost of 40 points: at 8 bits still 0.156 %."""
         report = Report((Layer("a", 0.50), Layer("b", 0.89)))

@@ -171,14 +171,14 @@ def test_onnx_runtime_takes_as_many_threads_as_torch(threads: int, own_file, mon
 def test_the_session_option_that_signed_codes_may_need_is_reported(own_file, monkeypatch):
     from hf_qat.export import verify
 
-    start = verify._start
+    opened = verify.open_session
 
-    def refuse_by_default(path, optimized, entries):
+    def refuse_by_default(path, optimized, threads, entries):
         if optimized and not entries:
             raise RuntimeError(f"Node (q): {SIGNED_CODES_BUG}.")
-        return start(path, optimized, entries)
+        return opened(path, optimized, threads, entries)
 
-    monkeypatch.setattr(verify, "_start", refuse_by_default)
+    monkeypatch.setattr(verify, "open_session", refuse_by_default)
     report = verify_onnx(*own_file, [torch.randn(2, 3, 16, 16)])
     assert report.session_options == {"session.qdqisint8allowed": "1"}
     assert "add_session_config_entry('session.qdqisint8allowed', '1')" in str(report)

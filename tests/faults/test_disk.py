@@ -21,6 +21,7 @@ from torch import nn
 
 from hf_qat import export_onnx, export_tidl
 from hf_qat.errors import HfQatError
+from hf_qat.files.manifest import write_manifest
 from hf_qat.model.calibration import calibrate
 from hf_qat.model.conversion import convert
 from hf_qat.model.prepare import prepare_qat
@@ -129,6 +130,18 @@ def test_a_model_that_does_not_fit_leaves_the_one_before(tmp_path: Path):
         next(trainer.model.parameters()).add_(1)
     with pytest.raises(Exception) as error, files_of_at_most(10_000):
         trainer.save_model()
+    assert is_about_space(error.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_manifest_that_does_not_fit_leaves_the_one_before(tmp_path: Path):
+    for name in ("model.onnx", "README.md"):
+        (tmp_path / name).write_text(name)
+        write_manifest(tmp_path)
+    (tmp_path / "param.yaml").write_text("later")
+    before = contents(tmp_path)
+    with pytest.raises(OSError) as error, files_of_at_most(100):  # one line and a half
+        write_manifest(tmp_path)
     assert is_about_space(error.value)
     assert contents(tmp_path) == before
 

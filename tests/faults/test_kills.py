@@ -28,8 +28,7 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_qat import convert, export_onnx, export_tidl
-from hf_qat.files.atomic import INCOMPLETE
-from hf_qat.files.manifest import MANIFEST
+from hf_qat.files.atomic import INCOMPLETE, MANIFEST
 from hf_qat.trainer.trainer import QATTrainer
 from tests.models import resnet
 from tests.trainer.test_resuming import Announcing, forked, in_a_process, kill

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from hf_qat.files import aside
-from hf_qat.files.atomic import whole_directory, whole_file
-from hf_qat.files.manifest import MANIFEST
+from hf_qat.files.atomic import MANIFEST, whole_directory, whole_file
 
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are killed by a signal")

@@ -19,6 +19,7 @@ import pytest
 from hf_qat.errors import ExportError
 from hf_qat.files.atomic import (
     INCOMPLETE,
+    MANIFEST,
     discard,
     put_back,
     put_in_place,
@@ -26,7 +27,6 @@ from hf_qat.files.atomic import (
     whole_file,
     written_whole,
 )
-from hf_qat.files.manifest import MANIFEST
 
 
 Tree = dict[str, str]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from hf_qat.files.manifest import MANIFEST, digest, write_manifest
+from hf_qat.files.atomic import MANIFEST
+from hf_qat.files.manifest import digest, write_manifest
 
 
 def test_sha256sum_checks_every_file_at_any_depth_and_finds_the_one_that_was_changed(tmp_path: Path):

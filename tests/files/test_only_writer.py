@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_a_model_is_not_saved_where_another_process_is_writing_and_what_that_has
     run = tmp_path / "run"
     (run / INCOMPLETE / "checkpoint-1").mkdir(parents=True)
     with other_process(run) as other:
-        with pytest.raises(InUseError, match="another process is saving to"), written_whole(run):
+        with pytest.raises(InUseError, match="another process or thread is saving to"), written_whole(run):
             pytest.fail("two at once")
         assert (run / INCOMPLETE / "checkpoint-1").is_dir()
         with written_whole(tmp_path / "elsewhere") as place:
@@ -61,3 +62,14 @@ def test_a_model_is_not_saved_where_another_process_is_writing_and_what_that_has
     assert [path.name for path in run.iterdir()] == ["config.json"]
     with written_whole(run) as place, pytest.raises(InUseError), only_writer(run):
         pytest.fail("a training began while a model was saved")
+
+
+def test_another_thread_does_not_save_where_this_one_is_writing(tmp_path: Path):
+    def save() -> None:
+        with written_whole(tmp_path) as place:
+            (place / "config.json").write_text("the other's")
+
+    with ThreadPoolExecutor() as threads, only_writer(tmp_path), written_whole(tmp_path) as place:
+        (place / "config.json").write_text("ours")
+        assert isinstance(threads.submit(save).exception(), InUseError)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"config.json": "ours"}

@@ -72,6 +72,19 @@ def test_at_least_so_many_inputs_are_read_or_all_there_are(tmp_path: Path, count
     assert all(batch.keys() == {"pixel_values"} for batch in batches)
 
 
+@pytest.mark.parametrize(("images_too", "count"), [(True, 2), (False, 8)])
+def test_a_number_for_the_whole_batch_counts_no_images(images_too: bool, count: int, tmp_path: Path):
+    """Where there is nothing else, a batch counts as one."""
+
+    def collate(rows: list[dict]) -> dict:
+        batch = {"temperature": torch.tensor(2.0)}
+        return {**batch, "pixel_values": torch.stack([row["pixel_values"] for row in rows])} if images_too else batch
+
+    trainer = plain(tmp_path, train_dataset=images(32))
+    trainer.data_collator = collate
+    assert len(first_inputs(trainer, trainer.model, 8)) == count
+
+
 def test_labels_are_those_of_the_arguments_and_those_of_vision_models(tmp_path: Path):
     trainer = plain(tmp_path, label_names=["category"])
     batch = {"pixel_values": 1, "category": 2, "labels": 3, "class_labels": 4, "mask": 5}

@@ -186,6 +186,13 @@ class TestOtherAnswersWorkedOutByHand:
         student = {"logits": scores, "pred_boxes": torch.tensor([0.1, 0.2]).view(1, 2, 1).expand(1, 2, 4)}
         assert distance(student, teacher, 1.0, num_labels=2) == pytest.approx(5 * 0.6, rel=1e-4)
 
+    def test_boxes_of_a_teacher_that_is_sure_of_nothing(self):
+        """e⁻²⁰⁰ is 0 in float32."""
+        scores = torch.tensor([[[0.0, 0.0, 200.0]]])
+        teacher = {"logits": scores, "pred_boxes": torch.zeros(1, 1, 4)}
+        student = {"logits": scores, "pred_boxes": torch.ones(1, 1, 4)}
+        assert distance(student, teacher, 1.0, num_labels=2) == 0.0
+
     def test_boxes_of_independent_scores_count_by_the_highest_one(self):
         """Without a score for nothing: probabilities 9/10 and 1/10."""
         scores = torch.tensor([[[math.log(9), -40.0], [-40.0, -math.log(9)]]])
@@ -206,3 +213,12 @@ class TestOtherAnswersWorkedOutByHand:
     def test_depths_as_a_share_of_the_depth(self):
         teacher, student = torch.tensor([[[2.0, 6.0]]]), torch.tensor([[[3.0, 6.0]]])
         assert distance({"predicted_depth": student}, {"predicted_depth": teacher}, 2.0) == pytest.approx(1 / 8)
+
+    def test_depths_of_a_teacher_that_sees_none(self):
+        """There is no share of nothing; what the student gives stays a loss that can be learned from."""
+        depth = torch.tensor([[[0.5, 0.0]]], requires_grad=True)
+        answer = answer_of({"predicted_depth": torch.zeros(1, 1, 2)}, "teacher", resnet(), None)
+        loss = answer.distance({"predicted_depth": depth}, {"predicted_depth": torch.zeros(1, 1, 2)}, None, 1.0)
+        loss.backward()
+        assert torch.isfinite(loss) and loss > 0
+        assert torch.isfinite(depth.grad).all() and depth.grad[0, 0, 0] > 0

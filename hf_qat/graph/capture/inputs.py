@@ -113,7 +113,11 @@ def _channels(config: Any) -> int:
 
 
 def with_batch(inputs: Inputs | TwoSizes, size: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call of `inputs` with its first axis repeated or cut to `size`, on `device`."""
+    """The call of `inputs` with its first axis repeated or cut to `size`, on `device`.
+
+    Raises:
+        CaptureError: there is nothing along that axis.
+    """
     if isinstance(inputs, TwoSizes):
         return with_batch(inputs.other if size == BATCH_SIZES[1] else inputs.first, size, device)
 
@@ -122,6 +126,8 @@ def with_batch(inputs: Inputs | TwoSizes, size: int, device: torch.device) -> tu
             return leaf
         if leaf.dim() == 0:
             return leaf.to(device)
+        if not len(leaf):
+            raise CaptureError(f"inputs hold a batch of nothing, {tuple(leaf.shape)}: give one image or more.")
         if leaf.device.type == "meta":
             return torch.empty((size, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
         index = torch.arange(size, device=leaf.device) % leaf.shape[0]

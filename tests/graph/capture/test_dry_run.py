@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_qat import calibrate, prepare_qat
+from hf_qat import calibrate, convert, export_onnx, prepare_qat
 from hf_qat.errors import CaptureError
 from hf_qat.graph.capture.capture import capture
 from hf_qat.graph.capture.inputs import changed_images
@@ -142,6 +142,15 @@ def test_arrays_of_numpy_are_refused_with_what_makes_tensors_of_them(wrap):
     with pytest.raises(CaptureError, match="array of NumPy"):
         calibrate(prepared, [wrap(array)])
     calibrate(prepared, [{"input": torch.ones(2, 4), "labels": array}])  # these are left out
+
+
+def test_a_batch_of_nothing_is_refused_as_such():
+    model, nothing = nn.Sequential(nn.Linear(4, 2)), torch.zeros(0, 4)
+    with pytest.raises(CaptureError, match=r"\(0, 4\): give one image or more"):
+        prepare_qat(model, example_inputs=nothing)
+    prepared = calibrate(prepare_qat(model, example_inputs=torch.zeros(2, 4)), [torch.ones(2, 4)])
+    with pytest.raises(CaptureError, match="give one image or more"):
+        export_onnx(convert(prepared), "never.onnx", nothing, verify=False)
 
 
 def test_an_image_of_one_number_is_changed_to_another_one():

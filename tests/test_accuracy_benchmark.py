@@ -72,7 +72,7 @@ def test_the_table_has_means_and_spreads_over_seeds(tmp_path):
 
 @pytest.mark.parametrize(
     ("net", "target", "share"),
-    [("ResNet", "AM68A", 0.05), ("MobileNetV2", "w4a4", 0.1), ("ViT", "int8", 0.2), ("ViT", "w4a8", 0.1)],
+    [("ResNet", "AM68A", 0.05), ("MobileNetV2", "w4a4", 0.1), ("ViT", "w4a8", 0.4), ("ViT", "w4a4", 0.4)],
 )
 def test_the_learning_rate_is_the_share_that_the_recipe_for_the_net_says(net: str, target: str, share: float):
     """That of CNNs where transformers have none."""

@@ -428,6 +428,7 @@ def test_a_hand_made_config_cannot_be_loaded(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_quantizer_of_a_shared_module_is_saved(tmp_path: Path) -> None:
     stages = {"stem_channels": [3, 8, 8], "stage_in_channels": [8], "stage_mid_channels": [8], "depths": [1]}
     more = {"stage_out_channels": [16], "stage_num_blocks": [1], "stage_downsample": [False]}

@@ -177,6 +177,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(model, folder, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_calibrate_needs_no_labels(folder, tmp_path, capsys):
     arguments = ["--model_name_or_path", folder / "float", "--dataset_name", folder / "photos" / "dots"]

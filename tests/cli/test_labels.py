@@ -134,6 +134,7 @@ def as_jsonl(folder: Path, name: str, kinds: dict[str, object]) -> str:
 
 @pytest.mark.filterwarnings("ignore")
 class TestCommands:
+    @pytest.mark.slow
     def test_labels_in_another_order_than_the_folders_are_right_at_all_stages(self, folder, tmp_path, capsys):
         assert main(["evaluate", *options(folder, "float")]) == 0
         assert last_json(capsys.readouterr().out)["accuracy"] == 1.0

@@ -108,6 +108,7 @@ def test_what_was_exported_before_stays_where_the_new_one_does_not_fit(
     WRITES[name](converted, tmp_path)  # the next one goes on
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_a_training_goes_on_from_it(tmp_path: Path):
     changes = {"save_strategy": "steps", "save_steps": 1}
     trainer_of(vit(), tmp_path, max_steps=1, **changes).train()

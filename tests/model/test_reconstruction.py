@@ -56,6 +56,7 @@ def test_the_output_is_nearer_to_that_of_the_float_model_on_images_never_seen(ta
     assert best < 0.9 * fast
 
 
+@pytest.mark.slow
 def test_effort_and_the_correction_of_biases_are_those_of_the_config_if_nothing_is_said():
     config = QATConfig("w4a4", calibration_effort="best", bias_correction=False)
     told, said = calibrated(None, config), calibrated("best", bias_correction=False)
@@ -120,6 +121,7 @@ def test_what_does_not_require_gradients_and_frozen_ranges_stay():
     assert all(torch.equal(fake_quantizers(model)[path].scale, scale) for path, scale in before.items())
 
 
+@pytest.mark.slow
 def test_biases_stay_where_they_are_not_to_be_corrected():
     fast, best = (calibrated(effort, bias_correction=False).state_dict() for effort in ("fast", "best"))
     for key in ("stem_norm.bias", "body_norm.bias", "head.bias"):

@@ -139,6 +139,7 @@ def test_a_change_of_phase_compiles_once_and_a_return_not_at_all():
     assert counts == [(1, 0), (2, 0), (3, 0), (3, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [True, False], ids=["model.compile()", "torch.compile(model)"])
 def test_a_compiled_model_is_looked_at_as_it_is_written(in_place: bool):
     """What was compiled before asks for no hooks: all layers were said to be lost; and each observer was compiled."""

@@ -65,6 +65,7 @@ def test_inputs_in_half_precision_are_widened(tmp_path: Path):
     np.testing.assert_array_equal(logits.numpy(), expected.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_compiled_in_half_precision_it_is_the_same():
     model, pixels = calibrated("resnet")

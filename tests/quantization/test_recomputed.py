@@ -34,8 +34,8 @@ SCHEMES = {
 }
 
 #: ReLU, ReLU6, squeeze and excitation, GELU, softmax and layer norm, windows of attention.
-NETS = ("resnet", "mobilenet_v2", "vit")
-OTHER_NETS = ("regnet", "convnext", "swin")
+NETS = ("resnet", "vit")
+OTHER_NETS = ("mobilenet_v2", "regnet", "convnext", "swin")
 
 
 @cache

@@ -94,6 +94,7 @@ def test_the_readme_sets_up_newer_and_older_tools(bundled):
     assert "docs/sdk_version_compatibility_table.md" in readme
 
 
+@pytest.mark.slow
 def test_a_detectors_boxes_are_those_of_hugging_face(detector, monkeypatch):
     monkeypatch.chdir(detector)
     read = edgeai_benchmark.configs(".", "config.yaml")["model-1"]

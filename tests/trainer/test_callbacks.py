@@ -74,6 +74,7 @@ def test_every_optimizer_step_is_made_in_its_phase(tmp_path: Path, changes: dict
     assert watch.phases == expected
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_with_the_phase_of_the_step(tmp_path: Path):
     trained(tmp_path, Watch(), max_steps=8, save_strategy="steps", save_steps=3)
     for step, rest in ((3, "LFFRR"), (6, "RR")):
@@ -224,6 +225,7 @@ class StopsAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "warned"), [(1, True), (3, False)])
 def test_a_training_that_stops_before_anything_is_quantized_says_so(step: int, warned: bool, tmp_path: Path, caplog):
     untrained = ViTForImageClassification(vit().config)  # learns in float for two steps of eight

@@ -24,15 +24,8 @@ FIELDS = {field.name for field in fields(TrainingArguments)}
 NAME = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param({}, marks=[pytest.mark.slow]),
-        pytest.param({"bf16": True}, marks=pytest.mark.slow),
-        {"gradient_accumulation_steps": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_it_trains_what_it_trains_without(how, tmp_path, monkeypatch):
     float_model, calls = vit(hidden_dropout_prob=0.1), []
     compute = QATLayer.compute

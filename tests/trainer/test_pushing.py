@@ -87,6 +87,7 @@ class TestWithoutTrouble:
         assert set(repository().files()) == {"config.json", "model.safetensors"}
         assert is_on_hub(made.model, repository())
 
+    @pytest.mark.slow
     def test_a_push_that_comes_due_during_another_is_left_out_but_the_newest_model_arrives(
         self, hub, trainer, repository, caplog
     ):
@@ -109,6 +110,7 @@ class TestWithoutTrouble:
         assert b'"global_step": 3' in files["last-checkpoint/trainer_state.json"]
         assert is_on_hub(made.model, repository(), "last-checkpoint/model.safetensors")
 
+    @pytest.mark.slow
     def test_all_checkpoints_are_pushed_those_too_that_were_left_out_at_first(self, hub, trainer, repository):
         made = trainer(hub_strategy="all_checkpoints")
         made.add_callback(Release(hub))
@@ -133,6 +135,7 @@ class TestWithoutTrouble:
         assert not [path for path in local if token.encode() in path.read_bytes()]
         assert token not in caplog.text and token not in "".join(capfd.readouterr())
 
+    @pytest.mark.slow
     def test_nothing_is_pushed_before_the_end_if_so_wanted(self, trainer, repository):
         trainer(hub_strategy="end").train()
         assert titles(repository()) == []
@@ -144,6 +147,7 @@ class TestWithoutTrouble:
         trainer().train()
         assert set(repository().files()) == {"README.md", "config.json", "model.safetensors"}
 
+    @pytest.mark.slow
     def test_branch_and_privacy_are_those_of_the_arguments(self, trainer, repository):
         trainer(hub_revision="v2", hub_private_repo=True).train()
         assert repository().private and repository().files() == {} and "config.json" in repository().files("v2")
@@ -167,6 +171,7 @@ class TestTroubles:
         assert is_on_hub(made.model, repository()) and len(titles(repository())) == 3
         assert "not on the Hub" not in caplog.text
 
+    @pytest.mark.slow
     def test_one_that_passes_before_the_end_is_reported_at_once_and_made_good(self, hub, trainer, repository, caplog):
         hub.plant("commit", status=403, message="storage limit reached")
         made = trainer(save_steps=3)
@@ -198,6 +203,7 @@ class TestTroubles:
         assert program == "hf-qat" and cli.main(words) == 0
         assert is_on_hub(made.model, repository()) and hub.count("lfs_put") == uploads
 
+    @pytest.mark.slow
     def test_a_checkpoint_that_was_deleted_before_it_could_be_pushed_is_named(
         self, hub, trainer, repository, caplog, tmp_path
     ):
@@ -207,6 +213,7 @@ class TestTroubles:
         assert f"{tmp_path / 'out' / 'checkpoint-2'} is not on the Hub, and was deleted meanwhile" in caplog.text
         assert is_on_hub(made.model, repository(), "checkpoint-3/model.safetensors")
 
+    @pytest.mark.slow
     def test_a_checkpoint_that_is_being_pushed_is_not_deleted(self, hub, trainer, repository, caplog):
         made = trainer(hub_strategy="all_checkpoints", save_total_limit=1)
         made.add_callback(Release(hub))
@@ -215,6 +222,7 @@ class TestTroubles:
         assert b'"global_step": 1,' in state
         assert "checkpoint-1 is not on the Hub" not in caplog.text and "A checkpoint is not" not in caplog.text
 
+    @pytest.mark.slow
     def test_one_that_training_deletes_at_its_end_is_pushed_before(self, trainer, monkeypatch, caplog):
         """The first checkpoint is the best, and the only one that may stay: Trainer itself deletes the last."""
         scores, found = iter([3.0, 2.0, 1.0]), []

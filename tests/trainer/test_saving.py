@@ -92,6 +92,7 @@ class TestCheckpoints:
         assert "old" not in files_in(tmp_path / "checkpoint-2")
         assert differing(values(trainer.model), values_in(tmp_path / "checkpoint-2")) == []
 
+    @pytest.mark.slow
     def test_one_that_was_about_to_be_replaced_when_a_training_was_killed_is_there_again(self, tmp_path: Path):
         changes = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
         trainer_of(prepared(vit), tmp_path, **changes).train()
@@ -192,6 +193,7 @@ class TestModels:
         assert [name for name, _ in seen] == ["a.json", "config.json", "z.json", *weights]
         assert all(not {"model.safetensors", "model.safetensors.index.json"} & there for _, there in seen)
 
+    @pytest.mark.slow
     def test_its_class_refuses_it_for_want_of_weights_wherever_the_moving_is_killed_and_it_is_completed_later(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):

@@ -228,6 +228,7 @@ class TestRefusals:
         with pytest.raises(CalibrationError, match="train_dataset is empty"):
             trainer_of(vit(), tmp_path, train_dataset=images(16).select([]))
 
+    @pytest.mark.slow
     def test_a_checkpoint_of_another_config(self, tmp_path: Path):
         trainer_of(prepared(vit), tmp_path, save_strategy="steps", save_steps=2).train()
         other = trainer_of(prepared(vit, **FOLLOWED), tmp_path, qat=FOLLOWED)
@@ -250,6 +251,7 @@ class TestCalibration:
         trainer.train()
         assert set(watch.first) == {1}
 
+    @pytest.mark.slow
     def test_it_is_that_of_calibrate_on_the_batches_that_training_sees_first(self, tmp_path: Path):
         record = Record()
         float_model = vit()

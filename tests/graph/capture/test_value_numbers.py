@@ -64,6 +64,7 @@ def test_a_graph_of_the_same_operations_is_known_to_be_equal_at_any_batch_size(t
 RECOGNISED = [name for name in HUGGING_FACE if name not in ("mobilenet_v2", "detr")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_hugging_face_models_are_proven_without_computing(name, training):

@@ -24,7 +24,6 @@ from hf_qat.graph.nodes import output_values
 from hf_qat.graph.plan import join_path
 from hf_qat.graph.segments import Segment
 from hf_qat.quantization.layers import QATLayer, folded_ahead
-from hf_qat.quantization.live_norm import is_live
 from hf_qat.quantization.quantizer import FakeQuantize
 from hf_qat.quantization.running_graph import running_graph
 from hf_qat.quantization.saved_codes import Kept, kept_for_backward
@@ -78,7 +77,7 @@ def require_still(owner: nn.Module, modules: Iterable[nn.Module]) -> None:
     modules = list(modules)
     layers = [module for module in modules if isinstance(module, QATLayer)]
     folded = {layer.batch_norm for layer in layers}
-    live = any(is_live(layer.batch_norm) and not layer.batch_norm_frozen for layer in layers)
+    live = any(layer.has_live_norm() for layer in layers)
     if live or any(_moves(module) for module in modules if module not in folded):
         raise StageError(
             f"a checkpoint around {type(owner).__name__} computes it again in backward, while batch norms or ranges "

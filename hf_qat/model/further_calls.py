@@ -22,7 +22,7 @@ from hf_qat.config.qat_config import QATConfig
 from hf_qat.errors import CaptureError
 from hf_qat.graph.call_signature import CallSignature
 from hf_qat.graph.capture.capture import MAX_GRAPHS, FurtherCall, Parts, capture
-from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, device_of
+from hf_qat.graph.capture.inputs import BATCH_SIZES, Inputs, TwoSizes, device_of, repeated
 from hf_qat.graph.capture.meta_device import META, without_weights
 from hf_qat.graph.capture.ways import random_like
 from hf_qat.graph.captured import CapturedModule, captured_modules
@@ -167,8 +167,7 @@ def _of_two_sizes(
 def _repeated(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     """`tensor` repeated or cut to `sizes` along its axes."""
     for axis, size in enumerate(sizes):
-        index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
-        tensor = tensor.index_select(axis, index)
+        tensor = repeated(tensor, size, axis)
     return tensor
 
 

@@ -108,7 +108,7 @@ class QATLayer(nn.Module):
         """
         batch_norm, arguments = self.batch_norm, self.operation_args if arguments is None else arguments
         operation: Callable[..., Tensor] = BOUND.get(self.operation, self.operation)
-        if batch_norm is not None and self._is_live():
+        if batch_norm is not None and self.has_live_norm():
             out = operation(x, self._unfolded_weight(), self.bias, *arguments)
             return normalise_live(batch_norm, out)
         if self.training and self._folds_at_once():
@@ -119,8 +119,8 @@ class QATLayer(nn.Module):
             bias = self._rounded_bias(bias, scale)
         return operation(x, weight, bias, *arguments)
 
-    def _is_live(self) -> bool:
-        """Whether its batch norm uses batch statistics."""
+    def has_live_norm(self) -> bool:
+        """Whether the batch norm that is folded into it uses batch statistics."""
         return is_live(self.batch_norm) and not self.batch_norm_frozen
 
     def leaves_scale_alone(self) -> bool:
@@ -323,7 +323,7 @@ def folded_ahead(layers: Sequence[QATLayer]) -> Iterator[None]:
     recorded, which takes no table of addresses from the host.
     """
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    every = {layer: layer._fold_call(layer._is_live()) for layer in layers if alone and layer.folds_ahead()}
+    every = {layer: layer._fold_call(layer.has_live_norm()) for layer in layers if alone and layer.folds_ahead()}
     calls = {layer: call for layer, call in every.items() if call.is_float32()}
     try:
         for layer, weight in zip(calls, fold_together(list(calls.values())) if calls else [], strict=True):

@@ -130,11 +130,15 @@ def with_batch(inputs: Inputs | TwoSizes, size: int, device: torch.device) -> tu
             raise CaptureError(f"inputs hold a batch of nothing, {tuple(leaf.shape)}: give one image or more.")
         if leaf.device.type == "meta":
             return torch.empty((size, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
-        index = torch.arange(size, device=leaf.device) % leaf.shape[0]
-        return leaf.detach().index_select(0, index).contiguous().to(device)
+        return repeated(leaf.detach(), size).contiguous().to(device)
 
     args, kwargs = pytree.tree_map(resize, as_call(inputs))
     return args, kwargs
+
+
+def repeated(x: Tensor, length: int, axis: int = 0) -> Tensor:
+    """A copy of `x` that is repeated or cut to a length along an axis."""
+    return x.index_select(axis, torch.arange(length, device=x.device) % max(1, x.shape[axis]))
 
 
 def with_noise(x: Tensor, share: float, generator: torch.Generator) -> Tensor:

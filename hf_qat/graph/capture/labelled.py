@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_qat.graph.capture.inputs import repeated
+
 
 #: What an object has where no image of the batch shows any: a box in the middle (relative centre and size), class 0.
 MIDDLE = 0.5
@@ -48,9 +50,9 @@ def resize_labels(labels: Mapping[str, Any], size: LabelSize, device: torch.devi
 
 def _resized(value: Any, size: LabelSize, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        resized = _repeat(value, size.images) if value.dim() else value.clone()
+        resized = repeated(value.detach(), size.images) if value.dim() else value.clone()
         if size.longer and resized.dim() == 2:
-            resized = _repeat(resized.t(), resized.shape[1] + size.longer).t().contiguous()
+            resized = repeated(resized, resized.shape[1] + size.longer, axis=1).contiguous()
         return resized.to(device)
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         entries = [value[k % len(value)] for k in range(size.images)]
@@ -79,10 +81,4 @@ def _objects(value: Any, present: int | None, image: int, size: LabelSize, devic
     if present == 0:
         fill = MIDDLE if value.is_floating_point() else 0
         return torch.full((wanted, *value.shape[1:]), fill, dtype=value.dtype, device=device)
-    return _repeat(value, wanted).to(device)
-
-
-def _repeat(value: Tensor, length: int) -> Tensor:
-    """The first axis repeated or cut to a length."""
-    index = torch.arange(length, device=value.device) % max(1, len(value))
-    return value.detach().index_select(0, index)
+    return repeated(value.detach(), wanted).to(device)

@@ -19,7 +19,7 @@ from hf_qat.graph.call_signature import CallSignature
 from hf_qat.graph.capture.call_record import CallRecord
 from hf_qat.graph.capture.clean import Extended
 from hf_qat.graph.capture.guards import shape_at
-from hf_qat.graph.capture.inputs import BATCH_SIZES, with_noise
+from hf_qat.graph.capture.inputs import BATCH_SIZES, repeated, with_noise
 from hf_qat.graph.capture.modes import buffers_kept, modes_kept, put_into_mode
 from hf_qat.graph.capture.numbering import Numbering
 from hf_qat.graph.capture.value_numbers import is_costly, known_equal
@@ -95,7 +95,7 @@ def _sample(record: CallRecord, size: int) -> list[Tensor] | None:
     for x, y in zip(first, last, strict=True):
         for dim, (n, wanted) in enumerate(zip(x.shape, shape_at(size, x, y), strict=True)):
             if n != wanted:
-                x = x.index_select(dim, torch.arange(wanted, device=x.device) % n)
+                x = repeated(x, wanted, dim)
         if x.is_floating_point():
             x = with_noise(x, PERTURBATION, generator)
         resized.append(x)
